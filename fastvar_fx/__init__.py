@@ -1,0 +1,46 @@
+"""FastVAR as a compiler pass: prunes cached tokens in next-scale (VAR) image generators.
+
+    fast = fastvar_fx.transform(model, schedule)
+
+Source: FastVAR, arXiv 2503.23367.
+"""
+
+import passes as _passes
+
+if getattr(_passes, "OWNER", None) != "fastvar_fx":
+    raise ImportError(
+        f"fastvar_fx needs its own folder `passes`, but `import passes` found {_passes.__file__}; "
+        f"rename that module or put it behind fastvar_fx on sys.path"
+    )
+
+from fastvar_fx.errors import (
+    CaptureMismatchError,
+    FastVARError,
+    ModelError,
+    NothingPrunedError,
+    RunError,
+    ScheduleError,
+)
+from fastvar_fx.extend import axis_rule, register_opaque
+from fastvar_fx.report import Report
+from fastvar_fx.schedule import Schedule, presets
+from fastvar_fx.transform import explain, trace, transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureMismatchError",
+    "FastVARError",
+    "ModelError",
+    "NothingPrunedError",
+    "Report",
+    "RunError",
+    "Schedule",
+    "ScheduleError",
+    "axis_rule",
+    "explain",
+    "presets",
+    "register_opaque",
+    "trace",
+    "transform",
+]

@@ -1,0 +1,27 @@
+"""The errors that users meet. Every message says what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class FastVARError(Exception):
+    """Base of all errors of this package."""
+
+
+class ScheduleError(FastVARError, ValueError):
+    """A schedule that contradicts itself, or cannot be read."""
+
+
+class ModelError(FastVARError, ValueError):
+    """A model that cannot be transformed as asked: no blocks, training mode, transformed twice."""
+
+
+class RunError(FastVARError, RuntimeError):
+    """A generation that does not follow the schedule."""
+
+
+class CaptureMismatchError(RunError):
+    """Captured features that do not fit the live call: another batch, dtype or device."""
+
+
+class NothingPrunedError(FastVARError, RuntimeError):
+    """A schedule that prunes, and a model or run in which nothing could be."""

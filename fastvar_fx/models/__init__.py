@@ -1,0 +1,6 @@
+"""The image generators that the pass is shown and tested on."""
+
+from fastvar_fx.models.var import CONFIGS, VAR, VAR_256, VAR_512, VARConfig, build, load
+from fastvar_fx.models.vqvae import VQVAEDecoder
+
+__all__ = ["CONFIGS", "VAR", "VAR_256", "VAR_512", "VARConfig", "VQVAEDecoder", "build", "load"]

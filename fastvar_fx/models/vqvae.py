@@ -1,0 +1,433 @@
+"""The decoder side of VAR's multi-scale VQ-VAE: from token maps to an image.
+
+VAR draws an image as K square token maps of growing side. This module turns them into pixels::
+
+    token ids --codebook--> vectors --upsample, phi--> residual of one scale
+    f_hat = sum of the K residuals          (B, Cvae, H, W), H = W = side of the last token map
+    image = decoder(post_quant_conv(f_hat)) (B, 3, 16 * H, 16 * W)
+
+It also turns a partial ``f_hat`` into the input of the next scale. There is no encoder here: it is
+needed to train the transformer, not to generate with it.
+
+Source: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
+"""Decoder width per resolution, in units of ``ch``, from the image down to the token map."""
+
+RES_BLOCKS = 3
+"""Residual blocks at each resolution of the decoder."""
+
+GROUPS = 32
+"""Groups of every group norm in the decoder; ``ch`` is a multiple of it."""
+
+_ENCODER_PREFIXES = ("encoder.", "quant_conv.")
+_ENCODER_KEYS = ("quantize.ema_vocab_hit_SV",)
+
+
+class Phi(nn.Conv2d):
+    """A residual 3x3 convolution that repairs what upsampling blurred.
+
+    Args:
+        channels: channels Cvae in and out.
+        mix: share of the convolution in the result, in [0, 1].
+    """
+
+    def __init__(self, channels: int, mix: float = 0.5) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.mix = mix
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return ``(1 - mix) * h + mix * conv(h)``, (B, Cvae, H, W)."""
+        return h.mul(1 - self.mix) + super().forward(h).mul_(self.mix)
+
+
+class PhiBank(nn.Module):
+    """A few :class:`Phi` shared by the K scales, chosen by how far generation has come.
+
+    Args:
+        channels: channels Cvae.
+        count: number of convolutions, at least 1.
+    """
+
+    def __init__(self, channels: int, count: int = 4) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList([Phi(channels) for _ in range(count)])
+        # With ten scales and four convolutions step 2 lies exactly between two ticks, so the
+        # choice hangs on the last bit: trained weights need numpy's rounding.
+        edge = 1 / 3 / count if count == 4 else 1 / 2 / count
+        self.ticks = np.linspace(edge, 1 - edge, count)
+
+    def forward(self, h: Tensor, progress: float) -> Tensor:
+        """Return ``h`` through the convolution whose tick is nearest to ``progress``.
+
+        Args:
+            h: residual map, (B, Cvae, H, W).
+            progress: step / (K - 1), in [0, 1].
+        """
+        nearest = int(np.argmin(np.abs(self.ticks - progress)))
+        refined: Tensor = self.qresi_ls[nearest](h)
+        return refined
+
+
+class Quantizer(nn.Module):
+    """The codebook and the two moves of generation: add a scale, look at the sum at another size.
+
+    Args:
+        vocab_size: codebook entries V.
+        channels: code vector width Cvae.
+        phis: number of shared :class:`Phi`.
+    """
+
+    def __init__(self, vocab_size: int, channels: int, phis: int = 4) -> None:
+        super().__init__()
+        self.quant_resi = PhiBank(channels, phis)
+        self.embedding = nn.Embedding(vocab_size, channels)
+
+    def residual(self, tokens: Tensor, step: int, steps: int, side: int) -> Tensor:
+        """Return what one token map adds to ``f_hat``, (B, Cvae, side, side).
+
+        Args:
+            tokens: int64 ids of a square token map in row-major order, (B, h * h).
+            step: index of the scale, 0 to ``steps`` - 1.
+            steps: number of scales K, at least 2.
+            side: side of ``f_hat``, equal to h at the last step.
+        """
+        B, L = tokens.shape
+        h = math.isqrt(L)
+        z = self.embedding(tokens)  # (B, L, Cvae)
+        z = z.transpose(1, 2).reshape(B, -1, h, h)  # (B, Cvae, h, h)
+        if step != steps - 1:
+            z = F.interpolate(z, size=(side, side), mode="bicubic")  # (B, Cvae, side, side)
+        added: Tensor = self.quant_resi(z, step / (steps - 1))
+        return added
+
+    def next_input(self, f_hat: Tensor, side: int) -> Tensor:
+        """Return ``f_hat`` area-averaged to the next token map, (B, side * side, Cvae).
+
+        Args:
+            f_hat: sum of the residuals so far, (B, Cvae, H, W).
+            side: side of the next token map.
+        """
+        x = F.interpolate(f_hat, size=(side, side), mode="area")  # (B, Cvae, side, side)
+        return x.flatten(2).transpose(1, 2)  # (B, side * side, Cvae)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two normalized 3x3 convolutions and a residual add.
+
+    Args:
+        channels_in: input channels.
+        channels_out: output channels; where they differ a 1x1 convolution carries the shortcut.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+        self.norm2 = _group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1)
+        self.nin_shortcut: nn.Module = (
+            nn.Identity()
+            if channels_in == channels_out
+            else nn.Conv2d(channels_in, channels_out, kernel_size=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels_out, H, W) for ``x`` (B, channels_in, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        y: Tensor = self.nin_shortcut(x) + h
+        return y
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the H * W positions of a feature map, plus a residual add.
+
+    Args:
+        channels: channels C in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) for ``x`` (B, C, H, W)."""
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)  # 3 of (B, C, H * W)
+        q = q.transpose(1, 2).contiguous()  # (B, H * W, C)
+        weights = torch.bmm(q, k).mul_(C**-0.5).softmax(dim=2)  # (B, H * W queries, H * W keys)
+        mixed = torch.bmm(v, weights.transpose(1, 2).contiguous())  # (B, C, H * W)
+        update: Tensor = self.proj_out(mixed.view(B, C, H, W))
+        return x + update
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution.
+
+    Args:
+        channels: channels in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, 2H, 2W) for ``x`` (B, C, H, W)."""
+        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return doubled
+
+
+class Middle(nn.Module):
+    """The bottleneck of the decoder: residual block, attention, residual block.
+
+    Args:
+        channels: channels in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) for ``x`` (B, C, H, W)."""
+        h: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return h
+
+
+class Level(nn.Module):
+    """One resolution of the decoder.
+
+    Args:
+        channels_in: input channels.
+        channels_out: output channels.
+        attention: whether self-attention follows every residual block.
+        upsample: whether the level ends by doubling height and width.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, attention: bool, upsample: bool
+    ) -> None:
+        super().__init__()
+        inputs = (channels_in,) + (channels_out,) * (RES_BLOCKS - 1)
+        self.block = nn.ModuleList([ResBlock(c, channels_out) for c in inputs])
+        self.attn = nn.ModuleList(
+            [SpatialAttention(channels_out) for _ in inputs] if attention else []
+        )
+        # A level without upsampling has no child of that name: checkpoints have no key for it.
+        if upsample:
+            self.upsample = Upsample(channels_out)
+        self.doubles = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, channels_out, H', W') with H' = 2H where the level upsamples, else H."""
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(x) if self.doubles else x
+
+
+class Decoder(nn.Module):
+    """A convolutional decoder that enlarges a feature map sixteen times.
+
+    Args:
+        channels: channels Cvae of the input.
+        ch: base width, a multiple of 32.
+    """
+
+    def __init__(self, channels: int, ch: int) -> None:
+        super().__init__()
+        widths = [ch * multiplier for multiplier in CHANNEL_MULTIPLIERS]
+        lowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(channels, widths[lowest], kernel_size=3, padding=1)
+        self.mid = Middle(widths[lowest])
+        # Stored from the image down, run from the token map up.
+        self.up = nn.ModuleList(
+            [
+                Level(
+                    widths[min(i + 1, lowest)],
+                    widths[i],
+                    attention=i == lowest,
+                    upsample=i != 0,
+                )
+                for i in range(len(widths))
+            ]
+        )
+        self.norm_out = _group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return an image of unbounded values (B, 3, 16H, 16W) for ``z`` (B, Cvae, H, W)."""
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        image: Tensor = self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return image
+
+
+class VQVAEDecoder(nn.Module):
+    """Codebook, phi convolutions and decoder of VAR's multi-scale VQ-VAE.
+
+    Names and shapes of the parameters are those of the published ``vae_ch160v4096z32.pth``; its
+    encoder is left out. The module knows no schedule: sides come from its callers.
+
+    Args:
+        vocab_size: codebook entries V.
+        z_channels: code vector width Cvae.
+        ch: base width of the decoder, a multiple of 32.
+        phis: number of phi convolutions the scales share.
+
+    Raises:
+        ValueError: a size is below 1, or ``ch`` is not a multiple of 32.
+
+    Example:
+        >>> vae = VQVAEDecoder(vocab_size=16, z_channels=8, ch=32)
+        >>> vae.decode(torch.zeros(1, 8, 2, 2)).shape
+        torch.Size([1, 3, 32, 32])
+
+    Source: VAR, arXiv 2404.02905, section 3.2; the decoder is VQGAN's (arXiv 2012.09841).
+    """
+
+    def __init__(
+        self, *, vocab_size: int = 4096, z_channels: int = 32, ch: int = 160, phis: int = 4
+    ) -> None:
+        super().__init__()
+        sizes = {"vocab_size": vocab_size, "z_channels": z_channels, "ch": ch, "phis": phis}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be at least 1")
+        if ch % GROUPS:
+            raise ValueError(
+                f"ch={ch}: the decoder normalizes in {GROUPS} groups; use a multiple of {GROUPS}"
+            )
+        self.vocab_size, self.z_channels, self.ch = vocab_size, z_channels, ch
+        self.decoder = Decoder(z_channels, ch)
+        self.quantize = Quantizer(vocab_size, z_channels, phis)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+
+    def decode(self, f_hat: Tensor) -> Tensor:
+        """Return images in [0, 1], (B, 3, 16H, 16W).
+
+        Args:
+            f_hat: sum of the residuals of all scales, (B, Cvae, H, W).
+        """
+        image: Tensor = self.decoder(self.post_quant_conv(f_hat))
+        return image.clamp_(-1, 1).add_(1).mul_(0.5)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill all parameters with random values that decode to full-contrast pictures.
+
+        Standard deviations, with n the inputs of a unit: codebook 1; convolutions 1 / sqrt(n), the
+        last one 0.8 / sqrt(n) so that most pixels lie in (-1, 1) and few are clipped; norms are the
+        identity, biases zero.
+
+        Args:
+            generator: source of the values, on the device of the parameters.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 1, generator=generator)
+            elif isinstance(module, nn.Conv2d):
+                gain = 0.8 if module is self.decoder.conv_out else 1.0
+                std = gain / math.sqrt(module.weight[0].numel())
+                module.weight.normal_(0, std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.GroupNorm):
+                module.weight.fill_(1)
+                module.bias.zero_()
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
+        """Load the decoder side of a whole VQ-VAE checkpoint.
+
+        Ignored are exactly the encoder side's keys: ``encoder.*``, ``quant_conv.*`` and
+        ``quantize.ema_vocab_hit_SV``. A state dict that lacks them loads as well.
+
+        Args:
+            state: state dict of the whole VQ-VAE, or of this module.
+            assign: keep the tensors of ``state`` instead of copying their values.
+
+        Raises:
+            ValueError: a key of the decoder side is missing or of another shape, or an unknown key
+                is there.
+        """
+        found = {key: value for key, value in state.items() if not _is_encoder_side(key)}
+        problems = list(_mismatches(self.state_dict(), found))
+        if problems:
+            shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))
+            raise ValueError(
+                f"asked: a VQ-VAE of vocab_size={self.vocab_size}, z_channels={self.z_channels}, "
+                f"ch={self.ch}\nfound: {len(problems)} keys that do not fit\n  {shown}\n"
+                "do: pass the state dict of VAR's VQ-VAE (vae_ch160v4096z32.pth), or build with "
+                "the sizes it was trained with"
+            )
+        self.load_state_dict(found, strict=True, assign=assign)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """Return a decoder side in eval mode, sized after a whole VQ-VAE checkpoint and holding it.
+
+        The tensors of ``state`` become the parameters; they do not require gradients.
+
+        Args:
+            state: state dict of the whole VQ-VAE, or of this module.
+
+        Raises:
+            ValueError: ``state`` is not the state dict of such a VQ-VAE; what is missing,
+                unexpected or of another shape is named.
+        """
+        try:
+            vocab_size, z_channels = state["quantize.embedding.weight"].shape
+            (ch,) = state["decoder.norm_out.weight"].shape
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                "asked: the state dict of VAR's VQ-VAE\nfound: no codebook "
+                "(quantize.embedding.weight, two axes) or no decoder (decoder.norm_out.weight, one "
+                f"axis) among {len(state)} keys: {', '.join(list(state)[:4])}\n"
+                "do: pass the contents of vae_ch160v4096z32.pth"
+            ) from error
+        phis = sum(
+            key.startswith("quantize.quant_resi.qresi_ls.") and key.endswith(".weight")
+            for key in state
+        )
+        with torch.device("meta"):
+            vae = cls(vocab_size=vocab_size, z_channels=z_channels, ch=ch, phis=max(phis, 1))
+        vae.load_full_state_dict(state, assign=True)
+        return vae.eval().requires_grad_(False)
+
+
+def _is_encoder_side(key: str) -> bool:
+    return key.startswith(_ENCODER_PREFIXES) or key in _ENCODER_KEYS
+
+
+def _mismatches(asked: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield a line for each key that keeps ``found`` from being loaded into ``asked``."""
+    for key, tensor in asked.items():
+        if key not in found:
+            yield f"missing     {key} {tuple(tensor.shape)}"
+        elif found[key].shape != tensor.shape:
+            yield f"other shape {key} {tuple(found[key].shape)}, not {tuple(tensor.shape)}"
+    for key in found:
+        if key not in asked:
+            yield f"unexpected  {key}"

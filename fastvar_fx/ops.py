@@ -1,0 +1,161 @@
+"""The two operators of FastVAR, usable alone: pivotal token selection and cached token restoration.
+
+`x` is (B, L, C): B samples, L = h * w tokens in row-major order, C features.
+
+Source: FastVAR, arXiv 2503.23367, section 3.2 (PTS, equation 3) and section 3.3 (CTR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+Scale = tuple[int, ...]
+"""A token map: (h, w), or (m, h, w) for m maps that are drawn jointly."""
+
+Select = Callable[[Tensor, int], Tensor]
+"""(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64, each at most once."""
+
+Restore = Callable[[Tensor, Tensor, Tensor, Scale, Scale], Tensor]
+"""(kept (B, kept, C), index (B, kept), cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
+
+
+def kept_tokens(tokens: int, ratio: float) -> int:
+    """Returns how many of `tokens` are kept at pruning `ratio` in [0, 1]: L - int(L * ratio)."""
+    return tokens - int(tokens * ratio)
+
+
+def pivotal_scores(x: Tensor) -> Tensor:
+    """Returns the frequency score (B, L) of every token: its squared distance to the mean token.
+
+    The mean token is the lowest frequency of the map, so what is far from it is texture.
+    Half-precision inputs are scored in float32.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    mean = reduce(x, "b l c -> b 1 c", "mean")
+    return reduce((x - mean).square_(), "b l c -> b l", "sum")
+
+
+def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
+    """Returns the indices (B, kept) of the pivotal tokens of each sample, ascending, int64.
+
+    Args:
+        x: Residual stream (B, L, C), floating point.
+        kept: How many tokens to keep, in [0, L]; see `kept_tokens`.
+
+    Source: equation 3. The authors sort all scores; the order of the kept tokens is free, and
+    ascending order keeps the gathers local.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [9.0], [1.0], [0.0]]])
+        >>> pivotal_token_selection(x, 1)
+        tensor([[1]])
+    """
+    best = pivotal_scores(x).topk(kept, dim=1, sorted=False).indices
+    return best.sort(dim=1).values
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What the rewritten graphs call: the paper's selection and restoration, or the user's.
+
+    Attributes:
+        select: Selects the kept tokens.
+        restore: Restores a branch's full output.
+    """
+
+    select: Select
+    restore: Restore
+
+    @staticmethod
+    def take(x: Tensor, index: Tensor) -> Tensor:
+        """Returns the tokens of x at `index`."""
+        return take_tokens(x, index)
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Returns the tokens (B, kept, C) of x (B, L, C) at `index` (B, kept)."""
+    rows = rearrange(x, "b l c -> (b l) c").index_select(0, _rows(index, x.shape[1]))
+    return rearrange(rows, "(b k) c -> b k c", b=x.shape[0])
+
+
+def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
+    """Returns token maps (B, Lc, C) of `cached_scale`, area-interpolated to (B, L, C) of `scale`.
+
+    Jointly drawn maps are resized each by itself.
+    """
+    maps, h, w = _joint(cached_scale)
+    image = rearrange(cached, "b (m h w) c -> (b m) c h w", m=maps, h=h, w=w)
+    resized = F.interpolate(image, size=scale[-2:], mode="area")
+    return rearrange(resized, "(b m) c h w -> b (m h w) c", m=maps)
+
+
+def cached_token_restoration(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    """Returns a branch's full output (B, L, C) from what it computed and what was captured.
+
+    Args:
+        kept: The branch's output on the kept tokens (B, kept, C).
+        index: Which tokens those are (B, kept), int64.
+        cached: The branch's output captured at the cache step (B, Lc, C), Lc = prod(cached_scale).
+        cached_scale: (h, w) or (m, h, w) of the cache step.
+        scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+
+    Source: section 3.3; interpolation is `area`.
+
+    Example:
+        >>> cached = torch.tensor([[[5.0]]])
+        >>> kept, index = torch.ones(1, 1, 1), torch.tensor([[2]])
+        >>> out = cached_token_restoration(kept, index, cached, (1, 1), (2, 2))
+        >>> out.flatten().tolist()
+        [5.0, 5.0, 1.0, 5.0]
+    """
+    _check_shapes(kept, index, cached, cached_scale, scale)
+    return put_tokens(resize_map(cached, cached_scale, scale), index, kept)
+
+
+def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
+    """Returns `full` (B, L, C) with its tokens at `index` (B, kept) overwritten by `kept`."""
+    batch, tokens, width = full.shape
+    rows = full.reshape(batch * tokens, width)
+    rows = rows.index_copy_(0, _rows(index, tokens), rearrange(kept, "b k c -> (b k) c"))
+    return rearrange(rows, "(b l) c -> b l c", b=batch)
+
+
+def _rows(index: Tensor, tokens: int) -> Tensor:
+    """Turns indices per sample (B, kept) into row numbers of the flattened (B * L) tokens."""
+    first = torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)
+    return rearrange(index + rearrange(first, "b -> b 1"), "b k -> (b k)")
+
+
+def _joint(scale: Scale) -> tuple[int, int, int]:
+    return (1, *scale) if len(scale) == 2 else scale  # type: ignore[return-value]
+
+
+def _check_shapes(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> None:
+    found = f"kept {tuple(kept.shape)}, index {tuple(index.shape)}, cached {tuple(cached.shape)}"
+    if kept.dim() != 3 or cached.dim() != 3 or kept.shape[:2] != index.shape:
+        raise ValueError(
+            f"cached_token_restoration needs kept (B, kept, C), index (B, kept) and cached "
+            f"(B, Lc, C); found {found}"
+        )
+    if cached.shape[1] != prod(cached_scale) or kept.shape[::2] != cached.shape[::2]:
+        raise ValueError(
+            f"cached_token_restoration asked to restore from scale {cached_scale} of "
+            f"{prod(cached_scale)} tokens; found {found}. Pass the scale of the cache step, and "
+            f"tensors of one batch and width"
+        )
+    if _joint(cached_scale)[0] != _joint(scale)[0]:
+        raise ValueError(f"scales {cached_scale} and {scale} hold different numbers of maps")

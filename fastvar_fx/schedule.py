@@ -1,0 +1,215 @@
+"""When and how much to prune: the scales of a generation and the ratios of its last steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isnan, prod
+from types import MappingProxyType
+from typing import Any, Final
+
+from fastvar_fx.errors import ScheduleError
+from fastvar_fx.ops import Scale, kept_tokens
+
+
+@dataclass(frozen=True, init=False)
+class Schedule:
+    """The scales a model draws and the pruning ratios of its last N steps.
+
+    Attributes:
+        scales: The K token maps, coarse to fine, as (h, w), or (m, h, w) for m joint maps.
+        ratios: Pruning ratios in [0, 1] of the last N = len(ratios) steps; 0 leaves a step dense.
+        cache_step: 0-based index of the step whose branch outputs are captured (the paper's K-N).
+        layers: Indices of the blocks that prune, ascending; None means all.
+
+    Source: FastVAR, arXiv 2503.23367, section 3.3 and appendix A for the settings.
+
+    Example:
+        >>> schedule = Schedule((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (0.5, 0.75))
+        >>> schedule.cache_step, schedule.tokens(9), schedule.kept(9)
+        (7, 1024, 256)
+    """
+
+    scales: tuple[Scale, ...]
+    ratios: tuple[float, ...]
+    cache_step: int
+    layers: tuple[int, ...] | None
+
+    def __init__(
+        self,
+        scales: Iterable[int | Sequence[int]],
+        ratios: Iterable[float],
+        *,
+        cache_step: int | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        """Checks and stores a schedule.
+
+        Args:
+            scales: Token maps coarse to fine; an int n means n x n, else (h, w) or (m, h, w).
+            ratios: Pruning ratios in [0, 1] of the last steps.
+            cache_step: 0-based; None means the last step before the pruned ones.
+            layers: Blocks that prune, counted from 0; None means all.
+
+        Raises:
+            ScheduleError: If a value is out of its range or they contradict each other.
+        """
+        maps = tuple(_scale(value) for value in scales)
+        object.__setattr__(self, "scales", maps)
+        object.__setattr__(self, "ratios", tuple(_ratio(value) for value in ratios))
+        default = len(maps) - len(self.ratios) - 1
+        object.__setattr__(self, "cache_step", default if cache_step is None else cache_step)
+        object.__setattr__(self, "layers", _layers(layers))
+        self._check()
+
+    def _check(self) -> None:
+        if not self.scales:
+            raise ScheduleError("a schedule needs at least one scale; found none")
+        if len({len(scale) for scale in self.scales}) > 1:
+            raise ScheduleError(
+                f"scales mix (h, w) and (m, h, w): {self.scales}; give all of them one form"
+            )
+        for before, after in zip(self.scales, self.scales[1:], strict=False):
+            if prod(after) < prod(before):
+                raise ScheduleError(
+                    f"scales run coarse to fine, no token map smaller than the one before; found "
+                    f"{after} after {before}"
+                )
+        if len(self.ratios) >= len(self.scales):
+            raise ScheduleError(
+                f"{len(self.ratios)} ratios for {len(self.scales)} scales leave none to capture; "
+                f"give at most {len(self.scales) - 1}"
+            )
+        first_pruned = len(self.scales) - len(self.ratios)
+        if not 0 <= self.cache_step < first_pruned:
+            raise ScheduleError(
+                f"cache_step={self.cache_step!r} must lie before the first pruned step: "
+                f"in [0, {first_pruned - 1}], counted from 0"
+            )
+
+    # --- what a step does ----------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """K, how many steps a generation has."""
+        return len(self.scales)
+
+    def ratio(self, step: int) -> float:
+        """Returns the pruning ratio of a step; 0 before the last N."""
+        first = self.steps - len(self.ratios)
+        return self.ratios[step - first] if step >= first else 0.0
+
+    def tokens(self, step: int) -> int:
+        """Returns L, the token count of a step."""
+        return prod(self.scales[step])
+
+    def kept(self, step: int) -> int:
+        """Returns how many tokens a step keeps: L - int(L * ratio)."""
+        return kept_tokens(self.tokens(step), self.ratio(step))
+
+    @property
+    def pruned_steps(self) -> tuple[int, ...]:
+        """The steps with a ratio above 0 that drops at least one token."""
+        return tuple(s for s in range(self.steps) if self.kept(s) < self.tokens(s))
+
+    def prunes_layer(self, layer: int) -> bool:
+        """Whether the block of index `layer` prunes."""
+        return self.layers is None or layer in self.layers
+
+    # --- as data -------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Returns the schedule as a JSON object; `from_json` reads it back equal."""
+        return json.dumps(
+            {
+                "scales": self.scales,
+                "ratios": self.ratios,
+                "cache_step": self.cache_step,
+                "layers": self.layers,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Reads a schedule from JSON.
+
+        Raises:
+            ScheduleError: If it is no JSON object, has unknown or missing keys, or bad values.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ScheduleError(f"a schedule is read from a JSON object; {error}") from error
+        known = {"scales", "ratios", "cache_step", "layers"}
+        if not isinstance(data, dict) or not {"scales", "ratios"} <= data.keys() <= known:
+            found = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise ScheduleError(
+                f"a schedule has the keys scales and ratios, and may have cache_step and layers; "
+                f"found {found}"
+            )
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ScheduleError(
+                f"a schedule's JSON has a value of a wrong type: {error}"
+            ) from error
+
+    @classmethod
+    def preset(cls, name: str) -> Schedule:
+        """Returns a named schedule; `presets()` lists them.
+
+        Raises:
+            ScheduleError: If there is no such name; the message offers close ones.
+        """
+        if name not in _PRESETS:
+            close = get_close_matches(name, _PRESETS) or list(_PRESETS)
+            raise ScheduleError(f"no preset is named {name!r}; did you mean {' or '.join(close)}?")
+        return _PRESETS[name]
+
+
+def presets() -> MappingProxyType[str, Schedule]:
+    """Returns the named schedules, with the settings of the paper where it gives them."""
+    return MappingProxyType(_PRESETS)
+
+
+def _scale(value: object) -> Scale:
+    sides = (value, value) if isinstance(value, int) else value
+    if not isinstance(sides, Sequence) or len(sides) not in (2, 3):
+        raise ScheduleError(f"a scale is an int n, (h, w) or (m, h, w); found {value!r}")
+    if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
+        raise ScheduleError(f"the sides of a scale are positive integers; found {value!r}")
+    return tuple(sides)
+
+
+def _ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ScheduleError(f"a pruning ratio is a number in [0, 1]; found {value!r}")
+    if isnan(value) or not 0 <= value <= 1:
+        raise ScheduleError(
+            f"a pruning ratio lies in [0, 1], the fraction of tokens dropped; found {value!r}"
+        )
+    return float(value)
+
+
+def _layers(values: Iterable[int] | None) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    layers = tuple(sorted(set(values)))
+    if not layers or layers[0] < 0:
+        raise ScheduleError(
+            f"layers lists the indices of the blocks that prune, counted from 0, or is None for "
+            f"all of them; found {layers}"
+        )
+    return layers
+
+
+_INFINITY_SIDES: Final = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+_HART_SIDES: Final = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+_PRESETS: Final = {
+    "var-256": Schedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (0.5, 0.75)),
+    "var-512": Schedule((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (0.5, 0.75)),
+    "hart-1024": Schedule(_HART_SIDES, (0.5, 0.75)),
+    "infinity-1024": Schedule(_INFINITY_SIDES, (0.4, 0.5, 1.0, 1.0), layers=range(3, 28)),
+}

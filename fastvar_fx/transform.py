@@ -1,0 +1,200 @@
+"""The user's verbs: `transform` a model, `trace` its programs ahead of time, `explain` them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from torch import nn
+
+from fastvar_fx import ops
+from fastvar_fx.blocks import copy_structure, find_blocks
+from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.report import Report
+from fastvar_fx.runtime import BlockRuntime, Plan, ProgramStore, StepOf
+from fastvar_fx.schedule import Schedule
+from passes.branches import KINDS, Kind
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_RUNTIME: Final = "_fastvar"
+_PLAN: Final = "_fastvar_plan"
+
+
+def transform(
+    model: Model,
+    schedule: Schedule,
+    *,
+    blocks: str | Sequence[nn.Module] | None = None,
+    branches: Iterable[str] | None = None,
+    step_of: StepOf | None = None,
+    strict: bool = True,
+    dump_dir: str | Path | None = None,
+    select: ops.Select = ops.pivotal_token_selection,
+    restore: ops.Restore = ops.cached_token_restoration,
+) -> Model:
+    """Returns a copy of a next-scale model whose blocks run FastVAR in the model's own loop.
+
+    The copy has the model's class, parameters (shared), `state_dict` keys and methods; `model`
+    stays as it is. Programs are traced on the first call of each step; `trace` does it ahead.
+
+    Args:
+        model: A model in eval mode whose blocks map a token map (B, L, C) to one.
+        schedule: The scales the loop draws and the pruning ratios of its last steps.
+        blocks: The transformer blocks: a module path, a list of modules, or None to find them.
+        branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
+        step_of: Tells the step of a block call, (block, args, kwargs) -> int or None. Needed
+            only where the token count does not tell it.
+        strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
+        dump_dir: Folder for the graphs before and after each pass, as readable code.
+        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
+        restore: Restores a branch's output: (kept (B, kept, C), index (B, kept), cached
+            (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
+
+    Raises:
+        ModelError: No blocks found, training mode, or already transformed.
+        ScheduleError: Token counts that do not tell the step, or layers beyond the model's.
+        ValueError: Unknown kinds in `branches`.
+
+    Example:
+        >>> fast = transform(model, Schedule.preset("var-256"))  # doctest: +SKIP
+        >>> image = fast.autoregressive_infer_cfg(1, 207, g_seed=0)  # doctest: +SKIP
+    """
+    _check_model(model)
+    kinds = _check_kinds(branches)
+    found = find_blocks(model, blocks)
+    _check_schedule(schedule, len(found), step_of)
+    layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
+    folder = Path(dump_dir) if dump_dir is not None else None
+    operators = ops.Operators(select, restore)
+    plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators)
+    store = ProgramStore(plan)
+    fast, copies = copy_structure(model)
+    for layer, (name, block) in enumerate(found.items()):
+        runtime = (layer, name, plan, store)
+        if layer in layers and plan.pruned_steps:
+            _attach(copies[id(block)], *runtime)
+    object.__setattr__(fast, _PLAN, plan)
+    return cast("Model", fast)
+
+
+def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
+    """Runs `run(fast)` once, so that every step's programs exist, and returns the report.
+
+    Args:
+        fast: A transformed model.
+        run: Runs one generation with the batch size, dtype and device to come.
+
+    Raises:
+        NothingPrunedError: If the run met none of the steps that the schedule prunes.
+
+    Example:
+        >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
+    """
+    plan = _plan(fast)
+    run(fast)
+    report = Report.of(plan)
+    if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in plan.records):
+        wanted = [plan.schedule.tokens(step) for step in plan.pruned_steps]
+        seen = sorted(plan.dense_calls | plan.early_calls) or "no call of a block"
+        raise NothingPrunedError(
+            f"the schedule prunes steps of {wanted} tokens, but the run never came to one; "
+            f"its blocks saw token counts {seen}. Give the schedule that the loop runs, or "
+            f"name the blocks with blocks="
+        )
+    return report
+
+
+def explain(fast: nn.Module) -> Report:
+    """Returns what every block and branch of a transformed model does at every step met so far."""
+    return Report.of(_plan(fast))
+
+
+def _attach(block: nn.Module, layer: int, name: str, plan: Plan, store: ProgramStore) -> None:
+    """Gives a copied block a subclass of its own class whose forward is the runtime's."""
+    kind = type(block)
+    runtime = BlockRuntime(layer, name, kind.forward, plan, store)
+    object.__setattr__(block, _RUNTIME, runtime)
+    members = {
+        "forward": _own_forward(kind),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    block.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._fastvar(self, args, kwargs)  # type: ignore[operator]
+
+
+def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """Returns a forward with a code object of its own.
+
+    Dynamo counts compilations per code object: with a shared one, many blocks would use up the
+    budget that each has for its steps.
+    """
+    made = types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
+    made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
+    made.__doc__ = kind.forward.__doc__
+    return made
+
+
+def _plan(fast: nn.Module) -> Plan:
+    plan = getattr(fast, _PLAN, None)
+    if plan is None:
+        raise ModelError(
+            f"{type(fast).__name__} is not transformed; pass what fastvar_fx.transform returned"
+        )
+    return cast("Plan", plan)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"transform takes a torch.nn.Module; found {type(model).__name__}")
+    if any(_RUNTIME in vars(m) or _PLAN in vars(m) for m in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is transformed already; transform the original model again "
+            f"with another schedule instead, it was not changed"
+        )
+    if model.training:
+        raise ModelError(
+            f"{type(model).__name__} is in training mode; pruning is for inference: call "
+            f"model.eval() first"
+        )
+
+
+def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:
+    if branches is None:
+        return KINDS
+    wanted = (branches,) if isinstance(branches, str) else tuple(branches)
+    unknown = [kind for kind in wanted if kind not in KINDS]
+    if unknown or not wanted:
+        raise ValueError(f"branches lists kinds of {KINDS}; found {wanted}")
+    return cast("tuple[Kind, ...]", wanted)
+
+
+def _check_schedule(schedule: Schedule, blocks: int, step_of: StepOf | None) -> None:
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            f"transform takes a fastvar_fx.Schedule; found {type(schedule).__name__}. Named ones "
+            f"come from Schedule.preset(name)"
+        )
+    beyond = [layer for layer in schedule.layers or () if layer >= blocks]
+    if beyond:
+        raise ScheduleError(
+            f"the schedule prunes layers {beyond}, but the model has {blocks} blocks, 0 to "
+            f"{blocks - 1}"
+        )
+    if step_of is not None or not schedule.pruned_steps:
+        return
+    late = range(schedule.cache_step, schedule.steps)
+    counts = [schedule.tokens(step) for step in range(schedule.steps)]
+    shared = [step for step in late if counts.count(counts[step]) > 1]
+    if shared:
+        raise ScheduleError(
+            f"from the cache step on, the token count must tell the step, but steps {shared} share "
+            f"theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
+        )

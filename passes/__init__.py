@@ -1,0 +1,15 @@
+"""Graph -> graph: the compiler behind `fastvar_fx`. It imports torch and nothing of its users.
+
+A captured call passes, in this order, through
+
+    capture     a call of a live module becomes a functional FX graph
+    branches    its residual branches are found and asked, op by op, if tokens may be dropped
+    features    (cache step) the graph also returns what its branches add
+    prune       (pruned steps) its branches become PTS -> branch -> CTR
+    validate    the graph, unpruned and with permuted tokens, is run against the real call
+"""
+
+from typing import Final
+
+OWNER: Final = "fastvar_fx"
+"""The distribution this folder belongs to; `fastvar_fx` checks it, for the name is a common one."""

@@ -1,0 +1,286 @@
+"""Capture: one call of a live module becomes one functional FX graph, a block program.
+
+The graph's inputs are everything the call reads (parameters, buffers, state, tensor arguments),
+its outputs the call's result followed by the state it wrote. No tensor is baked in, so moving,
+casting and loading weights after the capture keep working, and blocks that run the same ops on the
+same places share one program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.traceback import preserve_node_meta, set_stack_trace
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.refusal import Refusal, RefusedError, error_line, innermost_user_frame, refuse
+from passes.state import Path, Roots, Snapshot, Write, roots, show
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """A captured call.
+
+    Attributes:
+        graph_module: Takes the tensors at `inputs`, returns result leaves, then written tensors.
+        inputs: Where each input is read, in the order of the placeholders.
+        result: The structure of what the call returns.
+        result_leaves: Its leaves; a tensor's place holds `...`, other leaves are as returned.
+        writes: What the call changed; a tensor's place among the leaves holds `...`.
+        constants: The plain values the call could read, by path; it holds only while they do.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[Path, ...]
+    result: pytree.TreeSpec
+    result_leaves: tuple[Any, ...]
+    writes: tuple[Write, ...]
+    constants: dict[Path, Any] = field(repr=False)
+
+    @property
+    def result_count(self) -> int:
+        """How many outputs of the graph are leaves of the result."""
+        return sum(leaf is ... for leaf in self.result_leaves)
+
+
+def run_eagerly(
+    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs a call for real on copies of all tensors it may overwrite, and undoes its writes.
+
+    It fills caches that must not be filled while tracing, and is the reference of the validation.
+
+    Returns:
+        The tensors of the result and the tensors written, in the order of a program's outputs.
+    """
+    origin = roots(module, args, kwargs)
+    snapshot = Snapshot(origin)
+    clones = {id(t): _private(t) for t in snapshot.tensors.values()}
+    try:
+        snapshot.substitute(lambda t: clones[id(t)])
+        with torch.compiler.set_stance("force_eager"):
+            result = forward(*origin["args"], **origin["kwargs"])
+        writes = list(snapshot.writes(lambda t: clones[id(t)]))
+    finally:
+        snapshot.restore()
+    written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
+
+
+def _private(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+
+def capture(
+    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockProgram:
+    """Traces one call into a block program; the module and the arguments stay as they are.
+
+    Raises:
+        RefusedError: FVX001, if the call cannot be traced, naming the user's line.
+    """
+    call = _FakeCall(forward, module, args, kwargs)
+    with call.stand_ins() as fakes, _explained(), preserve_node_meta():
+        graph_module = make_fx(
+            call.run,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _error_on_data_dependent_ops=False,
+        )(*fakes)
+    _resolve_constants(graph_module, fakes)
+    inputs = _drop_unread_inputs(graph_module, list(call.snapshot.tensors))
+    graph_module.graph.lint()
+    graph_module.recompile()
+    assert call.result is not None
+    return BlockProgram(
+        graph_module,
+        tuple(inputs),
+        call.result,
+        tuple(call.result_leaves),
+        tuple(call.writes),
+        call.snapshot.constants,
+    )
+
+
+def fingerprint(
+    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Returns the ops that a call runs, with all their arguments and where their inputs stand.
+
+    Two calls with equal fingerprints have equal block programs: every value that the forward reads
+    and that makes a difference is an argument of an op. It costs a fraction of a capture.
+
+    Raises:
+        RefusedError: FVX001, if the call cannot be run on stand-ins.
+    """
+    call = _FakeCall(forward, module, args, kwargs)
+    with call.stand_ins() as fakes, _explained():
+        recorder = _Recorder(dict(zip(call.snapshot.tensors, fakes, strict=True)))
+        with recorder:
+            outputs = call.run(*fakes)
+        named = [recorder.name(t) for t in outputs]
+        structure = (call.result, tuple(call.result_leaves), _write_keys(call.writes))
+    return (tuple(recorder.records), tuple(named), structure)
+
+
+def _write_keys(writes: list[Write]) -> tuple[Any, ...]:
+    return tuple((w.path, w.step, w.spec, w.leaves, w.deleted) for w in writes)
+
+
+class _FakeCall:
+    """A call that runs on fake tensors; afterwards it knows its result's and writes' structure."""
+
+    def __init__(
+        self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._forward = forward
+        self._origin: Roots = roots(module, args, kwargs)
+        self.snapshot = Snapshot(self._origin)
+        self.result: pytree.TreeSpec | None = None
+        self.result_leaves: list[Any] = []
+        self.writes: list[Write] = []
+        self._fakes: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def stand_ins(self) -> Iterator[list[Tensor]]:
+        """Puts fake tensors in the place of all tensors, and puts everything back at the end."""
+        mode = FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_scalar_outputs=True)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
+            self._fakes = {
+                id(t): mode.from_tensor(t, static_shapes=True)
+                for t in self.snapshot.tensors.values()
+            }
+        try:
+            self.snapshot.substitute(self._fake)
+            with mode, torch.compiler.set_stance("force_eager"):
+                yield list(self._fakes.values())
+        finally:
+            self.snapshot.restore()
+            torch.clear_autocast_cache()
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return self._fakes[id(tensor)]
+
+    def run(self, *_: Tensor) -> list[Tensor]:
+        """Runs the call; the fakes it is given are those already in place."""
+        with _UserLines():
+            result = self._forward(*self._origin["args"], **self._origin["kwargs"])
+        leaves, self.result = pytree.tree_flatten(result)
+        self.result_leaves = _mark_tensors(leaves)
+        writes = list(self.snapshot.writes(self._fake))
+        self.writes = [
+            Write(w.path, w.step, w.spec, tuple(_mark_tensors(w.leaves)), w.deleted) for w in writes
+        ]
+        written = [leaf for write in writes for leaf in write.leaves]
+        return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
+
+
+def _mark_tensors(leaves: Any) -> list[Any]:
+    return [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+class _UserLines(TorchFunctionMode):
+    """Notes the user's line of every torch call as the stack trace of the nodes it makes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        set_stack_trace([innermost_user_frame()])
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every op below autograd and autocast, naming tensors by origin."""
+
+    def __init__(self, inputs: dict[Path, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.records: list[Any] = []
+        self._names: dict[int, Any] = {
+            id(t): (path, tuple(t.shape), t.dtype, t.device) for path, t in inputs.items()
+        }
+        self._alive: list[Tensor] = list(inputs.values())
+
+    def name(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value if isinstance(value, (int, float, bool, str)) else repr(value)
+        return self._names.get(id(value), ("constant", id(value)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = [self.name(leaf) for leaf in pytree.tree_leaves((args, kwargs))]
+        result = func(*args, **kwargs)
+        for index, leaf in enumerate(pytree.tree_leaves(result)):
+            if isinstance(leaf, Tensor):
+                self._names.setdefault(id(leaf), (len(self.records), index))
+                self._alive.append(leaf)
+        self.records.append((func, tuple(operands)))
+        return result
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turns whatever tracing raises into a refusal that names the user's line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RefusedError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first}"
+        where = error_line(error)
+        raise RefusedError(Refusal("FVX001", reason, where=where)) from error
+
+
+def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
+    """Maps constants that alias an input (`weight.data`) to it; refuses any other fake constant."""
+    graph = graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    by_storage = {_storage_key(fake): node for fake, node in zip(fakes, placeholders, strict=True)}
+    for node in graph.find_nodes(op="get_attr"):
+        constant = getattr(graph_module, str(node.target))
+        if not isinstance(constant, FakeTensor):
+            continue
+        source = by_storage.get(_storage_key(constant))
+        if source is None:
+            refuse("FVX001", "it uses a tensor that was made while tracing", node)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return (storage, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+
+
+def _drop_unread_inputs(graph_module: GraphModule, paths: list[Path]) -> list[Path]:
+    graph = graph_module.graph
+    read: list[Path] = []
+    for path, node in zip(paths, graph.find_nodes(op="placeholder"), strict=True):
+        node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
+        if node.users:
+            read.append(path)
+        else:
+            graph.erase_node(node)
+    return read
+
+
+def placeholder_of(program: BlockProgram, path: Path) -> Node | None:
+    """Returns the placeholder of the input at `path`, or None if the graph does not read it."""
+    nodes = program.graph_module.graph.find_nodes(op="placeholder")
+    return dict(zip(program.inputs, nodes, strict=True)).get(path)

@@ -1,0 +1,275 @@
+"""The order of the passes: a captured call in, a checked program for one step out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops, find_branches
+from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
+from passes.features import capture_features
+from passes.graphs import example_values
+from passes.prune import Operators, PruneRefusedError, Step, prune
+from passes.refusal import Refusal, RefusedError, refuse
+from passes.state import Path, get, roots
+from passes.validate import PermutedTokens, check_permutation, check_translation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One live call of a block, to be captured."""
+
+    forward: Forward
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stream: Path
+    """Where its (B, L, C) input is, from the roots."""
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    """What became of one branch.
+
+    Attributes:
+        index: Its place along the trunk.
+        kind: What it is.
+        name: Its module path in the block.
+        kept: Tokens it runs on; None where it runs dense.
+        flops: Matrix-product FLOPs of its dense form.
+        pruned_flops: The same of the form it runs in.
+        refusal: Why it stays dense, if it was refused.
+    """
+
+    index: int
+    kind: Kind
+    name: str
+    kept: int | None
+    flops: int
+    pruned_flops: int
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A checked program of one step.
+
+    Attributes:
+        captured: The call it stands for, with the structure of its result and writes.
+        graph_module: Takes the tensors at `inputs`, then one captured feature per entry of
+            `features`; returns results, writes and, at the cache step, the features.
+        inputs: Where its inputs are read.
+        features: The branches whose features it makes (cache step) or takes (pruned step).
+        branches: What became of every branch.
+    """
+
+    captured: BlockProgram = field(repr=False)
+    graph_module: GraphModule = field(repr=False)
+    inputs: tuple[Path, ...] = field(repr=False)
+    features: tuple[int, ...]
+    branches: tuple[BranchReport, ...]
+
+
+@dataclass(frozen=True)
+class _Analysed:
+    program: BlockProgram
+    found: list[FoundBranch]
+    features: GraphModule
+    expected: list[Tensor]
+    """The feature of every found branch in the real call, by position."""
+
+
+def analyse(call: Call) -> _Analysed:
+    """Capture -> branches -> translation check.
+
+    Raises:
+        RefusedError: If the block as a whole stays dense.
+    """
+    results, written = run_eagerly(call.forward, call.module, call.args, call.kwargs)
+    program = capture(call.forward, call.module, call.args, call.kwargs)
+    stream = placeholder_of(program, call.stream)
+    if stream is None:
+        refuse("FVX003", "its (B, L, C) input is not read")
+    found = find_branches(program.graph_module.graph, stream, program.result_count)
+    features = capture_features(program.graph_module, found)
+    outputs = features(*live_inputs(call, program.inputs))
+    count = len(results) + len(written)
+    mismatch = check_translation(outputs[: len(outputs) - len(found)], [*results, *written])
+    if mismatch is not None:
+        raise RefusedError(mismatch)
+    return _Analysed(program, found, features, outputs[count:])
+
+
+def make_capture(call: Call, kinds: Sequence[Kind], dump: Dump | None) -> StepProgram:
+    """Makes the program of the cache step: the dense block that also returns its features."""
+    analysed = analyse(call)
+    program = analysed.program
+    wanted = [branch for branch in analysed.found if branch.kind in kinds]
+    graph_module = capture_features(program.graph_module, wanted)
+    if dump is not None:
+        dump("captured", program.graph_module)
+        dump("features", graph_module)
+    reports = tuple(replace(_dense_report(b), refusal=None) for b in analysed.found)
+    features = tuple(branch.index for branch in wanted)
+    return StepProgram(program, graph_module, program.inputs, features, reports)
+
+
+def make_pruned(
+    call: Call,
+    kinds: Sequence[Kind],
+    step: Step,
+    operators: Operators,
+    captured: dict[int, Tensor],
+    dump: Dump | None,
+) -> StepProgram:
+    """Makes the program of a pruned step: its branches run on the kept tokens.
+
+    Args:
+        call: The live call at that step.
+        kinds: Kinds of branches that prune.
+        step: How many tokens each branch keeps, and the scales.
+        operators: Selection and restoration.
+        captured: The features of the cache step by branch index.
+        dump: Writes the graphs, if given.
+    """
+    analysed = analyse(call)
+    program = analysed.program
+    found = [_with_feature(branch, captured) for branch in analysed.found]
+    while True:
+        wanted = [b for b in found if isinstance(b, Branch) and b.kind in kinds]
+        try:
+            _check_permuted(call, analysed, wanted)
+            pruned = prune(
+                program.graph_module,
+                wanted,
+                step,
+                operators,
+                lambda branch: _fake_like(branch, captured[branch.index]),
+            )
+        except PruneRefusedError as error:
+            log.info("branch %d refused: %s", error.branch, error.refusal)
+            found = [_refuse(b, error.refusal) if b.index == error.branch else b for b in found]
+        else:
+            break
+    if dump is not None:
+        dump("captured", program.graph_module)
+        dump("pruned", pruned.graph_module)
+    reports = tuple(_pruned_report(b, wanted, step.kept, pruned.graph_module) for b in found)
+    inputs = tuple(program.inputs[i] for i in pruned.inputs)
+    features = tuple(branch.index for branch in wanted)
+    return StepProgram(program, pruned.graph_module, inputs, features, reports)
+
+
+def _with_feature(branch: FoundBranch, captured: dict[int, Tensor]) -> FoundBranch:
+    if isinstance(branch, RefusedBranch):
+        return branch
+    feature, out = captured.get(branch.index), branch.out.meta["val"]
+    if feature is None:
+        return _refuse(branch, Refusal("FVX016", "the block ran other branches at the cache step"))
+    if feature.dtype != out.dtype or feature.shape[::2] != out.shape[::2]:
+        found = f"{tuple(feature.shape)} {feature.dtype}, now {tuple(out.shape)} {out.dtype}"
+        return _refuse(branch, Refusal("FVX016", f"its output at the cache step was {found}"))
+    return branch
+
+
+def _refuse(branch: FoundBranch, refusal: Refusal) -> RefusedBranch:
+    return RefusedBranch(branch.index, branch.kind, branch.name, branch.out, branch.region, refusal)
+
+
+def _check_permuted(call: Call, analysed: _Analysed, wanted: list[Branch]) -> None:
+    """Keeps all tokens in another order: every branch must give its output again."""
+    if not wanted:
+        return
+    tokens = get(roots(call.module, call.args, call.kwargs), call.stream).shape[1]
+    operators = PermutedTokens()
+    every = Step(tokens, (tokens,), (tokens,))
+    permuted = prune(
+        analysed.program.graph_module, wanted, every, operators, lambda b: b.out.meta["val"]
+    )
+    paths = [analysed.program.inputs[i] for i in permuted.inputs]
+    expected = [analysed.expected[branch.index] for branch in wanted]
+    operators.outputs.clear()
+    permuted.graph_module(*live_inputs(call, paths), *expected)
+    wrong = check_permutation(operators.outputs, expected, permuted.graph_module)
+    if wrong is not None:
+        raise PruneRefusedError(wanted[wrong[0]].index, wrong[1])
+
+
+def _fake_like(branch: Branch, feature: Tensor) -> Tensor:
+    """A fake of the captured feature, in the fake mode of the captured graph."""
+    example: Tensor = branch.out.meta["val"]
+    return example.new_empty(feature.shape)
+
+
+def live_inputs(call: Call, paths: Sequence[Path]) -> list[Tensor]:
+    """Reads a program's inputs from a live call; those that it might overwrite are copies."""
+    origin = roots(call.module, call.args, call.kwargs)
+    tensors = [get(origin, path) for path in paths]
+    return [t if isinstance(t, nn.Parameter) else t.clone() for t in tensors]
+
+
+# --- reports -----------------------------------------------------------------------------------
+
+
+def _dense_report(branch: FoundBranch) -> BranchReport:
+    flops = count_flops(branch.region)
+    refusal = branch.refusal if isinstance(branch, RefusedBranch) else None
+    return BranchReport(branch.index, branch.kind, branch.name, None, flops, flops, refusal)
+
+
+def _pruned_report(
+    branch: FoundBranch, wanted: list[Branch], kept: int, graph_module: GraphModule
+) -> BranchReport:
+    if branch not in wanted:
+        return _dense_report(branch)
+    nodes = [
+        n
+        for n in graph_module.graph.nodes
+        if n.meta.get("fastvar", {}).get("branch") == branch.index
+    ]
+    return BranchReport(
+        branch.index,
+        branch.kind,
+        branch.name,
+        kept,
+        count_flops(branch.region),
+        count_flops(nodes),
+    )
+
+
+def count_flops(nodes: Sequence[Node]) -> int:
+    """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        for node in nodes:
+            if counts_flops(node) and callable(node.target):
+                node.target(*example_values(node.args), **example_values(node.kwargs))
+    return int(counter.get_total_flops())
+
+
+class Dump:
+    """Writes graphs as numbered files of readable code, one per pass."""
+
+    def __init__(self, folder: FilePath, prefix: str) -> None:
+        self._folder = folder
+        self._prefix = prefix
+        self._count = 0
+
+    def __call__(self, name: str, graph_module: GraphModule) -> None:
+        """Writes one graph."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        code = graph_module.print_readable(print_output=False, additional_meta=["fastvar"])
+        path = self._folder / f"{self._prefix}.{self._count}_{name}.py"
+        path.write_text(code, encoding="utf-8")
+        self._count += 1

@@ -1,0 +1,408 @@
+"""Rewrites branches into PTS -> branch -> CTR. Rewrite only: what to change was found before.
+
+The graph is built anew, node by node. A pruned branch is emitted as a copy that reads the trunk at
+the kept tokens; its dense form is left out unless something else still needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from passes.axes import Axes, Tag, dim_size, has_batch, has_tokens, shape_of
+from passes.branches import Branch
+from passes.graphs import example_values, mutated, outputs_of
+from passes.refusal import Refusal, RefusedError, refuse
+from passes.rules import Gather, Replace, Resize, bind
+
+Scale = tuple[int, ...]
+"""A token map, as the operators read it; nothing here looks into it."""
+
+
+class Operators(Protocol):
+    """The runtime functions that the rewritten graph calls; all take and return real tensors."""
+
+    @property
+    def select(self) -> Callable[[Tensor, int], Tensor]:
+        """(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64."""
+
+    @property
+    def take(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x (B, L, C), index (B, kept)) -> the tokens at `index`, (B, kept, C)."""
+
+    @property
+    def restore(self) -> Callable[[Tensor, Tensor, Tensor, Scale, Scale], Tensor]:
+        """(kept (B, kept, C), index, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pruned step keeps, and the scales it restores from and to."""
+
+    kept: int
+    cached_scale: Scale
+    scale: Scale
+
+
+@dataclass(frozen=True)
+class PrunedGraph:
+    """A rewritten graph.
+
+    Attributes:
+        graph_module: Takes the original inputs that it still reads, then one captured output per
+            pruned branch; returns what the original returns.
+        inputs: Positions of the original inputs that it still reads.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[int, ...]
+
+
+def prune(
+    graph_module: GraphModule,
+    branches: Iterable[Branch],
+    step: Step,
+    operators: Operators,
+    captured: Callable[[Branch], Tensor],
+) -> PrunedGraph:
+    """Rewrites `branches` to run on the kept tokens of a step.
+
+    Args:
+        graph_module: The captured graph; it stays as it is.
+        branches: Branches found in it, in the order of the captured inputs.
+        step: How many tokens each branch keeps, in [0, L], and the scales.
+        operators: Selection and restoration.
+        captured: Gives an example (a fake tensor) of a branch's captured output.
+
+    Raises:
+        PruneRefusedError: FVX018 if a rewritten op does not run on the kept tokens.
+    """
+    return _Rewriter(graph_module, list(branches), step, operators).run(captured)
+
+
+class PruneRefusedError(RefusedError):
+    """A branch turned out not to run on the kept tokens.
+
+    Attributes:
+        branch: Its index.
+    """
+
+    def __init__(self, branch: int, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.branch = branch
+
+
+class _Rewriter:
+    def __init__(
+        self, graph_module: GraphModule, branches: list[Branch], step: Step, operators: Operators
+    ) -> None:
+        self._source = graph_module
+        self._branches = branches
+        self._graph = Graph()
+        self._dense: dict[Node, Node] = {}
+        self._live, self._pruned_live = _liveness(graph_module.graph, branches, step.kept)
+        self._emitters = [
+            _BranchEmitter(self._graph, branch, step, operators, self._dense) for branch in branches
+        ]
+
+    def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
+        order = {node: place for place, node in enumerate(self._source.graph.nodes)}
+        placeholders = self._source.graph.find_nodes(op="placeholder")
+        read = [i for i, node in enumerate(placeholders) if node in self._live]
+        for index in read:
+            self._copy(placeholders[index])
+        caches = [self._cache_input(branch, captured(branch)) for branch in self._branches]
+        adds = {branch.add: i for i, branch in enumerate(self._branches)}
+        for node in order:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in adds:
+                emitter, cache = self._emitters[adds[node]], caches[adds[node]]
+                restored = emitter.restored(cache)
+                self._copy(node, {emitter.branch.out: restored})
+            elif node in self._live:
+                self._copy(node)
+            for emitter in self._emitters:
+                if node in self._pruned_live[emitter.branch.index]:
+                    try:
+                        emitter.emit(node)
+                    except RefusedError as error:
+                        raise PruneRefusedError(emitter.branch.index, error.refusal) from error
+        self._output()
+        self._graph.lint()
+        return PrunedGraph(GraphModule(self._source, self._graph), tuple(read))
+
+    def _cache_input(self, branch: Branch, example: Tensor) -> Node:
+        node = self._graph.placeholder(f"captured_{branch.index}")
+        node.meta = {"val": example, "fastvar": {"input": f"captured {branch.name}"}}
+        return node
+
+    def _copy(self, node: Node, replaced: dict[Node, Node] | None = None) -> None:
+        env = self._dense if replaced is None else self._dense | replaced
+        self._dense[node] = self._graph.node_copy(node, lambda arg: env[arg])
+
+    def _output(self) -> None:
+        outputs = []
+        for value in outputs_of(self._source.graph):
+            pruned = next((e.emitted[value] for e in self._emitters if value in e.emitted), None)
+            outputs.append(self._dense[value] if pruned is None else pruned)
+        self._graph.output(outputs)
+
+
+class _BranchEmitter:
+    """Emits one branch on the kept tokens."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        branch: Branch,
+        step: Step,
+        operators: Operators,
+        dense: dict[Node, Node],
+    ) -> None:
+        self.branch = branch
+        self.emitted: dict[Node, Node] = {}
+        self._graph = graph
+        self._step = step
+        self._kept = step.kept
+        self._operators = operators
+        self._dense = dense
+        self._index: Node | None = None
+        self._taken: dict[Node, Node] = {}
+        self._gathered: dict[tuple[Node, Axes], Node] = {}
+
+    def emit(self, node: Node) -> None:
+        """Emits the pruned form of a node of the region."""
+        edits = self.branch.edits.get(node, {})
+        args: dict[str, Any] = {}
+        for name, value in bind(node).items():
+            edit = edits.get((name, None))
+            if isinstance(edit, Replace):
+                args[name] = edit.value
+            elif isinstance(edit, Resize):
+                args[name] = shape_of(edit.axes, self._kept)
+            elif isinstance(value, (list, tuple)):
+                args[name] = [
+                    self._operand(item, edits.get((name, i))) for i, item in enumerate(value)
+                ]
+            else:
+                args[name] = self._operand(value, edit)
+        names = list(args)
+        positional = tuple(args[name] for name in names[: len(node.args)])
+        keyword = {
+            name: args[name]
+            for name in names[len(node.args) :]
+            if name in node.kwargs or (name, None) in edits
+        }
+        self.emitted[node] = self._call(node.target, positional, keyword, node)
+        self._check(node)
+
+    def restored(self, cache: Node) -> Node:
+        """Emits the restoration of the branch's full output."""
+        out, scales = self.branch.out, (self._step.cached_scale, self._step.scale)
+        if self._kept:
+            kept, index = self.emitted[out], self._kept_index(out)
+        else:
+            kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), {}, out)
+            index = self._call(_no_tokens, (cache,), {}, out)
+        return self._call(self._operators.restore, (kept, index, cache, *scales), {}, out)
+
+    def _operand(self, value: Any, edit: object) -> Any:
+        if not isinstance(value, Node):
+            return value
+        if value in self.emitted:
+            return self.emitted[value]
+        if value in self.branch.entries:
+            return self._take(value)
+        if isinstance(edit, Gather):
+            return self._gather(value, edit.axes)
+        return self._dense[value]
+
+    def _kept_index(self, like: Node) -> Node:
+        """The kept tokens, ranked by the trunk as this branch reads it."""
+        if self._index is None:
+            source = self._dense[self.branch.entries[-1]]
+            self._index = self._call(self._operators.select, (source, self._kept), {}, like)
+        return self._index
+
+    def _take(self, entry: Node) -> Node:
+        if entry not in self._taken:
+            parts = (self._dense[entry], self._kept_index(entry))
+            self._taken[entry] = self._call(self._operators.take, parts, {}, entry)
+        return self._taken[entry]
+
+    def _gather(self, side: Node, axes: Axes) -> Node:
+        if (side, axes) not in self._gathered:
+            layout = SideLayout.of(side.meta["val"].shape, axes, self._kept)
+            index = self._kept_index(side)
+            parts = (self._dense[side], index, *layout)
+            self._gathered[side, axes] = self._call(take_side, parts, {}, side)
+        return self._gathered[side, axes]
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:
+        node = self._graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+        node.meta["fastvar"] = {"branch": self.branch.index, "kept": self._kept}
+        try:
+            node.meta["val"] = target(*example_values(args), **example_values(kwargs))
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            refuse("FVX018", text[0] if text else type(error).__name__, like)
+        return node
+
+    def _check(self, node: Node) -> None:
+        """A shape that the axes do not predict means that a rule is wrong."""
+        axes = self.branch.axes[node]
+        made = self.emitted[node].meta["val"]
+        pairs = zip(axes, made, strict=True) if isinstance(axes, list) else [(axes, made)]
+        for expected, value in pairs:
+            wanted = shape_of(expected, self._kept)
+            if isinstance(value, Tensor) and list(value.shape) != wanted:
+                refuse("FVX018", f"it gives {list(value.shape)} where {wanted} was due", node)
+
+
+def _liveness(
+    graph: Graph, branches: list[Branch], kept: int
+) -> tuple[set[Node], dict[int, set[Node]]]:
+    """Returns the nodes that are needed in dense form, and those of each branch in pruned form."""
+    outputs = outputs_of(graph)
+    adds = {branch.add: branch for branch in branches}
+    pruned: dict[int, set[Node]] = {branch.index: set() for branch in branches}
+    live: set[Node] = set()
+    for branch in branches:
+        wanted = [node for node in outputs if node in branch.region]
+        _grow(pruned[branch.index], wanted + [branch.out] * (kept > 0), set(branch.region))
+    roots = [node for node in outputs if not any(node in b.region for b in branches)]
+    for branch in branches:
+        roots += branch.entries
+        region = pruned[branch.index]
+        roots += [arg for n in region for arg in n.all_input_nodes if arg not in branch.region]
+    stack = roots + [node for node in graph.nodes if _is_scope(node)]
+    while stack:
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                skipped = adds[node].out if node in adds else None
+                stack.extend(arg for arg in node.all_input_nodes if arg is not skipped)
+        stack = [n for n in graph.nodes if n not in live and mutated(n) in live and n not in adds]
+        stack = [n for n in stack if not any(n in branch.region for branch in branches)]
+    return live, pruned
+
+
+def _grow(live: set[Node], roots: list[Node], within: set[Node]) -> None:
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in within and node not in live:
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+            writers = [n for n in within if mutated(n) in live]
+            stack.extend(writers)
+
+
+def _is_scope(node: Node) -> bool:
+    """Autocast and grad-mode switches take effect by their place in the graph."""
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return getattr(node.target, "__name__", "") in {
+        "_enter_autocast",
+        "_exit_autocast",
+        "_set_grad_enabled",
+    }
+
+
+class SideLayout(NamedTuple):
+    """How a side input is gathered at the kept tokens of the value it meets.
+
+    Attributes:
+        factored: The side input's shape with merged dims taken apart; 1 where it broadcasts.
+        full: The same after the gather, with every dim that it changed at its full size.
+        tokens: The dims of `factored` to gather, with what stands before and after the tokens.
+        batch: The dim of `factored` that ranges over the samples, or -1 if there is one sample.
+        shape: The shape of the result.
+    """
+
+    factored: tuple[int, ...]
+    full: tuple[int, ...]
+    tokens: tuple[tuple[int, int, int], ...]
+    batch: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(side_shape: Iterable[int], axes: Axes, kept: int) -> SideLayout:
+        """Returns the layout for a side input of `side_shape` that meets `axes` from the right."""
+        sizes = list(side_shape)
+        rank = max(len(axes), len(sizes))
+        sizes = [1] * (rank - len(sizes)) + sizes
+        factored: list[int] = []
+        full: list[int] = []
+        shape: list[int] = []
+        tokens: list[tuple[int, int, int]] = []
+        batch = -1
+        for size, dim in zip(sizes, ((),) * (rank - len(axes)) + axes, strict=True):
+            if not (has_batch(dim) or (has_tokens(dim) and size != 1)):
+                factored.append(size)
+                full.append(size)
+                shape.append(size)
+                continue
+            for factor in dim:
+                if factor.tag is Tag.BATCH:
+                    batch = len(factored)
+                elif factor.tag is Tag.TOKEN:
+                    tokens.append((len(factored), factor.before, factor.after))
+                factored.append(1 if size == 1 else factor.size)
+                full.append(factor.kept_size(kept))
+            shape.append(dim_size(dim, kept))
+        return SideLayout(tuple(factored), tuple(full), tuple(tokens), batch, tuple(shape))
+
+
+def _no_tokens(cached: Tensor) -> Tensor:
+    """Returns empty indices (B, 0) for a captured feature (B, Lc, C)."""
+    return torch.empty(cached.shape[0], 0, dtype=torch.int64, device=cached.device)
+
+
+def take_side(
+    side: Tensor,
+    index: Tensor,
+    factored: tuple[int, ...],
+    full: tuple[int, ...],
+    tokens: tuple[tuple[int, int, int], ...],
+    batch: int,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Gathers a side input per sample at the kept tokens.
+
+    Args:
+        side: A tensor with an entry per token on one or more dims, such as a RoPE table.
+        index: Kept tokens (B, kept), int64.
+        factored: This and the rest: see `SideLayout`.
+        full: Shape after the gather, before dims are merged again.
+        tokens: Dims to gather, with what stands before and after the tokens.
+        batch: Dim of the samples, or -1.
+        shape: Shape of the result.
+    """
+    value = side.reshape(factored)
+    for dim, before, after in tokens:
+        keys = _keys(index, value.shape[dim], before, after)
+        place = [1] * value.dim()
+        place[dim] = keys.shape[1]
+        if batch >= 0:
+            place[batch] = index.shape[0]
+        value = torch.take_along_dim(value, keys.reshape(place), dim)
+    return value.expand(full).reshape(shape)
+
+
+def _keys(index: Tensor, size: int, before: int, after: int) -> Tensor:
+    """Extends the kept tokens by the entries that stand before and after all tokens."""
+    if not (before or after):
+        return index
+    samples = index.shape[0]
+    earlier = torch.arange(before, device=index.device).expand(samples, before)
+    later = torch.arange(size - after, size, device=index.device).expand(samples, after)
+    return torch.cat([earlier, index + before, later], dim=1)

@@ -1,0 +1,131 @@
+"""Why something stays dense: a failed match is a value that carries its reason."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Final, NoReturn
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+CODES: Final[dict[str, str]] = {
+    "FVX001": "the block could not be traced",
+    "FVX002": "the captured graph does not reproduce the block",
+    "FVX003": "no residual stream leads through the block",
+    "FVX004": "the block holds no residual branch",
+    "FVX010": "an op has no axis rule",
+    "FVX011": "the token axis is reshaped",
+    "FVX012": "the branch reads the token axis by position",
+    "FVX013": "the branch mixes tokens other than by attention",
+    "FVX014": "a value of the branch is used outside it",
+    "FVX015": "the branch writes in place into a value it does not own",
+    "FVX016": "the branch has no captured output",
+    "FVX017": "the rewritten graph does not reproduce the block",
+    "FVX018": "the rewritten op does not run on the kept tokens",
+}
+"""Stable refusal codes and what each means; the reason of a refusal adds the case at hand."""
+
+_HINTS: Final[dict[str, str]] = {
+    "FVX001": "keep control flow free of tensor values; declare fused kernels with register_opaque",
+    "FVX002": "look for state that the block reads from outside itself, such as a module global",
+    "FVX003": "a block takes a (B, L, C) tensor and returns one; name other modules with blocks=",
+    "FVX004": "name the modules that hold the residual adds with blocks=",
+    "FVX010": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
+    "FVX011": "leave this kind dense with branches=",
+    "FVX012": "leave this kind dense with branches=",
+    "FVX013": "leave this kind dense with branches=",
+    "FVX014": "leave this kind dense with branches=, or do not return that value",
+    "FVX015": "assign the updated tensor to the attribute instead of writing into it",
+    "FVX016": "capture a step at which the block runs the same branches (cache_step=)",
+    "FVX017": "check the axis rules and opaque kernels you declared: one leaves something out",
+    "FVX018": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
+}
+
+_NOT_USERS: Final = frozenset({"torch", "einops", "passes"})
+_FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A branch or block that stays dense. Falsy, so that `if not result:` reads as a failed match.
+
+    Attributes:
+        code: Stable code, a key of `CODES`.
+        reason: The case at hand, in words.
+        op: The op at fault, such as `aten.conv1d.default`; empty if there is none.
+        where: The user's `file:line` that called it; empty if unknown.
+    """
+
+    code: str
+    reason: str
+    op: str = ""
+    where: str = ""
+
+    def __bool__(self) -> bool:
+        """A refusal is falsy."""
+        return False
+
+    @property
+    def title(self) -> str:
+        """What the code means."""
+        return CODES[self.code]
+
+    @property
+    def hint(self) -> str:
+        """What the user can do about it."""
+        return _HINTS[self.code]
+
+    def __str__(self) -> str:
+        at = f" at {self.where}" if self.where else ""
+        op = f" ({self.op})" if self.op else ""
+        return f"{self.code} {self.title}: {self.reason}{op}{at}. Hint: {self.hint}."
+
+
+class RefusedError(Exception):
+    """Raised inside an analysis to refuse; caught by the pass that asked, never by the user."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+def refuse(code: str, reason: str, node: Node | None = None) -> NoReturn:
+    """Refuses with `code`, naming the op and the user's line of `node`."""
+    if node is None:
+        raise RefusedError(Refusal(code, reason))
+    raise RefusedError(Refusal(code, reason, op=str(node.target), where=where(node)))
+
+
+def where(node: Node) -> str:
+    """Returns the `file:line` of the user's code that made `node`, or an empty string."""
+    match = _FRAME.search(node.stack_trace or "")
+    return f"{match['file']}:{match['line']}" if match else ""
+
+
+def innermost_user_frame() -> str:
+    """Returns the innermost frame of the running stack outside torch, as a stack trace line."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _package(frame) in _NOT_USERS:
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    code = frame.f_code
+    return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
+
+
+def error_line(error: BaseException) -> str:
+    """Returns the innermost `file:line` outside torch that an error passed, or an empty string."""
+    lines = [
+        f"{frame.f_code.co_filename}:{number}"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if _package(frame) not in _NOT_USERS
+    ]
+    return lines[-1] if lines else ""
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -1,0 +1,103 @@
+"""Runs a captured graph against the real call; a graph that was not checked is never used.
+
+Two checks. Translation: the graph, unpruned, gives what the call gave. Permutation: the rewritten
+graph, keeping all tokens in another order, gives every branch's output again; a position that is
+read and not gathered shows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.prune import Scale
+from passes.refusal import Refusal
+
+_TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
+_PERMUTATION: Final = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+class PermutedTokens:
+    """Operators that keep every token, in reversed order, and note each branch's full output."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def select(self, x: Tensor, kept: int) -> Tensor:
+        """Returns all tokens, last to first."""
+        order = torch.arange(kept - 1, -1, -1, device=x.device)
+        return order.expand(x.shape[0], kept)
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """Returns x (B, L, C) at `index` (B, L)."""
+        return torch.take_along_dim(x, index.unsqueeze(-1), 1)
+
+    def restore(
+        self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+    ) -> Tensor:
+        """Puts the tokens back in order."""
+        full = kept.flip(1)
+        self.outputs.append(full)
+        return full
+
+
+def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Refusal | None:
+    """Compares a captured graph's outputs with the real call's."""
+    if len(made) != len(expected):
+        return Refusal("FVX002", f"{len(made)} outputs, the block gives {len(expected)}")
+    for place, (a, b) in enumerate(zip(made, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return Refusal("FVX002", f"output {place} is {_meta(a)}, the block gives {_meta(b)}")
+        error, at = _largest_difference(a, b)
+        if not error <= _tolerance([b.dtype], _TRANSLATION, 4):
+            return Refusal("FVX002", f"output {place} differs by {error:.1e} (relative) at {at}")
+    return None
+
+
+def check_permutation(
+    made: Sequence[Tensor], expected: Sequence[Tensor], graph_module: GraphModule
+) -> tuple[int, Refusal] | None:
+    """Compares each branch's output under permuted tokens; returns the first that differs."""
+    dtypes = [n.meta["val"].dtype for n in graph_module.graph.nodes if _is_float(n.meta.get("val"))]
+    limit = _tolerance(dtypes, _PERMUTATION, 16)
+    for place, (a, b) in enumerate(zip(made, expected, strict=True)):
+        error, at = _largest_difference(a, b)
+        if not error <= limit:
+            text = f"with permuted tokens it differs by {error:.1e} (relative) at {at}"
+            return place, Refusal("FVX017", text)
+    return None
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _tolerance(
+    dtypes: Sequence[torch.dtype], known: dict[torch.dtype, float], epsilons: int
+) -> float:
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((known.get(d, epsilons * torch.finfo(d).eps) for d in floats), default=0.0)
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, tuple[int, ...]]:
+    """Returns the largest difference relative to the largest value of b, and where it is."""
+    if not b.numel():
+        return 0.0, ()
+    if not (b.is_floating_point() or b.is_complex()):
+        return float(not torch.equal(a, b)), ()
+    wide = torch.complex128 if b.is_complex() else torch.float64
+    difference = (a.to(wide) - b.to(wide)).abs()
+    both_nan = a.isnan() & b.isnan()
+    difference = torch.where(both_nan | (a == b), torch.zeros_like(difference), difference)
+    scale = b.to(wide).abs().nan_to_num(0.0, 0.0).amax().clamp_min(torch.finfo(torch.float64).tiny)
+    at = int(difference.argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), b.shape))
+    return float(difference.flatten()[at] / scale), place
+
+
+def _meta(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
