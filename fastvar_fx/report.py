@@ -57,6 +57,7 @@ class Report:
     Attributes:
         rows: One per block, step and branch.
         cache_step: The step whose branch outputs are captured.
+        prunes: Whether the schedule prunes any step.
         dense_calls: Calls of blocks by token count that were none of these steps.
         early_calls: Calls with a pruned step's token count that came before the capture of their
             generation, such as source tokens of an editing model; they ran dense.
@@ -65,6 +66,7 @@ class Report:
 
     rows: tuple[Row, ...]
     cache_step: int
+    prunes: bool
     dense_calls: dict[int, int]
     early_calls: dict[int, int]
     trace_seconds: float
@@ -85,6 +87,7 @@ class Report:
         return cls(
             tuple(rows),
             plan.schedule.cache_step,
+            bool(plan.pruned_steps),
             dict(sorted(plan.dense_calls.items())),
             dict(sorted(plan.early_calls.items())),
             plan.trace_seconds,
@@ -185,6 +188,8 @@ def _notes(report: Report) -> list[str]:
 
 
 def _empty(report: Report) -> str:
+    if not report.prunes:
+        return "the schedule prunes nothing: the model runs as it is"
     if not report.dense_calls:
         return "no step of the schedule was run yet; run a generation, or fastvar_fx.trace"
     seen = ", ".join(map(str, report.dense_calls))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
@@ -141,8 +141,8 @@ class ProgramStore:
 
     def find_or_make(
         self, block: BlockRuntime, step: int, call: Call, captured: dict[int, Tensor]
-    ) -> BoundProgram | None:
-        """Returns the program for a live call, or None if the block stays dense at this step."""
+    ) -> BoundProgram | StaysDense:
+        """Returns the program for a live call."""
         started = time.perf_counter()
         try:
             entry = self._find_or_make(block, step, call, captured)
@@ -162,9 +162,9 @@ class ProgramStore:
         )
         if refused:
             log.info("%s stays dense at step %d: %s", block.name, step, program)
-            return None
+            return StaysDense.of(call)
         assert isinstance(program, StepProgram)
-        return BoundProgram(program, call, captured)
+        return BoundProgram(program, call)
 
     def _find_or_make(
         self, block: BlockRuntime, step: int, call: Call, captured: dict[int, Tensor]
@@ -251,6 +251,10 @@ def _meta_text(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
+def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:
+    return f"batch {size} on {device}, {str(dtype).removeprefix('torch.')}"
+
+
 def _meta(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.dtype, tensor.device)
 
@@ -262,7 +266,7 @@ class BoundProgram:
         features: The branches whose features it makes or takes.
     """
 
-    def __init__(self, program: StepProgram, call: Call, captured: dict[int, Tensor]) -> None:
+    def __init__(self, program: StepProgram, call: Call) -> None:
         captured_call = program.captured
         block = call.module
         self.features = program.features
@@ -271,7 +275,6 @@ class BoundProgram:
         self._metas = [_meta(_read(r, call.args, call.kwargs)) for r in self._reads]
         self._form = (len(call.args), tuple(call.kwargs))
         self._constants = _constant_guards(block, captured_call.constants, call)
-        self._feature_metas = {i: _meta(t) for i, t in captured.items()}
         self._results = captured_call.result_count
         self._single = captured_call.result.is_leaf()
         self._result_spec = captured_call.result
@@ -323,6 +326,31 @@ def _fill_tensors(leaves: Sequence[Any], outputs: Sequence[Tensor], place: int) 
     return filled
 
 
+@dataclass(frozen=True)
+class StaysDense:
+    """Stands in the place of a program where a call was refused."""
+
+    stream: Path
+    meta: tuple[Any, ...]
+    form: tuple[int, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, call: Call) -> StaysDense:
+        """Remembers the call's form and the shape, dtype and device of its token map."""
+        form = (len(call.args), tuple(call.kwargs))
+        return cls(call.stream, _meta(_token_map(call.stream, call.args, call.kwargs)), form)
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it stands for this call."""
+        form = (len(args), tuple(kwargs))
+        return form == self.form and _meta(_token_map(self.stream, args, kwargs)) == self.meta
+
+
+def _token_map(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    (_, root), (_, key) = path
+    return args[key] if root == "args" else kwargs[key]  # type: ignore[no-any-return]
+
+
 Reader = tuple[Any, Any]
 """(holder, key): an attribute of a module; or ("args" | "kwargs", path) to look up in the call."""
 
@@ -353,22 +381,27 @@ def _value(holder: Any, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _constant_guards(
-    block: nn.Module, constants: Mapping[Path, Any], call: Call
+    block: nn.Module, constants: Iterable[Path], call: Call
 ) -> list[tuple[Reader, Any]]:
     """Guards of the plain values a call could read; a container of plain values counts as one."""
     guards: dict[Any, tuple[Reader, Any]] = {}
-    for path, value in constants.items():
+    for path in constants:
         if path[0][1] == "module":
-            guards[path] = (_reader(block, path), value)
+            guards[path] = _guard(_reader(block, path), call)
             continue
         top = path[:2]
         whole = get({"args": list(call.args), "kwargs": call.kwargs}, top)
         leaves = pytree.tree_leaves(whole)
         if any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves):
-            guards[path] = (_reader(block, path), value)
+            guards[path] = _guard(_reader(block, path), call)
         else:
             guards[top] = (_reader(block, top), pytree.tree_map(lambda leaf: leaf, whole))
     return list(guards.values())
+
+
+def _guard(reader: Reader, call: Call) -> tuple[Reader, Any]:
+    """Expects what this block's own call holds: blocks that share a program may differ in it."""
+    return reader, _read(reader, call.args, call.kwargs)
 
 
 def _writer(block: nn.Module, write: Write) -> Callable[..., int]:
@@ -424,9 +457,10 @@ class BlockRuntime:
         self._cache_step = plan.schedule.cache_step
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
         self._streams: dict[tuple[int, tuple[str, ...]], Path] = {}
-        self._programs: dict[int, list[BoundProgram | None]] = {}
+        self._programs: dict[int, list[BoundProgram | StaysDense]] = {}
         self._began = False
         self._features: list[dict[int, Tensor]] | None = None
+        self._dtype: torch.dtype | None = None
         self._position = _CAPTURED
         self._call = 0
 
@@ -470,8 +504,7 @@ class BlockRuntime:
         if path is None:
             bound = partial(self._forward, block)
             path = self._streams[form] = self._store.stream_of(bound, block, args, kwargs)
-        (_, root), (_, key) = path
-        return args[key] if root == "args" else kwargs[key]  # type: ignore[no-any-return]
+        return _token_map(path, args, kwargs)
 
     def _begin(self, tokens: int) -> None:
         """A structure step: whatever an earlier generation left is stale."""
@@ -508,6 +541,7 @@ class BlockRuntime:
             features = dict(zip(program.features, made, strict=True))
         self._position = _CAPTURED
         self._call = 0
+        self._dtype = self._stream(block, args, kwargs).dtype
         if repeated and self._features is not None:
             self._features = [*self._features, features]
         else:
@@ -549,15 +583,15 @@ class BlockRuntime:
             )
         captured = self._features[self._call]
         x = self._stream(block, args, kwargs)
+        live = (x.shape[0], x.device, x.dtype)
         for feature in captured.values():
-            if feature.shape[0] != x.shape[0] or feature.device != x.device:
-                found = f"batch {x.shape[0]} on {x.device}"
-                was = f"batch {feature.shape[0]} on {feature.device}"
+            was = (feature.shape[0], feature.device, self._dtype)
+            if live != was:
                 self._forget()
                 raise CaptureMismatchError(
-                    f"{self.name} at step {step}: asked to restore {found} from what the cache "
-                    f"step {self._cache_step} captured, {was}. Keep batch and device within one "
-                    f"generation"
+                    f"{self.name} at step {step}: asked to restore {_describe_batch(*live)} from "
+                    f"what the cache step {self._cache_step} captured, {_describe_batch(*was)}. "
+                    f"Keep batch, device and dtype within one generation"
                 )
         return captured
 
@@ -592,8 +626,8 @@ class BlockRuntime:
         """Returns the program of this step that stands for this call, making it if need be."""
         known = self._programs.setdefault(step, [])
         for program in known:
-            if program is None or program.matches(args, kwargs):
-                return program
+            if program.matches(args, kwargs):
+                return program if isinstance(program, BoundProgram) else None
         if torch.compiler.is_compiling():
             raise RunError(
                 f"{self.name} has no program for this call of step {step}; run "
@@ -604,7 +638,7 @@ class BlockRuntime:
         made = self._store.find_or_make(self, step, call, captured)
         known.append(made)
         self._check_anything_pruned(step)
-        return made
+        return made if isinstance(made, BoundProgram) else None
 
     def _check_anything_pruned(self, step: int) -> None:
         """After the last block has met a pruned step, something must have been pruned."""

@@ -327,22 +327,35 @@ def _check_returned(
 
 def _kind(region: tuple[Node, ...], axes: Mapping[Node, Axes | list[Axes]]) -> Kind:
     """Attention attends to tokens of the map, cross-attention to something else."""
-    keys = [key for node in region for key in _attended(node, axes)]
+    keys = [key for node in region for key in _attended(node, axes, region)]
     if not keys:
         return "ffn"
     return "attention" if any(keys) else "cross_attention"
 
 
-def _attended(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> Iterator[bool]:
+def _attended(
+    node: Node, axes: Mapping[Node, Axes | list[Axes]], region: tuple[Node, ...]
+) -> Iterator[bool]:
     """Yields whether the keys of an attention op are tokens; unknown axes count as tokens."""
     name = op_name(node)
     if name in _attention_ops:
         keys = axes.get(key_operand(node))
         yield (keys is None and node not in axes) or any(map(has_tokens, keys or ()))  # type: ignore[arg-type]
-    elif name in _SOFTMAXES:
+    elif name in _SOFTMAXES and _weighs_values(node, region):
         scores = axes.get(node)
         dim = int(bind(node)["dim"])
         yield scores is None or has_tokens(scores[dim])  # type: ignore[arg-type]
+
+
+def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:
+    """Whether a softmax goes into a product with values: then it is an attention's."""
+    stack = [user for user in softmax.users if user in region]
+    while stack:
+        node = stack.pop()
+        if op_name(node) in _PRODUCTS:
+            return op_name(node) != "aten::linear"
+        stack += [user for user in node.users if user in region]
+    return False
 
 
 def key_operand(node: Node) -> Any:

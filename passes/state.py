@@ -98,7 +98,7 @@ class Snapshot:
             self._seen.add(id(value))
             self._containers.append((path, value, _copy(value)))
             for step, item in _entries(value):
-                if not (isinstance(item, _CONSTANTS) and _is_torch_layer(value)):
+                if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):
                     self._visit((*path, step), item)
 
     def substitute(self, stand_in: Callable[[Tensor], Tensor]) -> None:

@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("local", deadline=None)
+if settings.get_current_profile_name() != "ci":
+    settings.load_profile("local")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_grad() -> Iterator[None]:
+    """Small tensors run fastest on one thread; generation needs no gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
