@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from fastvar_fx.errors import ModelError
+from passes.state import attributes, is_container
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential, list, tuple)
 _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)
@@ -66,9 +68,19 @@ def _by_path(model: nn.Module, path: str) -> dict[str, nn.Module]:
             f"blocks={path!r} is no module of {type(model).__name__}; did you mean "
             f"{' or '.join(close)}?"
         ) from error
-    if isinstance(found, (*_NO_FORWARD, nn.Sequential)):
-        return {f"{path}.{name}": child for name, child in found.named_children()}
-    return {path: found}
+    blocks = dict(_flat(path, found))
+    if not blocks:
+        raise ModelError(f"blocks={path!r} is an empty list in {type(model).__name__}")
+    return blocks
+
+
+def _flat(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields a module, or the modules in a list of lists."""
+    if isinstance(module, (*_NO_FORWARD, nn.Sequential)):
+        for name, child in module.named_children():
+            yield from _flat(f"{path}.{name}", child)
+    else:
+        yield path, module
 
 
 def _look(model: nn.Module) -> dict[str, nn.Module]:
@@ -87,28 +99,27 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _groups(model: nn.Module) -> list[_Group]:
-    """Collects the modules of each list; lists that share a class (chunks) are one group."""
-    groups: list[_Group] = []
-    for owner_name, owner, items in _lists(model):
+    """Collects the modules of each list; sister lists, as in the chunks of a model, are one."""
+    groups: dict[Any, _Group] = {}
+    lists: dict[int, Any] = {}  # which list a module stands in
+    for owner_name, owner, key, items in _lists(model):
+        if isinstance(owner, _NO_FORWARD):
+            place: Any = ("lists in a list", id(owner))
+        else:
+            place = (lists.get(id(owner), id(owner)), key)
+        for _, item in items:
+            lists.setdefault(id(item), place)
         candidates = [(name, item) for name, item in items if _has_linear(item)]
         if isinstance(owner, _NO_FORWARD) and _mixed(item for _, item in candidates):
             continue  # sub-layers of a block that is no module: their owner's owner adds them up
         if any(isinstance(item, _NO_FORWARD) and _mixed(item.children()) for _, item in items):
             candidates = [(owner_name, owner)]
+        group = groups.setdefault(place, _Group([], []))
         for name, item in candidates:
-            if not isinstance(item, _NO_FORWARD):
-                _add(groups, name, item, {type(other) for _, other in candidates})
-    return groups
-
-
-def _add(groups: list[_Group], name: str, item: nn.Module, classes: set[type]) -> None:
-    group = next((g for g in groups if classes & {type(m) for m in g.modules}), None)
-    if group is None:
-        group = _Group([], [])
-        groups.append(group)
-    if not any(item is known for known in group.modules):
-        group.names.append(name)
-        group.modules.append(item)
+            if not isinstance(item, _NO_FORWARD) and not any(item is m for m in group.modules):
+                group.names.append(name)
+                group.modules.append(item)
+    return [group for group in groups.values() if group.modules]
 
 
 def _mixed(modules: Iterable[nn.Module]) -> bool:
@@ -121,8 +132,10 @@ def _has_linear(module: nn.Module) -> bool:
     return sum(p.dim() == 2 for p in module.parameters()) > 1
 
 
-def _lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Module]]]]:
-    """Yields the lists of modules in a model with the module that owns each."""
+def _lists(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, str, list[tuple[str, nn.Module]]]]:
+    """Yields the lists of modules in a model: the owner's name, the owner, the key, the items."""
     for name, module in _reachable(model):
         held: list[tuple[str, Any]] = list(module.named_children())
         held += [(k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple))]
@@ -131,7 +144,7 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, n
                 items = [(f"{_join(name, key)}.{i}", m) for i, m in enumerate(value)]
                 modules = [(n, m) for n, m in items if isinstance(m, nn.Module)]
                 if modules:
-                    yield name, module, modules
+                    yield name, module, key, modules
 
 
 def _join(prefix: str, name: str) -> str:
@@ -183,7 +196,7 @@ class _Copier:
     def _value(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             return self.module(value)
-        if isinstance(value, (dict, list, set, torch.Generator)):
+        if isinstance(value, (set, torch.Generator)) or is_container(value):
             if id(value) not in self._memo:
                 self._memo[id(value)] = value  # a container that holds itself is left as it is
                 self._memo[id(value)] = self._container(value)
@@ -206,8 +219,14 @@ class _Copier:
         made = copy.copy(value)
         if isinstance(value, dict):
             made.update({key: self._value(item) for key, item in value.items()})
-        elif isinstance(value, list):
-            made[:] = [self._value(item) for item in value]
+        elif isinstance(value, (list, deque)):
+            made.clear()
+            made.extend(self._value(item) for item in value)
+        elif isinstance(value, set):
+            made = type(value)(self._value(item) for item in value)
+        else:  # an object of the user's, such as a cache
+            for name, item in attributes(value).items():
+                object.__setattr__(made, name, self._value(item))
         return made
 
 

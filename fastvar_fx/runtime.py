@@ -24,8 +24,17 @@ from fastvar_fx import ops
 from fastvar_fx.errors import CaptureMismatchError, ModelError, NothingPrunedError, RunError
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind, find_branches
-from passes.capture import capture, fingerprint, placeholder_of
-from passes.pipeline import BranchReport, Call, Dump, StepProgram, make_capture, make_pruned
+from passes.capture import LeakedTensorError, capture, fingerprint, placeholder_of
+from passes.pipeline import (
+    BranchReport,
+    Call,
+    Dump,
+    Reference,
+    StepProgram,
+    make_capture,
+    make_pruned,
+    reference,
+)
 from passes.prune import Step
 from passes.refusal import Refusal, RefusedError
 from passes.state import Path, Write, apply, get
@@ -137,6 +146,7 @@ class ProgramStore:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._entries: list[_Entry] = []
+        self._met: set[tuple[Any, ...]] = set()
         self._streams: dict[tuple[type, int, tuple[str, ...]], Path | Refusal] = {}
 
     def find_or_make(
@@ -148,6 +158,11 @@ class ProgramStore:
             entry = self._find_or_make(block, step, call, captured)
         except RefusedError as error:
             entry = _Entry(-1, step, (), error.refusal)
+        except LeakedTensorError as error:
+            raise ModelError(
+                f"{block.name} cannot be traced: {error}. Keep such state in attributes, lists or "
+                f"dicts of the block, or hand it in; then transform the model anew"
+            ) from error
         self._plan.trace_seconds += time.perf_counter() - started
         program = entry.program
         refused = isinstance(program, Refusal)
@@ -169,27 +184,36 @@ class ProgramStore:
     def _find_or_make(
         self, block: BlockRuntime, step: int, call: Call, captured: dict[int, Tensor]
     ) -> _Entry:
+        kind = (step, type(call.module).__mro__[1], *StaysDense.of(call).key)
+        real = None if kind in self._met else reference(call)
+        self._met.add(kind)
         metas = tuple((i, _meta(t)) for i, t in sorted(captured.items()))
         mark = (metas, *fingerprint(call.forward, call.module, call.args, call.kwargs))
         for entry in self._entries:
             if entry.step == step and entry.fingerprint == mark:
                 return entry
-        entry = _Entry(len(self._entries), step, mark, self._make(block, step, call, captured))
+        program = self._make(block, step, call, real or reference(call), captured)
+        entry = _Entry(len(self._entries), step, mark, program)
         self._entries.append(entry)
         return entry
 
     def _make(
-        self, block: BlockRuntime, step: int, call: Call, captured: dict[int, Tensor]
+        self,
+        block: BlockRuntime,
+        step: int,
+        call: Call,
+        real: Reference,
+        captured: dict[int, Tensor],
     ) -> StepProgram | Refusal:
         plan = self._plan
         number = len(self._entries)
         dump = plan.dump_dir and Dump(plan.dump_dir, f"{number:02}_{block.name}_step{step}")
         try:
             if step == plan.schedule.cache_step:
-                return make_capture(call, plan.kinds, dump or None)
+                return make_capture(call, real, plan.kinds, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
             at = Step(plan.schedule.kept(step), *scales)
-            return make_pruned(call, plan.kinds, at, plan.operators, captured, dump or None)
+            return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
         except RefusedError as error:
             return error.refusal
 
@@ -339,6 +363,11 @@ class StaysDense:
         """Remembers the call's form and the shape, dtype and device of its token map."""
         form = (len(call.args), tuple(call.kwargs))
         return cls(call.stream, _meta(_token_map(call.stream, call.args, call.kwargs)), form)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it compares, hashable."""
+        return (*self.meta, self.form)
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it stands for this call."""

@@ -56,9 +56,11 @@ class Schedule:
         Raises:
             ScheduleError: If a value is out of its range or they contradict each other.
         """
-        maps = tuple(_scale(value) for value in scales)
+        maps = tuple(_scale(value) for value in _listed("scales", scales))
         object.__setattr__(self, "scales", maps)
-        object.__setattr__(self, "ratios", tuple(_ratio(value) for value in ratios))
+        object.__setattr__(
+            self, "ratios", tuple(_ratio(value) for value in _listed("ratios", ratios))
+        )
         default = len(maps) - len(self.ratios) - 1
         object.__setattr__(self, "cache_step", default if cache_step is None else cache_step)
         object.__setattr__(self, "layers", _layers(layers))
@@ -83,7 +85,7 @@ class Schedule:
                 f"give at most {len(self.scales) - 1}"
             )
         first_pruned = len(self.scales) - len(self.ratios)
-        if not 0 <= self.cache_step < first_pruned:
+        if not _is_index(self.cache_step) or self.cache_step >= first_pruned:
             raise ScheduleError(
                 f"cache_step={self.cache_step!r} must lie before the first pruned step: "
                 f"in [0, {first_pruned - 1}], counted from 0"
@@ -193,16 +195,27 @@ def _ratio(value: Any) -> float:
     return float(value)
 
 
+def _listed(name: str, values: Iterable[Any]) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        raise ScheduleError(f"{name} is a list of numbers; found {values!r}") from error
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _layers(values: Iterable[int] | None) -> tuple[int, ...] | None:
     if values is None:
         return None
-    layers = tuple(sorted(set(values)))
-    if not layers or layers[0] < 0:
+    layers = _listed("layers", values)
+    if not layers or not all(map(_is_index, layers)):
         raise ScheduleError(
             f"layers lists the indices of the blocks that prune, counted from 0, or is None for "
-            f"all of them; found {layers}"
+            f"all of them; found {tuple(layers)}"
         )
-    return layers
+    return tuple(sorted(set(layers)))
 
 
 _INFINITY_SIDES: Final = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)

@@ -144,7 +144,7 @@ def broadcast(operands: Sequence[Axes]) -> Axes:
     """Returns the axes of a broadcast over `operands`, aligned from the right.
 
     Raises:
-        AxesError: If a token axis meets an axis of another meaning.
+        AxesError: If the token or the batch axis meets an axis of another meaning.
     """
     rank = max(len(axes) for axes in operands)
     padded = [((),) * (rank - len(axes)) + axes for axes in operands]
@@ -155,10 +155,10 @@ def _broadcast_dim(dims: Sequence[Dim]) -> Dim:
     full = [dim for dim in dims if dim]
     if not full:
         return ()
-    if any(has_tokens(dim) for dim in full):
-        tokens = [tuple(f for f in dim if f.tag is Tag.TOKEN) for dim in full]
-        if any(t != tokens[0] for t in tokens):
-            raise AxesError("a token axis meets an axis that is not the same tokens")
+    if any(has_tokens(dim) or has_batch(dim) for dim in full):
+        layouts = [_merge_others(dim) for dim in full]
+        if any(layout != layouts[0] for layout in layouts):
+            raise AxesError("a token axis or the batch axis meets another axis")
     return max(full, key=len)
 
 

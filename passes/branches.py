@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import torch
 from torch.fx import Graph, Node
 
-from passes.axes import Axes, has_tokens, stream_axes
+from passes.axes import Axes, has_batch, has_tokens, stream_axes
 from passes.graphs import memory_owner, mutated, op_name, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
 from passes.rules import Edit, Slot, apply_rule, bind
@@ -153,11 +153,10 @@ def _heavy(stream: Node, inside: set[Node]) -> set[Node]:
     heavy: set[Node] = set()
     for node in stream.graph.nodes:
         if node in inside and node is not stream:
-            if op_name(node) in _PRODUCTS | _attention_ops:
+            pair = _residual_operands(node, inside, heavy)
+            sources = node.all_input_nodes if pair is None else [pair[0]]
+            if counts_flops(node) or any(source in heavy for source in sources):
                 heavy.add(node)
-            elif _residual_operands(node, inside, heavy) is None:
-                if any(arg in heavy for arg in node.all_input_nodes):
-                    heavy.add(node)
     return heavy
 
 
@@ -171,9 +170,16 @@ def _residual_operands(node: Node, inside: set[Node], heavy: set[Node]) -> tuple
     if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
         return None
     for trunk, out in ((a, b), (b, a)):
-        if out in heavy and (trunk not in heavy or _depends(out, trunk)):
+        if out in heavy and (trunk not in heavy or _depends(out, _root(trunk, inside, heavy))):
             return trunk, out
     return None
+
+
+def _root(trunk: Node, inside: set[Node], heavy: set[Node]) -> Node:
+    """Follows residual adds back to where their trunk began."""
+    while (pair := _residual_operands(trunk, inside, heavy)) is not None:
+        trunk = pair[0]
+    return trunk
 
 
 def _depends(node: Node, on: Node) -> bool:
@@ -281,18 +287,15 @@ def _check_owned(
     known = set().union(*regions)
     for node in ordered:
         for user in node.users:
-            if user.op != "output" and user is not add and user not in known:
-                refuse("FVX014", f"it is used by {user.target} outside the branch", node)
+            if user.op == "output" or user is add or user in known:
+                continue
+            target = mutated(user)
+            if target is not None and memory_owner(target) not in known:
+                refuse("FVX015", f"{user.target} writes tokens into a value from outside", user)
+            refuse("FVX014", f"it is used by {user.target} outside the branch", node)
         target = mutated(node)
         if target is not None and memory_owner(target) not in region:
             refuse("FVX015", f"{node.target} overwrites a value from outside", node)
-    for node in add.graph.nodes:
-        if node not in region and node is not add and (target := mutated(node)) is not None:
-            if (
-                any(arg in region for arg in node.all_input_nodes)
-                and memory_owner(target) not in known
-            ):
-                refuse("FVX015", f"{node.target} writes tokens into a value from outside", node)
 
 
 def _propagate(
@@ -308,8 +311,8 @@ def _propagate(
 
 
 def _check_output(out: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
-    expected = stream_axes(_shape(out) or ())
-    if axes[out][1] != expected[1] or any(map(has_tokens, (axes[out][0], axes[out][2]))):  # type: ignore[arg-type]
+    found, expected = axes[out], stream_axes(_shape(out) or ())
+    if found[:2] != expected[:2] or has_tokens(found[2]) or has_batch(found[2]):  # type: ignore[arg-type]
         refuse("FVX011", "its output is not laid out as (B, L, C) like the stream", out)
 
 

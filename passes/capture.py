@@ -9,7 +9,10 @@ same places share one program.
 from __future__ import annotations
 
 import contextlib
+import gc
+import operator
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +32,10 @@ from passes.refusal import Refusal, RefusedError, error_line, innermost_user_fra
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
 Forward = Callable[..., Any]
+
+
+class LeakedTensorError(Exception):
+    """A forward kept a tensor in a place that no snapshot sees; a stand-in is left there now."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def capture(
             _error_on_data_dependent_ops=False,
         )(*fakes)
     _resolve_constants(graph_module, fakes)
+    _drop_unused_parts(graph_module)
     inputs = _drop_unread_inputs(graph_module, list(call.snapshot.tensors))
     graph_module.graph.lint()
     graph_module.recompile()
@@ -126,14 +134,29 @@ def fingerprint(
 
     Raises:
         RefusedError: FVX001, if the call cannot be run on stand-ins.
+        LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
-    call = _FakeCall(forward, module, args, kwargs)
+    made: list[weakref.ref[Tensor]] = []
+    mark = _record(_FakeCall(forward, module, args, kwargs), made)
+    left = [tensor for ref in made if (tensor := ref()) is not None]
+    if left:
+        found = [holder for holder in gc.get_referrers(*left) if holder is not left]
+        holders = sorted({type(holder).__name__ for holder in found} - {"frame", "FakeTensor"})
+        raise LeakedTensorError(
+            f"its forward keeps a tensor of shape {tuple(left[-1].shape)} outside the module's "
+            f"attributes and the call's arguments, in a {' or a '.join(holders) or 'closure'}"
+        )
+    return mark
+
+
+def _record(call: _FakeCall, made: list[weakref.ref[Tensor]]) -> tuple[Any, ...]:
     with call.stand_ins() as fakes, _explained():
         recorder = _Recorder(dict(zip(call.snapshot.tensors, fakes, strict=True)))
         with recorder:
             outputs = call.run(*fakes)
         named = [recorder.name(t) for t in outputs]
         structure = (call.result, tuple(call.result_leaves), _write_keys(call.writes))
+        made += [weakref.ref(tensor) for tensor in recorder.made]
     return (tuple(recorder.records), tuple(named), structure)
 
 
@@ -213,22 +236,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names: dict[int, Any] = {
             id(t): (path, tuple(t.shape), t.dtype, t.device) for path, t in inputs.items()
         }
-        self._alive: list[Tensor] = list(inputs.values())
+        self.made: list[Tensor] = []  # kept alive, for their ids are their names
 
     def name(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value if isinstance(value, (int, float, bool, str)) else repr(value)
+            return (type(value), value if isinstance(value, (int, float, str)) else repr(value))
         return self._names.get(id(value), ("constant", id(value)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operands = [self.name(leaf) for leaf in pytree.tree_leaves((args, kwargs))]
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        operands = [self.name(leaf) for leaf in leaves]
         result = func(*args, **kwargs)
         for index, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
                 self._names.setdefault(id(leaf), (len(self.records), index))
-                self._alive.append(leaf)
-        self.records.append((func, tuple(operands)))
+                self.made.append(leaf)
+        self.records.append((func, tuple(operands), spec))
         return result
 
 
@@ -260,7 +284,14 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
             refuse("FVX001", "it uses a tensor that was made while tracing", node)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-    graph_module.delete_all_unused_submodules()
+        delattr(graph_module, str(node.target))
+
+
+def _drop_unused_parts(graph_module: GraphModule) -> None:
+    """Drops the parts of tuples that nobody takes, such as the indices of a max."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph_module.graph.erase_node(node)
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

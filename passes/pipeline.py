@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops, find_branches
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
 from passes.features import capture_features
-from passes.graphs import example_values
+from passes.graphs import example_values, outputs_of
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse
 from passes.state import Path, get, roots
@@ -36,6 +36,10 @@ class Call:
     kwargs: dict[str, Any]
     stream: Path
     """Where its (B, L, C) input is, from the roots."""
+
+
+Reference = tuple[list[Tensor], list[Tensor]]
+"""What a real call returned, and what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -85,35 +89,53 @@ class StepProgram:
 class _Analysed:
     program: BlockProgram
     found: list[FoundBranch]
-    features: GraphModule
+    results: list[Tensor]
+    """What the real call returns."""
     expected: list[Tensor]
     """The feature of every found branch in the real call, by position."""
+    inputs: list[Tensor]
+    """The graph's inputs after the call, which may have overwritten them."""
 
 
-def analyse(call: Call) -> _Analysed:
-    """Capture -> branches -> translation check.
+def reference(call: Call) -> Reference:
+    """Runs a call for real, with no effect; it comes first, for it fills what calls share.
+
+    A helper's cache, such as one of position ids, would else keep a tensor made while tracing.
+    """
+    return run_eagerly(call.forward, call.module, call.args, call.kwargs)
+
+
+def analyse(call: Call, real: Reference) -> _Analysed:
+    """Captures a call, finds its branches and checks the translation.
+
+    Args:
+        call: The live call.
+        real: What `reference` gave for it.
 
     Raises:
         RefusedError: If the block as a whole stays dense.
     """
-    results, written = run_eagerly(call.forward, call.module, call.args, call.kwargs)
+    results, written = real
     program = capture(call.forward, call.module, call.args, call.kwargs)
     stream = placeholder_of(program, call.stream)
     if stream is None:
         refuse("FVX003", "its (B, L, C) input is not read")
     found = find_branches(program.graph_module.graph, stream, program.result_count)
     features = capture_features(program.graph_module, found)
-    outputs = features(*live_inputs(call, program.inputs))
+    inputs = live_inputs(call, program.inputs)
+    outputs = features(*inputs)
     count = len(results) + len(written)
     mismatch = check_translation(outputs[: len(outputs) - len(found)], [*results, *written])
     if mismatch is not None:
         raise RefusedError(mismatch)
-    return _Analysed(program, found, features, outputs[count:])
+    return _Analysed(program, found, results, outputs[count:], inputs)
 
 
-def make_capture(call: Call, kinds: Sequence[Kind], dump: Dump | None) -> StepProgram:
+def make_capture(
+    call: Call, real: Reference, kinds: Sequence[Kind], dump: Dump | None
+) -> StepProgram:
     """Makes the program of the cache step: the dense block that also returns its features."""
-    analysed = analyse(call)
+    analysed = analyse(call, real)
     program = analysed.program
     wanted = [branch for branch in analysed.found if branch.kind in kinds]
     graph_module = capture_features(program.graph_module, wanted)
@@ -127,6 +149,7 @@ def make_capture(call: Call, kinds: Sequence[Kind], dump: Dump | None) -> StepPr
 
 def make_pruned(
     call: Call,
+    real: Reference,
     kinds: Sequence[Kind],
     step: Step,
     operators: Operators,
@@ -137,13 +160,14 @@ def make_pruned(
 
     Args:
         call: The live call at that step.
+        real: What `reference` gave for it.
         kinds: Kinds of branches that prune.
         step: How many tokens each branch keeps, and the scales.
         operators: Selection and restoration.
         captured: The features of the cache step by branch index.
         dump: Writes the graphs, if given.
     """
-    analysed = analyse(call)
+    analysed = analyse(call, real)
     program = analysed.program
     found = [_with_feature(branch, captured) for branch in analysed.found]
     while True:
@@ -197,13 +221,37 @@ def _check_permuted(call: Call, analysed: _Analysed, wanted: list[Branch]) -> No
     permuted = prune(
         analysed.program.graph_module, wanted, every, operators, lambda b: b.out.meta["val"]
     )
-    paths = [analysed.program.inputs[i] for i in permuted.inputs]
+    inputs = live_inputs(call, analysed.program.inputs)
     expected = [analysed.expected[branch.index] for branch in wanted]
     operators.outputs.clear()
-    permuted.graph_module(*live_inputs(call, paths), *expected)
+    outputs = permuted.graph_module(*(inputs[i] for i in permuted.inputs), *expected)
     wrong = check_permutation(operators.outputs, expected, permuted.graph_module)
     if wrong is not None:
         raise PruneRefusedError(wanted[wrong[0]].index, wrong[1])
+    effects = _effects(analysed, wanted, outputs, inputs)
+    wrong = check_permutation(*effects, permuted.graph_module)
+    if wrong is not None:
+        raise RefusedError(wrong[1])
+
+
+def _effects(
+    analysed: _Analysed, wanted: list[Branch], outputs: Sequence[Tensor], inputs: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what does not depend on the order of the tokens, as made and as it should be.
+
+    That is what the block returns, but for keys and values, and the inputs it overwrote.
+    """
+    nodes = outputs_of(analysed.program.graph_module.graph)
+    made, real = [], []
+    for node, output, result in zip(nodes, outputs, analysed.results, strict=False):
+        if not any(node in branch.region for branch in wanted):
+            made.append(output)
+            real.append(result)
+    for tensor, after in zip(inputs, analysed.inputs, strict=True):
+        if tensor is not after:
+            made.append(tensor)
+            real.append(after)
+    return made, real
 
 
 def _fake_like(branch: Branch, feature: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.axes import Axes, Tag, dim_size, has_batch, has_tokens, shape_of
 from passes.branches import Branch
-from passes.graphs import example_values, mutated, outputs_of
+from passes.graphs import example_values, memory_owner, mutated, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
 from passes.rules import Gather, Replace, Resize, bind
 
@@ -290,8 +290,7 @@ def _liveness(
                 live.add(node)
                 skipped = adds[node].out if node in adds else None
                 stack.extend(arg for arg in node.all_input_nodes if arg is not skipped)
-        stack = [n for n in graph.nodes if n not in live and mutated(n) in live and n not in adds]
-        stack = [n for n in stack if not any(n in branch.region for branch in branches)]
+        stack = [node for node in _writers(graph.nodes, live) if node not in adds]
     return live, pruned
 
 
@@ -302,8 +301,21 @@ def _grow(live: set[Node], roots: list[Node], within: set[Node]) -> None:
         if node in within and node not in live:
             live.add(node)
             stack.extend(node.all_input_nodes)
-            writers = [n for n in within if mutated(n) in live]
-            stack.extend(writers)
+    writers = [node for node in _writers(within, live) if node in within]
+    if writers:
+        _grow(live, writers, within)
+
+
+def _writers(nodes: Iterable[Node], live: set[Node]) -> list[Node]:
+    """In-place ops not yet live that write into the memory of a live value, or of an input."""
+    owners = {memory_owner(node) for node in live}
+    return [
+        node
+        for node in nodes
+        if node not in live
+        and (target := mutated(node)) is not None
+        and ((owner := memory_owner(target)) in owners or owner.op == "placeholder")
+    ]
 
 
 def _is_scope(node: Node) -> bool:
@@ -394,6 +406,7 @@ def take_side(
         place[dim] = keys.shape[1]
         if batch >= 0:
             place[batch] = index.shape[0]
+        keys = keys.mT if batch > dim else keys
         value = torch.take_along_dim(value, keys.reshape(place), dim)
     return value.expand(full).reshape(shape)
 

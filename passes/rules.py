@@ -269,8 +269,12 @@ def _reduced(site: Site, axes: Axes, dims: Sequence[int]) -> None:
     for d in dims:
         if has_batch(axes[d]):
             site.refuse("FVX013", "it reduces over the samples of the batch")
-        if has_tokens(axes[d]) and not any(has_tokens(axes[e]) for e in range(len(axes)) if e != d):
+        if has_tokens(axes[d]) and not any(has_tokens(axes[e]) for e in _rest(axes, dims)):
             site.refuse("FVX013", "it reduces over the tokens")
+
+
+def _rest(axes: Axes, dims: Sequence[int]) -> list[int]:
+    return [d for d in range(len(axes)) if d not in dims]
 
 
 @rule(
@@ -302,8 +306,9 @@ def _softmax(site: Site) -> Axes:
 @rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp")
 def _scan(site: Site) -> Axes:
     axes = site.stream("self")
-    if has_tokens(axes[site.dim("dim", len(axes))]):
-        site.refuse("FVX013", "it scans over the tokens")
+    dim = axes[site.dim("dim", len(axes))]
+    if has_tokens(dim) or has_batch(dim):
+        site.refuse("FVX013", "it scans over the tokens or the samples")
     return axes
 
 
@@ -334,10 +339,13 @@ def _channel_norm(site: Site) -> Axes:
     axes = site.stream("input")
     trained = bool(site.args.get("training", True) or site.args.get("use_input_stats", False))
     if not (site.node.target is torch.ops.aten.batch_norm.default and not trained):
-        if any(has_tokens(dim) for dim in axes[1:]):
+        batch_too = site.node.target is torch.ops.aten.batch_norm.default
+        if any(has_tokens(dim) for dim in (axes if batch_too else axes[1:])):
             site.refuse("FVX013", "it normalizes over the tokens")
-    if has_tokens(axes[1]):
-        site.refuse("FVX013", "it has parameters per token")
+        if any(has_batch(dim) for dim in (axes if batch_too else axes[1:])):
+            site.refuse("FVX013", "it normalizes over the samples of the batch")
+    if has_tokens(axes[1]) or has_batch(axes[1]):
+        site.refuse("FVX013", "it has parameters per token or per sample")
     return axes
 
 
@@ -371,7 +379,7 @@ def _matmul(site: Site) -> Axes:
     return _product(site, left, right)
 
 
-@rule("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv")
+@rule("aten::addmm", "aten::baddbmm", "aten::addmv")
 def _matmul_added(site: Site) -> Axes:
     added, left, right = [name for name, value in site.args.items() if isinstance(value, Node)]
     product = _product(site, left, right)
@@ -416,6 +424,8 @@ def _einsum(site: Site) -> Axes:
             if dim:
                 found[letter] = broadcast([(dim,), (found.get(letter, ()),)])[0]
     for letter, dims in seen.items():
+        if letter not in output and has_batch(found.get(letter, ())):
+            site.refuse("FVX013", "it sums over the samples of the batch")
         if letter not in output and len(dims) == 1 and has_tokens(found.get(letter, ())):
             site.refuse("FVX013", "it reduces over the tokens")
         if letter not in output and len(dims) > 1:
@@ -432,8 +442,10 @@ def _convolution(site: Site) -> Axes:
     kernel = site.args["weight"].meta["val"].shape[2:]
     if any(size != 1 for size in kernel) and any(has_tokens(dim) for dim in axes[2:]):
         site.refuse("FVX013", f"it convolves over the tokens with a kernel of {tuple(kernel)}")
-    if any(has_tokens(dim) for dim in axes[1:2]):
+    if has_tokens(axes[1]):
         site.refuse("FVX013", "it mixes the tokens with weights of a fixed length")
+    if any(has_batch(dim) for dim in axes[1:]):
+        site.refuse("FVX013", "it mixes the samples of the batch")
     if site.out_shape[2:] != list(site.args["input"].meta["val"].shape[2:]):
         site.refuse("FVX012", "it strides over or pads the tokens")
     return (axes[0], other(site.out_shape[1]), *axes[2:])
@@ -443,6 +455,8 @@ def _convolution(site: Site) -> Axes:
 def _attention(site: Site) -> Axes:
     if site.args["is_causal"]:
         site.refuse("FVX012", "its causal mask depends on the order of the tokens")
+    if site.args["dropout_p"]:
+        site.refuse("FVX013", "dropout is active: random masks differ per token")
     return attend(site, "query", "key", "value", "attn_mask")
 
 
@@ -456,6 +470,9 @@ def attend(site: Site, query: str, key: str, value: str, mask: str | None = None
         site.refuse("FVX013", "its keys and its values are not the same tokens")
     if any(has_tokens(dim) for axes in (q, k, v) if axes is not None for dim in axes[-1:]):
         site.refuse("FVX013", "it sums over the token axis as if it were features")
+    lead = [axes[:-2] for axes in (q, k, v) if axes is not None]
+    if not site.args.get("enable_gqa", False):  # with grouped queries, the heads differ
+        broadcast(lead)
     if mask is not None and site.args[mask] is not None:
         over_keys = keys[0] if keys else ()
         site.meet(mask, (*q[:-2], q[-2], over_keys))
@@ -615,16 +632,11 @@ def _roll(site: Site) -> Axes:
 @rule("aten::pad", "aten::constant_pad_nd")
 def _pad(site: Site) -> Axes:
     axes = site.stream("self")
-    changed = [d for d, size in enumerate(site.out_shape) if size != _size(axes[d])]
+    amounts = list(site.args["pad"])
+    padded = [len(axes) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    changed = sorted(set(padded))
     site.keep_tokens_whole(axes, changed, "pads")
     return tuple(other(site.out_shape[d]) if d in changed else a for d, a in enumerate(axes))
-
-
-def _size(dim: Dim) -> int:
-    size = 1
-    for factor in dim:
-        size *= factor.size
-    return size
 
 
 @rule("aten::view_as_complex")

@@ -9,13 +9,18 @@ its writes can be replayed later around a graph.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from passes.refusal import refuse
 
 Step = tuple[str, Any]
 """One step of a path: ("attr", name) or ("item", key)."""
@@ -76,6 +81,7 @@ class Snapshot:
 
     def __init__(self, origin: Roots) -> None:
         self._containers: list[tuple[Path, Any, Any]] = []
+        self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: set[int] = set()
         self.tensors: dict[Path, Tensor] = {}
         self.constants: dict[Path, Any] = {}
@@ -97,6 +103,8 @@ class Snapshot:
         elif is_container(value):
             self._seen.add(id(value))
             self._containers.append((path, value, _copy(value)))
+            if isinstance(value, nn.Module):
+                self._registries += [(r, dict(r)) for r in _registries(value)]
             for step, item in _entries(value):
                 if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):
                     self._visit((*path, step), item)
@@ -108,16 +116,23 @@ class Snapshot:
 
     def restore(self) -> None:
         """Puts everything back as it was."""
+        for registered, entries in self._registries:
+            registered.clear()
+            registered.update(entries)
         for _, container, contents in self._containers:
             _fill(container, contents)
 
     def writes(self, since: Callable[[Tensor], Tensor]) -> Iterator[Write]:
-        """Yields what changed since `substitute(since)`."""
+        """Yields what changed since `substitute(since)`.
+
+        Raises:
+            RefusedError: FVX001, if a change is of a form that cannot be replayed.
+        """
         for path, container, contents in self._containers:
             before = dict(_contents_entries(container, _map_tensors(contents, since)))
             after = dict(_entries(container))
-            if isinstance(container, list) and len(after) < len(before):
-                raise TypeError(f"a list shrank during the call: {show(path[1:])}")
+            if isinstance(container, (list, deque)) and len(after) < len(before):
+                refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
             for step, value in after.items():
                 if not _same(before.get(step, _MISSING), value):
                     yield _write(path, step, value)
@@ -127,12 +142,24 @@ class Snapshot:
 
 def is_container(value: Any) -> bool:
     """Whether `value` is mutable and may hold tensors that a call reads or writes."""
-    if isinstance(value, (dict, list, nn.Module)):
+    if isinstance(value, (dict, list, deque, nn.Module, SimpleNamespace)):
         return True
-    if isinstance(value, (type, torch.Generator)) or callable(value):
+    if isinstance(value, (type, torch.Generator, FunctionType, MethodType, partial)):
         return False
     package = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and package not in _NOT_STATE
+    return package not in _NOT_STATE and (hasattr(value, "__dict__") or bool(_slots(value)))
+
+
+def _slots(value: Any) -> list[str]:
+    names = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    flat = [n for name in names for n in ((name,) if isinstance(name, str) else name)]
+    return [name for name in flat if name not in ("__dict__", "__weakref__")]
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Returns the attributes of a plain object, in its `__dict__` or its slots."""
+    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
+    return slots | dict(getattr(value, "__dict__", {}))
 
 
 def _is_torch_layer(value: Any) -> bool:
@@ -150,7 +177,7 @@ def apply(write: Write, container: Any, leaves: list[Any]) -> None:
     value = leaves[0] if write.spec.is_leaf() else pytree.tree_unflatten(leaves, write.spec)
     if kind == "attr":
         setattr(container, key, value)
-    elif isinstance(container, list) and key == len(container):
+    elif isinstance(container, (list, deque)) and key == len(container):
         container.append(value)
     else:
         container[key] = value
@@ -161,7 +188,7 @@ def _write(path: Path, step: Step, value: Any) -> Write:
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, *_CONSTANTS)):
             where = show((*path[1:], step))
-            raise TypeError(f"the call stored an object of {type(leaf).__name__} in {where}")
+            refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
     return Write(path, step, spec, tuple(leaves))
 
 
@@ -205,9 +232,9 @@ def _module_names(module: nn.Module) -> dict[str, Any]:
 def _copy(container: Any) -> Any:
     if isinstance(container, nn.Module):
         return _module_names(container)
-    if isinstance(container, (dict, list)):
+    if isinstance(container, (dict, list, deque)):
         return container.copy()
-    return dict(vars(container))
+    return attributes(container)
 
 
 def _entries(container: Any) -> Iterator[tuple[Step, Any]]:
@@ -215,7 +242,7 @@ def _entries(container: Any) -> Iterator[tuple[Step, Any]]:
 
 
 def _contents_entries(container: Any, contents: Any) -> Iterator[tuple[Step, Any]]:
-    if isinstance(container, list):
+    if isinstance(container, (list, deque)):
         return ((("item", index), value) for index, value in enumerate(contents))
     kind = "item" if isinstance(container, dict) else "attr"
     return (((kind, key), value) for key, value in contents.items())
@@ -224,22 +251,33 @@ def _contents_entries(container: Any, contents: Any) -> Iterator[tuple[Step, Any
 def _fill(container: Any, contents: Any) -> None:
     if isinstance(container, list):
         container[:] = contents
-    elif isinstance(container, dict):
+    elif isinstance(container, (dict, deque)):
         container.clear()
-        container.update(contents)
+        container.update(contents) if isinstance(container, dict) else container.extend(contents)
     elif isinstance(container, nn.Module):
         _fill_module(container, contents)
     else:
-        vars(container).clear()
-        vars(container).update(contents)
+        _fill_attributes(container, contents)
+
+
+def _fill_attributes(holder: Any, contents: dict[str, Any]) -> None:
+    for name in attributes(holder).keys() - contents.keys():
+        object.__delattr__(holder, name)
+    for name, value in contents.items():
+        object.__setattr__(holder, name, value)
 
 
 def _fill_module(module: nn.Module, contents: dict[str, Any]) -> None:
-    for registered in (module._parameters, module._buffers, module._modules):
-        for name in registered:
-            registered[name] = contents[name]
     own = vars(module)
     for name in [n for n in own if n not in _MODULE_INTERNALS and n not in contents]:
         del own[name]
-    registered_names = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    own.update({n: value for n, value in contents.items() if n not in registered_names})
+    for registered in _registries(module):
+        for name in registered.keys() - contents.keys():
+            del registered[name]
+    for name, value in contents.items():
+        holder = next((r for r in _registries(module) if name in r), own)
+        holder[name] = value
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module._parameters, module._buffers, module._modules)

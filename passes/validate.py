@@ -22,15 +22,20 @@ _PERMUTATION: Final = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 class PermutedTokens:
-    """Operators that keep every token, in reversed order, and note each branch's full output."""
+    """Operators that keep every token, in an order of each sample's own, and note the outputs.
+
+    Attributes:
+        outputs: Each branch's full output, in the order of the graph.
+    """
 
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
 
     def select(self, x: Tensor, kept: int) -> Tensor:
-        """Returns all tokens, last to first."""
-        order = torch.arange(kept - 1, -1, -1, device=x.device)
-        return order.expand(x.shape[0], kept)
+        """Returns all tokens, shuffled; the same order for the same shape."""
+        generator = torch.Generator().manual_seed(kept)
+        order = torch.rand(x.shape[0], kept, generator=generator).argsort(dim=1)
+        return order.to(x.device) + torch.zeros_like(x[:, :, 0], dtype=torch.int64)
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """Returns x (B, L, C) at `index` (B, L)."""
@@ -40,7 +45,7 @@ class PermutedTokens:
         self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
     ) -> Tensor:
         """Puts the tokens back in order."""
-        full = kept.flip(1)
+        full = torch.take_along_dim(kept, index.argsort(dim=1).unsqueeze(-1), 1)
         self.outputs.append(full)
         return full
 

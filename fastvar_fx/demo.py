@@ -1,0 +1,578 @@
+"""A model measured dense and pruned, step by step, and drawn: what `fastvar-fx demo` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from math import ceil, inf
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from fastvar_fx import ops
+from fastvar_fx.blocks import find_blocks
+from fastvar_fx.errors import RunError, ScheduleError
+from fastvar_fx.report import Report
+from fastvar_fx.schedule import Schedule
+from fastvar_fx.transform import trace, transform
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+DENSE, CAPTURES, PRUNES = "dense", "captures", "prunes"
+"""What a step of the transformed model does."""
+
+_MOST_ROWS: Final = 4
+_CPU_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the schedule it is pruned by and how to run it.
+
+    Attributes:
+        name: What to call it.
+        model: In eval mode.
+        schedule: The scales its loop draws and the pruning ratios.
+        run: Runs one generation of the model; `measure` needs images (B, 3, H, W) in [0, 1] back.
+        blocks: Module path of the transformer blocks; None to find them.
+        seed: Seed of torch's global generators for each generation.
+        note: What a reader of the pictures has to know; may be empty.
+    """
+
+    name: str
+    model: nn.Module
+    schedule: Schedule
+    run: Callable[[Any], Any]
+    blocks: str | None = None
+    seed: int = 0
+    note: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """A parameter of the blocks; tells device and dtype."""
+        block = next(iter(find_blocks(self.model, self.blocks).values()))
+        return next(block.parameters())
+
+    def generate(self, model: nn.Module) -> Any:
+        """Runs one generation from the seed; torch's global generators stay as they were."""
+        device = self.weight.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(self.seed)
+            return self.run(model)
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds that the same thing took in several runs."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Returns median, minimum and maximum."""
+        return cls(median(seconds), min(seconds), max(seconds))
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns milliseconds as plain data."""
+        values = {"median": self.median, "min": self.low, "max": self.high}
+        return {name: round(1e3 * value, 3) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Dense and pruned time of one part of a generation.
+
+    Attributes:
+        dense: Time of the original model.
+        pruned: Time of the transformed model.
+        limit: The speed-up if time followed the FLOPs of the blocks; None if none are left.
+    """
+
+    dense: Spread
+    pruned: Spread
+    limit: float | None
+
+    @property
+    def speedup(self) -> float:
+        """Dense over pruned median."""
+        return self.dense.median / self.pruned.median
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """Speed-up over limit."""
+        return None if self.limit is None else self.speedup / self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain data."""
+        times = {"ms_dense": self.dense.as_dict(), "ms_pruned": self.pruned.as_dict()}
+        return times | {"speedup": self.speedup, "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class StepResult(Comparison):
+    """The blocks at one step; FLOPs are those of matrix products, whole batch."""
+
+    step: int
+    scale: ops.Scale
+    tokens: int
+    kept: int
+    role: str
+    dense_flops: int
+    pruned_flops: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain data."""
+        names = ("step", "scale", "tokens", "kept", "role", "dense_flops", "pruned_flops")
+        return {name: getattr(self, name) for name in names} | super().as_dict()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A generation measured dense and pruned.
+
+    Attributes:
+        steps: The transformer blocks at each step.
+        pruned_steps: The blocks over all pruned steps.
+        transformer: The blocks over the whole generation.
+        total: The whole run, with what is not a block: sampling, image decoder.
+        dense_images: (B, 3, H, W) in [0, 1].
+        pruned_images: The same of the transformed model.
+        kept_shares: For each pruned step, how often the branches kept each token of the first
+            sample, in [0, 1], shaped as the scale.
+        selections: For each pruned step, how many branches selected tokens.
+        repeat_difference: Largest difference between the images of two dense runs; 0 if the run is
+            deterministic.
+        repeats: Timed runs of each model.
+        report: What the transformed blocks do.
+    """
+
+    steps: tuple[StepResult, ...]
+    pruned_steps: Comparison
+    transformer: Comparison
+    total: Comparison
+    dense_images: Tensor
+    pruned_images: Tensor
+    kept_shares: dict[int, Tensor]
+    selections: dict[int, int]
+    repeat_difference: float
+    repeats: int
+    report: Report
+
+    @property
+    def slower_steps(self) -> tuple[int, ...]:
+        """Steps whose every pruned run took longer than every dense one."""
+        return tuple(s.step for s in self.steps if s.pruned.low > s.dense.high)
+
+    @property
+    def branch_counts(self) -> tuple[int, int]:
+        """How many branches prune, and how many there are, over blocks and pruned steps."""
+        pruned = {s.step for s in self.steps if s.role == PRUNES}
+        rows = [row for row in self.report.rows if row.step in pruned]
+        return sum(row.kept < row.tokens for row in rows), len(rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the numbers as plain data; times in milliseconds."""
+        pruned, branches = self.branch_counts
+        return {
+            "batch": self.dense_images.shape[0],
+            "repeats": self.repeats,
+            "steps": [step.as_dict() for step in self.steps],
+            "pruned_steps": self.pruned_steps.as_dict(),
+            "transformer": self.transformer.as_dict(),
+            "total": self.total.as_dict(),
+            "slower_steps": self.slower_steps,
+            "pruned_branches": pruned,
+            "branches": branches,
+            "skipped_steps": [],
+            "repeat_difference": self.repeat_difference,
+            "trace_seconds": round(self.report.trace_seconds, 3),
+        }
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def phases(repeats: int) -> int:
+    """Returns how often `measure` reports progress, at most."""
+    return 3 + 2 * repeats
+
+
+def measure(
+    subject: Subject,
+    *,
+    repeats: int = 3,
+    patience: float = inf,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Measurement:
+    """Returns times, FLOPs, images and kept tokens of a model, dense and pruned.
+
+    Untimed runs come first: one dense and one pruned that count FLOPs, and the one that traces.
+    Then dense and pruned runs take turns, all from the same seed.
+
+    Args:
+        subject: The model; it is not changed.
+        repeats: Timed runs of each, at least 1.
+        patience: Seconds; once they have passed, no further repeat begins.
+        progress: Called with a few words before each run.
+
+    Raises:
+        ScheduleError: If the schedule prunes nothing.
+        NothingPrunedError: If nothing in the model could be pruned.
+        RunError: If the run returns no images, or its blocks do not follow the schedule.
+    """
+    schedule = subject.schedule
+    if not schedule.pruned_steps:
+        raise ScheduleError(
+            f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
+        )
+    started = perf_counter()
+    select = _Recorder()
+    fast = transform(subject.model, schedule, blocks=subject.blocks, select=select)
+    dense_bench, pruned_bench = _Bench(subject, subject.model), _Bench(subject, fast)
+
+    progress("warm-up and FLOPs, dense")
+    first_images = dense_bench.count()
+    progress("tracing")
+    report = trace(fast, subject.generate)
+    progress("warm-up and FLOPs, pruned")
+    with select.recording():
+        pruned_bench.count()
+    for i in range(repeats):
+        if i and perf_counter() - started > patience:
+            break
+        progress(f"dense, run {i + 1} of {repeats}")
+        dense_images = dense_bench.time()
+        progress(f"pruned, run {i + 1} of {repeats}")
+        pruned_images = pruned_bench.time()
+
+    steps = tuple(_step(subject.schedule, s, dense_bench, pruned_bench) for s in _all(schedule))
+    return Measurement(
+        steps,
+        _over(schedule.pruned_steps, dense_bench, pruned_bench),
+        _over(_all(schedule), dense_bench, pruned_bench),
+        _whole(dense_bench, pruned_bench),
+        dense_images,
+        pruned_images,
+        {s: select.share(schedule.scales[s]) for s in schedule.pruned_steps},
+        {s: select.calls(schedule.tokens(s)) for s in schedule.pruned_steps},
+        (first_images - dense_images).abs().max().item(),
+        len(dense_bench.seconds),
+        report,
+    )
+
+
+@dataclass
+class _Bench:
+    """Runs one of the two models and keeps what it measured per step."""
+
+    subject: Subject
+    model: nn.Module
+    flops: list[int] = field(default_factory=list)
+    step_seconds: list[list[float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def count(self) -> Tensor:
+        """Counts FLOPs per step; returns the images."""
+        formulas = {_CPU_ATTENTION: _attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            images, per_step = self._run(counter.get_total_flops)
+        self.flops = [int(value) for value in per_step]
+        return images
+
+    def time(self) -> Tensor:
+        """Times the run and its steps; returns the images."""
+        device = self.subject.weight.device
+        started = _clock(device)
+        images, per_step = self._run(lambda: _clock(device))
+        self.seconds.append(_clock(device) - started)
+        self.step_seconds.append(per_step)
+        return images
+
+    def _run(self, read: Callable[[], float]) -> tuple[Tensor, list[float]]:
+        names = list(find_blocks(self.subject.model, self.subject.blocks))
+        first, last = _module_at(self.model, names[0]), _module_at(self.model, names[-1])
+        with _read_around(first, last, read) as passes:
+            result = self.subject.generate(self.model)
+        return _images(result), _per_step(passes, self.subject.schedule)
+
+    def spread(self, steps: Sequence[int]) -> Spread:
+        """Returns the blocks' time over some steps."""
+        return Spread.of([sum(run[s] for s in steps) for run in self.step_seconds])
+
+
+@contextmanager
+def _read_around(
+    first: nn.Module, last: nn.Module, read: Callable[[], float]
+) -> Iterator[list[tuple[int, float]]]:
+    """Collects (tokens, difference of two readings) of each pass from the first to the last block.
+
+    The hooks sit around the call of a block, outside of what is traced or rewritten.
+    """
+    passes: list[tuple[int, float]] = []
+    begun = 0.0
+
+    def before(*_: object) -> None:
+        nonlocal begun
+        begun = read()
+
+    def after(_module: nn.Module, _args: object, output: object) -> None:
+        passes.append((_tokens(output), read() - begun))
+
+    hooks = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """FLOPs of torch's fused attention on a CPU, which the counter has no formula for."""
+    count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
+    return count
+
+
+def _tokens(output: object) -> int:
+    maps = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.dim() == 3]
+    return maps[0].shape[1] if maps else 0
+
+
+def _per_step(passes: Sequence[tuple[int, float]], schedule: Schedule) -> list[float]:
+    """Adds up passes by step; passes of other lengths, such as context tokens, count nowhere."""
+    sums = [0.0] * schedule.steps
+    step = -1
+    for tokens, amount in passes:
+        if step + 1 < schedule.steps and tokens == schedule.tokens(step + 1):
+            step += 1
+        elif step < 0 or tokens != schedule.tokens(step):
+            continue
+        sums[step] += amount
+    if step != schedule.steps - 1:
+        wanted = [schedule.tokens(s) for s in _all(schedule)]
+        raise RunError(
+            f"the schedule has steps of {wanted} tokens, but the blocks ran on "
+            f"{[tokens for tokens, _ in passes]}; give the schedule that the loop runs"
+        )
+    return sums
+
+
+def _step(schedule: Schedule, step: int, dense: _Bench, pruned: _Bench) -> StepResult:
+    part = _over([step], dense, pruned)
+    role = PRUNES if step in schedule.pruned_steps else DENSE
+    return StepResult(
+        part.dense,
+        part.pruned,
+        part.limit,
+        step,
+        schedule.scales[step],
+        schedule.tokens(step),
+        schedule.kept(step),
+        CAPTURES if step == schedule.cache_step else role,
+        dense.flops[step],
+        pruned.flops[step],
+    )
+
+
+def _over(steps: Sequence[int], dense: _Bench, pruned: _Bench) -> Comparison:
+    dense_flops, pruned_flops = (sum(b.flops[s] for s in steps) for b in (dense, pruned))
+    limit = dense_flops / pruned_flops if pruned_flops else None
+    return Comparison(dense.spread(steps), pruned.spread(steps), limit)
+
+
+def _whole(dense: _Bench, pruned: _Bench) -> Comparison:
+    """The limit of a whole run: its blocks at theirs, everything else as in the dense run."""
+    total, steps = Spread.of(dense.seconds), _all(dense.subject.schedule)
+    blocks, limit = dense.spread(steps).median, _over(steps, dense, pruned).limit
+    left = total.median - blocks + (blocks / limit if limit else 0)
+    return Comparison(total, Spread.of(pruned.seconds), total.median / left)
+
+
+def _all(schedule: Schedule) -> range:
+    return range(schedule.steps)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return perf_counter()
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path, which may lead through plain lists."""
+
+    def step(owner: Any, part: str) -> Any:
+        return getattr(owner, part) if hasattr(owner, part) else owner[int(part)]
+
+    return reduce(step, path.split("."), model)
+
+
+def _images(result: object) -> Tensor:
+    if not isinstance(result, Tensor):
+        found = type(result).__name__
+    elif result.dim() != 4 or result.shape[1] != 3 or not result.is_floating_point():
+        found = f"{result.dtype} {tuple(result.shape)}"
+    else:
+        images: Tensor = result.detach().float().clamp(0, 1).cpu()
+        return images
+    raise RunError(
+        f"the run must return images, a float tensor (B, 3, H, W) in [0, 1]; found {found}"
+    )
+
+
+class _Recorder:
+    """The paper's selection, which while recording keeps what it selected."""
+
+    __name__ = "recorded_selection"
+
+    def __init__(self) -> None:
+        self._recording = False
+        self._selected: list[tuple[int, Tensor]] = []
+
+    def __call__(self, x: Tensor, kept: int) -> Tensor:
+        index = ops.pivotal_token_selection(x, kept)
+        if self._recording:
+            self._selected.append((x.shape[1], index))
+        return index
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def calls(self, tokens: int) -> int:
+        return sum(count == tokens for count, _ in self._selected)
+
+    def share(self, scale: ops.Scale) -> Tensor:
+        """Returns how often each token of the first sample was kept, shaped as the scale."""
+        share = torch.zeros(scale).flatten()
+        for tokens, index in self._selected:
+            if tokens == share.numel():
+                share[index[0].cpu()] += 1
+        return (share / max(self.calls(share.numel()), 1)).view(scale)
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -> None:
+    """Writes a PNG with the first images dense, pruned, and how far they are apart.
+
+    Args:
+        result: What `measure` returned.
+        title: Line above.
+        caption: Line below.
+        path: File to write.
+    """
+    from matplotlib.figure import Figure
+
+    dense, pruned = (x[:_MOST_ROWS] for x in (result.dense_images, result.pruned_images))
+    apart = (dense - pruned).abs().mean(1)  # (B, H, W)
+    highest = ceil(10 * apart.max().item()) / 10 or 0.1
+    rows, height, width = apart.shape
+    side = 4.1 * height / width
+    figure = Figure(figsize=(13.6, rows * side + 1.2), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False)
+    shown = None
+    for row, (left, middle, right) in enumerate(axes):
+        _show(left, dense[row])
+        _show(middle, pruned[row])
+        shown = right.imshow(apart[row].numpy(), cmap="magma", vmin=0, vmax=highest)
+    total, blocks = result.total, result.transformer
+    axes[0, 0].set_title(f"dense\n{total.dense.median:.2f} s, batch {len(result.dense_images)}")
+    axes[0, 1].set_title(
+        f"pruned\n{total.pruned.median:.2f} s: {total.speedup:.2f}x, "
+        f"transformer {blocks.speedup:.2f}x"
+    )
+    axes[0, 2].set_title("|dense - pruned|\nmean of the three colours")
+    _finish(figure, axes.ravel(), title, caption)
+    _color_bar(figure, shown, axes[:, 2], "difference (colour values lie in 0 to 1)")
+    figure.savefig(path)
+
+
+def draw_kept_tokens(result: Measurement, title: str, caption: str, path: Path) -> None:
+    """Writes a PNG with the tokens that each pruned step kept, over the first image.
+
+    Args:
+        result: What `measure` returned.
+        title: Line above.
+        caption: Line below.
+        path: File to write.
+    """
+    from matplotlib.figure import Figure
+
+    image = result.dense_images[0]  # (3, H, W)
+    steps = [step for step in result.steps if step.role == PRUNES]
+    columns = min(1 + len(steps), 3)
+    rows = ceil((1 + len(steps)) / columns)
+    side = 4.1 * image.shape[1] / image.shape[2]
+    figure = Figure(figsize=(13.6, rows * side + 1.2), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    _show(axes[0], image)
+    axes[0].set_title("first image of the batch, dense")
+    shown = None
+    for axis, step in zip(axes[1:], steps, strict=False):
+        shown = _overlay(axis, image, result.kept_shares[step.step])
+        sides = " x ".join(map(str, step.scale))
+        axis.set_title(f"step {step.step}: {sides}, {step.kept} of {step.tokens} tokens kept")
+    for axis in axes[1 + len(steps) :]:
+        axis.remove()
+    _finish(figure, axes, title, caption)
+    branches = max(result.selections.values())
+    _color_bar(figure, shown, axes, f"share of {branches} branches that keep the token")
+    figure.savefig(path)
+
+
+def _overlay(axis: Axes, image: Tensor, share: Tensor) -> AxesImage:
+    """Draws how often tokens were kept over a grey image; of jointly drawn maps the first."""
+    share = share if share.dim() == 2 else share[0]
+    height, width = image.shape[1:]
+    axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1)
+    shown = axis.imshow(
+        share.numpy(),
+        cmap="viridis",
+        alpha=0.6,
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation="nearest",
+    )
+    h, w = share.shape
+    axis.hlines([height * i / h - 0.5 for i in range(1, h)], -0.5, width - 0.5, "k", lw=0.3)
+    axis.vlines([width * i / w - 0.5 for i in range(1, w)], -0.5, height - 0.5, "k", lw=0.3)
+    return shown
+
+
+def _show(axis: Axes, image: Tensor) -> None:
+    axis.imshow(image.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+
+
+def _finish(figure: Figure, axes: Iterable[Axes], title: str, caption: str) -> None:
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(title, fontsize=14)
+    figure.supxlabel(caption, fontsize=10)
+
+
+def _color_bar(figure: Figure, shown: AxesImage | None, axes: Iterable[Axes], label: str) -> None:
+    if shown is not None:
+        figure.colorbar(shown, ax=list(axes), label=label, shrink=0.9)

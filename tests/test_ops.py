@@ -1,0 +1,209 @@
+"""Pivotal token selection and cached token restoration, against plain implementations."""
+
+import doctest
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastvar_fx import ops, schedule
+from fastvar_fx.ops import (
+    Scale,
+    cached_token_restoration,
+    kept_tokens,
+    pivotal_scores,
+    pivotal_token_selection,
+    put_tokens,
+    resize_map,
+    take_tokens,
+)
+
+FAST = settings(deadline=None, max_examples=40, derandomize=True)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("module", [ops, schedule], ids=lambda module: module.__name__)
+def test_docstrings(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+# -- selection ----------------------------------------------------------------------------------
+
+
+def plain_scores(x: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return ((wide - wide.mean(dim=1, keepdim=True)) ** 2).sum(dim=2)
+
+
+@FAST
+@given(
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 33),
+    width=st.integers(1, 17),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_selection_is_the_first_of_all_scores_sorted(
+    batch: int, tokens: int, width: int, share: float, dtype: torch.dtype, seed: int
+) -> None:
+    x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    kept = int(tokens * share)
+    index = pivotal_token_selection(x, kept)
+    assert index.shape == (batch, kept)
+    assert index.dtype == torch.int64
+    assert (index[:, 1:] > index[:, :-1]).all(), "ascending, so each token at most once"
+    scores = plain_scores(x)
+    for i in range(batch):
+        best = scores[i].argsort(descending=True, stable=True)[:kept]
+        torch.testing.assert_close(
+            scores[i, index[i]].sort().values, scores[i, best].sort().values, rtol=1e-5, atol=1e-9
+        )
+        # alone in its batch, a sample keeps the same tokens
+        assert torch.equal(pivotal_token_selection(x[i : i + 1], kept)[0], index[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selection_keeps_none_or_all(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 6, 5, dtype=dtype)
+    assert pivotal_token_selection(x, 0).shape == (3, 0)
+    assert torch.equal(pivotal_token_selection(x, 6), torch.arange(6).expand(3, 6))
+
+
+def test_selection_finds_the_tokens_far_from_the_mean() -> None:
+    x = torch.zeros(2, 6, 3)
+    x[0, [1, 4]] = torch.tensor([5.0, -5.0]).unsqueeze(1)
+    x[1, [0, 5]] = torch.tensor([-3.0, 3.0]).unsqueeze(1)
+    assert pivotal_token_selection(x, 2).tolist() == [[1, 4], [0, 5]]
+
+
+def test_half_precision_is_scored_in_float32() -> None:
+    x = torch.full((1, 3, 4096), 1.0, dtype=torch.bfloat16)
+    x[0, 1] = 1.0078125
+    assert pivotal_scores(x).dtype == torch.float32
+    assert pivotal_token_selection(x, 1).tolist() == [[1]]
+
+
+def test_selection_leaves_its_input_alone() -> None:
+    x = torch.randn(2, 5, 3)
+    before = x.clone()
+    pivotal_token_selection(x, 2)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "kept"), [(9, 0.0, 9), (9, 1.0, 0), (9, 0.5, 5), (1, 0.99, 1), (3, 0.34, 2)]
+)
+def test_kept_tokens(tokens: int, ratio: float, kept: int) -> None:
+    assert kept_tokens(tokens, ratio) == kept
+
+
+# -- restoration --------------------------------------------------------------------------------
+
+
+def plain_resize(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
+    """Each sample's maps one by one through F.interpolate."""
+    (h, w), (H, W) = cached_scale[-2:], scale[-2:]
+    samples = []
+    for sample in cached:
+        maps = [
+            F.interpolate(part.T.reshape(1, -1, h, w), size=(H, W), mode="area")
+            for part in sample.split(h * w)
+        ]
+        samples.append(torch.cat([m.flatten(2)[0].T for m in maps]))
+    return torch.stack(samples)
+
+
+SCALES: list[tuple[Scale, Scale]] = [
+    ((2, 2), (4, 4)),
+    ((2, 3), (5, 4)),
+    ((3, 1), (7, 2)),
+    ((4, 4), (4, 4)),
+    ((1, 2, 3), (1, 4, 5)),
+    ((3, 2, 1), (3, 3, 4)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cached_scale", "scale"), SCALES)
+def test_restoration(cached_scale: Scale, scale: Scale, dtype: torch.dtype) -> None:
+    tokens = torch.Size(scale).numel()
+    generator = torch.Generator().manual_seed(tokens)
+    cached = torch.randn(3, torch.Size(cached_scale).numel(), 5, generator=generator).to(dtype)
+    expected = plain_resize(cached, cached_scale, scale)
+    for count in {0, 1, tokens // 2, tokens}:
+        index = torch.stack([torch.randperm(tokens, generator=generator)[:count] for _ in range(3)])
+        kept = torch.randn(3, count, 5, generator=generator).to(dtype)
+        before = kept.clone(), index.clone(), cached.clone()
+        full = cached_token_restoration(kept, index, cached, cached_scale, scale)
+        assert full.shape == (3, tokens, 5)
+        assert full.dtype == dtype
+        for i in range(3):
+            others = torch.ones(tokens, dtype=torch.bool).index_fill(0, index[i], value=False)
+            assert torch.equal(full[i, index[i]], kept[i])
+            torch.testing.assert_close(full[i, others], expected[i, others])
+        assert all(map(torch.equal, before, (kept, index, cached)))
+
+
+def test_joint_maps_are_resized_each_by_itself() -> None:
+    cached = torch.tensor([[[1.0], [2.0]]])  # two maps of one token
+    assert resize_map(cached, (2, 1, 1), (2, 2, 1)).flatten().tolist() == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_rows_come_before_columns() -> None:
+    cached = torch.arange(4.0).view(1, 4, 1)
+    resized = resize_map(cached, (2, 2), (2, 4)).flatten().tolist()
+    assert resized == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
+def test_take_and_put_are_per_sample() -> None:
+    x = torch.arange(12.0).view(2, 3, 2)
+    index = torch.tensor([[2, 0], [1, 2]])
+    taken = take_tokens(x, index)
+    assert taken.tolist() == [[[4.0, 5.0], [0.0, 1.0]], [[8.0, 9.0], [10.0, 11.0]]]
+    assert torch.equal(put_tokens(x.clone(), index, taken), x)
+    put = put_tokens(torch.zeros(2, 3, 2), index, taken)
+    assert put[0, 1].tolist() == put[1, 0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "index", "cached", "scales", "message"),
+    [
+        ((2, 3), (2, 3), (2, 4, 5), ((2, 2), (4, 4)), r"needs kept \(B, kept, C\).*found kept \(2"),
+        ((2, 3, 5), (2, 4), (2, 4, 5), ((2, 2), (4, 4)), r"index \(2, 4\)"),
+        ((2, 3, 5), (3,), (2, 4, 5), ((2, 2), (4, 4)), r"index \(3,\)"),
+        ((2, 3, 5), (2, 3), (2, 20), ((2, 2), (4, 4)), r"cached \(2, 20\)"),
+        ((2, 3, 5), (2, 3), (2, 4, 5), ((3, 2), (4, 4)), r"scale \(3, 2\) of 6 tokens.*\(2, 4, 5"),
+        ((2, 3, 5), (2, 3), (2, 4, 6), ((2, 2), (4, 4)), "tensors of one batch and width"),
+        ((2, 3, 5), (2, 3), (1, 4, 5), ((2, 2), (4, 4)), "tensors of one batch and width"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (3, 4, 4)), "different numbers of maps"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (4, 4)), "different numbers of maps"),
+    ],
+)
+def test_restoration_refuses_shapes_that_do_not_fit(
+    kept: tuple[int, ...],
+    index: tuple[int, ...],
+    cached: tuple[int, ...],
+    scales: tuple[Scale, Scale],
+    message: str,
+) -> None:
+    indices = torch.zeros(index, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        cached_token_restoration(torch.zeros(kept), indices, torch.zeros(cached), *scales)

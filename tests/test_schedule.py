@@ -1,0 +1,264 @@
+"""Schedules: what they say about a step, what they refuse, and their form as JSON."""
+
+import copy
+import dataclasses
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastvar_fx
+from fastvar_fx import FastVARError, Schedule, ScheduleError, presets
+
+FAST = settings(deadline=None, max_examples=60, derandomize=True)
+RATIOS = st.one_of(st.floats(0, 1), st.sampled_from([0, 1, 0.5, 0.29, 1 / 3]))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    sides = st.integers(1, 12)
+    form = draw(st.sampled_from(["int", "hw", "mhw"]))
+    maps = draw(st.integers(1, 3))
+    pairs = sorted(draw(st.lists(st.tuples(sides, sides), min_size=2, max_size=6)), key=_area)
+    forms: dict[str, list[Any]] = {
+        "int": [h for h, _ in sorted(pairs)],
+        "hw": list(pairs),
+        "mhw": [(maps, h, w) for h, w in pairs],
+    }
+    scales = forms[form]
+    ratios = draw(st.lists(RATIOS, max_size=len(scales) - 1))
+    last = len(scales) - len(ratios) - 1
+    cache_step = draw(st.one_of(st.none(), st.integers(0, last)))
+    layers = draw(st.one_of(st.none(), st.lists(st.integers(0, 40), min_size=1)))
+    return Schedule(scales, ratios, cache_step=cache_step, layers=layers)
+
+
+def _area(pair: tuple[int, int]) -> int:
+    return pair[0] * pair[1]
+
+
+# -- what it says -------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    schedule = Schedule([1, 2, 4, 6], [0.5, 0.75])
+    assert schedule.scales == ((1, 1), (2, 2), (4, 4), (6, 6))
+    assert schedule.ratios == (0.5, 0.75)
+    assert schedule.cache_step == 1
+    assert schedule.layers is None
+    assert schedule.steps == 4
+    assert [schedule.ratio(step) for step in range(4)] == [0.0, 0.0, 0.5, 0.75]
+    assert [schedule.tokens(step) for step in range(4)] == [1, 4, 16, 36]
+    assert [schedule.kept(step) for step in range(4)] == [1, 4, 8, 9]
+    assert schedule.pruned_steps == (2, 3)
+    assert all(schedule.prunes_layer(layer) for layer in range(100))
+
+
+def test_scales_of_one_map_and_of_joint_maps() -> None:
+    assert Schedule([(1, 2), [2, 4]], [0.5]).scales == ((1, 2), (2, 4))
+    joint = Schedule([(3, 1, 2), (3, 2, 4)], [0.25])
+    assert joint.tokens(1) == 24
+    assert joint.kept(1) == 18
+
+
+def test_equal_consecutive_scales_are_fine() -> None:
+    assert Schedule([(1, 4), (2, 2), 2, 2], [0.5]).cache_step == 2
+
+
+def test_no_ratios_prune_nothing() -> None:
+    schedule = Schedule([1, 2], [])
+    assert schedule.pruned_steps == ()
+    assert schedule.cache_step == 1
+    assert schedule.ratio(1) == 0.0
+
+
+def test_a_ratio_that_drops_no_token_is_no_pruned_step() -> None:
+    schedule = Schedule([1, 2, 3, 4], [0.0, 0.1, 0.5])
+    assert schedule.pruned_steps == (3,)
+
+
+def test_ratio_one_keeps_none() -> None:
+    assert Schedule([1, 4], [1]).kept(1) == 0
+
+
+def test_layers_are_sorted_and_unique() -> None:
+    schedule = Schedule([1, 2], [0.5], layers=[3, 1, 1])
+    assert schedule.layers == (1, 3)
+    assert [schedule.prunes_layer(layer) for layer in range(5)] == [False, True, False, True, False]
+
+
+def test_cache_step_may_lie_earlier() -> None:
+    assert Schedule([1, 2, 3, 4], [0.5], cache_step=1).cache_step == 1
+
+
+@FAST
+@given(schedules())
+def test_kept_counts(schedule: Schedule) -> None:
+    first = schedule.steps - len(schedule.ratios)
+    for step in range(schedule.steps):
+        tokens, ratio = schedule.tokens(step), schedule.ratio(step)
+        assert ratio == (schedule.ratios[step - first] if step >= first else 0)
+        assert schedule.kept(step) == tokens - int(tokens * ratio)
+        assert (step in schedule.pruned_steps) == (schedule.kept(step) < tokens)
+    assert schedule.cache_step < first
+
+
+def test_frozen_hashable_and_copied_by_value() -> None:
+    schedule = Schedule([1, 2, 4], [0.5], layers=[0])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.cache_step = 0  # type: ignore[misc]
+    for again in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert again == schedule
+        assert hash(again) == hash(schedule)
+    changed = dataclasses.replace(schedule, ratios=(0.25,))
+    assert changed.ratios == (0.25,)
+    assert changed.layers == (0,)
+    assert changed != schedule
+
+
+# -- as JSON ------------------------------------------------------------------------------------
+
+
+@FAST
+@given(schedules())
+def test_json_round_trip(schedule: Schedule) -> None:
+    assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+def test_json_may_leave_out_the_options() -> None:
+    read = Schedule.from_json('{"scales": [1, [2, 3]], "ratios": [0.5]}')
+    assert read == Schedule([1, (2, 3)], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "read from a JSON object"),
+        ("{", "read from a JSON object"),
+        ("[1, 2]", "found list"),
+        ("3", "found int"),
+        ('{"scales": [1, 2]}', r"found \['scales'\]"),
+        ('{"scales": [1, 2], "ratios": [0.5], "ratio": 1}', r"found \['ratio', 'ratios', 'scales"),
+        ('{"scales": [1, 2], "ratios": 0.5}', "ratios is a list"),
+        ('{"scales": 4, "ratios": [0.5]}', "scales is a list"),
+        ('{"scales": [1, 2], "ratios": ["0.5"]}', r"number in \[0, 1\]; found '0.5'"),
+        ('{"scales": [1, 2], "ratios": [NaN]}', r"lies in \[0, 1\].*found nan"),
+        ('{"scales": [1, 2], "ratios": [0.5], "cache_step": "0"}', "cache_step='0'"),
+        ('{"scales": [1, 2], "ratios": [0.5], "layers": 3}', "layers is a list"),
+        ('{"scales": [1, 2], "ratios": [0.5], "layers": []}', "layers lists the indices"),
+    ],
+)
+def test_json_that_is_no_schedule(text: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_json(text)
+
+
+def test_json_is_an_object_of_plain_values() -> None:
+    data = json.loads(Schedule([1, 2], [0.5], layers=[1]).to_json())
+    assert data == {"scales": [[1, 1], [2, 2]], "ratios": [0.5], "cache_step": 0, "layers": [1]}
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scales", "ratios", "options", "message"),
+    [
+        ([], [], {}, "at least one scale; found none"),
+        ([1, 2], [float("nan")], {}, r"lies in \[0, 1\].*found nan"),
+        ([1, 2], [1.01], {}, "fraction of tokens dropped; found 1.01"),
+        ([1, 2], [-0.1], {}, "found -0.1"),
+        ([1, 2], [float("inf")], {}, "found inf"),
+        ([1, 2], [True], {}, r"a number in \[0, 1\]; found True"),
+        ([1, 2], ["0.5"], {}, "found '0.5'"),
+        ([1, 2], [None], {}, "found None"),
+        ([1, 2], [0.5, 0.5], {}, "2 ratios for 2 scales leave none to capture; give at most 1"),
+        ([1], [0.5], {}, "give at most 0"),
+        ([1, 2, 3], [0.5], {"cache_step": 2}, r"cache_step=2 must lie before.*in \[0, 1\]"),
+        ([1, 2, 3], [0.5], {"cache_step": 7}, "cache_step=7"),
+        ([1, 2, 3], [0.5], {"cache_step": -1}, "cache_step=-1"),
+        ([1, 3, 2], [0.5], {}, r"coarse to fine.*found \(2, 2\) after \(3, 3\)"),
+        ([(1, 4), (1, 3)], [0.5], {}, "coarse to fine"),
+        ([1, (2, 2, 2)], [0.5], {}, r"mix \(h, w\) and \(m, h, w\)"),
+        ([1, 0], [0.5], {}, "positive integers; found 0"),
+        ([1, -2], [0.5], {}, "positive integers; found -2"),
+        ([1, (2, 0)], [0.5], {}, "positive integers"),
+        ([True, 2], [0.5], {}, "positive integers; found True"),
+        ([1, 2.0], [0.5], {}, r"an int n, \(h, w\) or \(m, h, w\); found 2.0"),
+        ([1, (2.0, 2)], [0.5], {}, "positive integers"),
+        ([1, (2,)], [0.5], {}, "an int n"),
+        ([1, (1, 2, 3, 4)], [0.5], {}, "an int n"),
+        ([1, "22"], [0.5], {}, "positive integers; found '22'"),
+        ([1, None], [0.5], {}, "found None"),
+        ([1, 2], [0.5], {"layers": []}, r"layers lists the indices.*found \(\)"),
+        ([1, 2], [0.5], {"layers": [-1, 2]}, r"counted from 0.*found \(-1, 2\)"),
+    ],
+)
+def test_bad_values(
+    scales: list[Any], ratios: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ScheduleError, match=message) as caught:
+        Schedule(scales, ratios, **options)
+    assert isinstance(caught.value, FastVARError)
+    assert isinstance(caught.value, ValueError)
+
+
+# -- presets ------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_published_settings() -> None:
+    found = presets()
+    assert set(found) == {"var-256", "var-512", "hart-1024", "infinity-1024"}
+    sides = {name: [h for h, w in _square(schedule)] for name, schedule in found.items()}
+    assert sides == {
+        "var-256": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
+        "var-512": [1, 2, 3, 4, 6, 9, 13, 18, 24, 32],
+        "hart-1024": [1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64],
+        "infinity-1024": [1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64],
+    }
+
+
+def _square(schedule: Schedule) -> list[tuple[int, int]]:
+    pairs = [(scale[0], scale[1]) for scale in schedule.scales if len(scale) == 2]
+    assert all(h == w for h, w in pairs)
+    assert len(pairs) == schedule.steps
+    return pairs
+
+
+def test_hart_preset() -> None:
+    hart = Schedule.preset("hart-1024")
+    assert hart.ratios == (0.5, 0.75)
+    assert hart.scales[hart.cache_step] == (36, 36)
+    assert hart.layers is None
+    assert (hart.kept(12), hart.kept(13)) == (1152, 1024)
+
+
+def test_infinity_preset() -> None:
+    infinity = Schedule.preset("infinity-1024")
+    assert infinity.ratios == (0.4, 0.5, 1.0, 1.0)
+    assert infinity.scales[infinity.cache_step] == (24, 24)
+    assert infinity.layers == tuple(range(3, 28))
+    assert [infinity.kept(step) for step in range(9, 13)] == [615, 800, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["var-256", "var-512"])
+def test_var_presets_prune_all_layers_of_the_last_two_steps(name: str) -> None:
+    schedule = fastvar_fx.presets()[name]
+    assert schedule.pruned_steps == (8, 9)
+    assert schedule.cache_step == 7
+    assert schedule.layers is None
+
+
+def test_unknown_preset_offers_close_names() -> None:
+    with pytest.raises(ScheduleError, match="no preset is named 'infinity1024'; did you mean inf"):
+        Schedule.preset("infinity1024")
+    with pytest.raises(ScheduleError, match="var-256 or var-512 or hart-1024 or infinity-1024"):
+        Schedule.preset("nothing like it")
+
+
+def test_presets_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        presets()["mine"] = Schedule([1, 2], [0.5])  # type: ignore[index]

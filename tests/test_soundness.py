@@ -1,0 +1,276 @@
+"""What must never be dropped or mixed silently: each was wrong once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastvar_fx
+from fastvar_fx import ModelError, Schedule
+
+SCALES = ((2, 2), (3, 3), (4, 4))
+SCHEDULE = Schedule(SCALES, (0.5,))
+WIDTH = 8
+
+
+class Net(nn.Module):
+    """Blocks of one class, called one after the other."""
+
+    def __init__(self, block: Callable[[], nn.Module], depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.double()
+
+    def run(self, batch: int = 2) -> list[Tensor]:
+        outputs = []
+        for h, w in SCALES:
+            generator = torch.Generator().manual_seed(h)
+            x = torch.randn(batch, h * w, WIDTH, generator=generator, dtype=torch.float64)
+            for block in self.blocks:
+                x = block(x)
+            outputs.append(x)
+        return outputs
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def transformed(block: Callable[[], nn.Module], schedule: Schedule = SCHEDULE) -> Net:
+    torch.manual_seed(0)
+    return fastvar_fx.transform(Net(block).eval(), schedule)
+
+
+def test_in_place_writes_of_a_branch_that_stays_dense_are_kept() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attend(x)
+            h = self.fc(x).cumsum(1)
+            h[..., :4] *= 0.0
+            return x + h
+
+    fast = transformed(Block)
+    out = fast.run()[-1]
+    report = fastvar_fx.explain(fast)
+    assert {(row.kind, row.kept < row.tokens) for row in report.rows if row.step == 2} == {
+        ("attention", True),
+        ("ffn", False),
+    }
+    only = fastvar_fx.transform(_same(Block), SCHEDULE, branches=("attention",), strict=True)
+    assert torch.equal(only.run()[-1], out)
+    pruned = fast.blocks[0]._fastvar._programs[2][0]._graph
+    assert "mul_" in pruned.code
+
+
+def _same(block: Callable[[], nn.Module]) -> Net:
+    torch.manual_seed(0)
+    return Net(block).eval()
+
+
+def test_in_place_writes_inside_a_pruned_branch_are_kept() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            out = torch.empty_like(h)
+            out[..., ::2] = h[..., 1::2] * 2
+            out[..., 1::2] = h[..., ::2]
+            return x + self.out(out)
+
+    class Plain(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return x + self.out(torch.stack([h[..., 1::2] * 2, h[..., ::2]], -1).flatten(-2))
+
+    fast = transformed(Block)
+    got = fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    for a, b in zip(got, transformed(Plain).run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_static_cache_is_still_filled() -> None:
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = torch.zeros(2, 29, WIDTH, dtype=torch.float64)
+            self.at = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.out(x)
+            self.keys[:, self.at : self.at + x.shape[1]] = h
+            self.at = (self.at + x.shape[1]) % 29
+            keys = self.keys[:, : self.at or 29]
+            x = x + F.scaled_dot_product_attention(h, keys, keys)
+            return x + self.fc(x)
+
+    fast, dense = transformed(Block), _same(Block)
+    fast.run()
+    dense.run()
+    report = fastvar_fx.explain(fast)
+    assert {(row.kind, row.kept < row.tokens) for row in report.rows if row.step == 2} == {
+        ("attention", False),
+        ("ffn", True),
+    }
+    assert {row.refusal.code for row in report.refusals if row.refusal is not None} == {"FVX015"}
+    assert fast.blocks[0].keys.abs().amin(-1).amin() > 0
+    assert torch.equal(fast.blocks[0].keys, dense.blocks[0].keys)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h.cumsum(0),
+        lambda h: h + torch.einsum("blc->lc", h),
+        lambda h: h * h.permute(2, 1, 0),
+        lambda h: h.permute(2, 1, 0),
+        lambda h: F.batch_norm(h.flatten(0, 1), None, None, training=True).view_as(h),
+        lambda h: F.conv1d(h.transpose(0, 1), h.new_ones(8, 8, 1)).transpose(0, 1),
+        lambda h: F.pad(h, (0, 0, 1, -1)),
+        lambda h: h[:, torch.arange(15, -1, -1)] if h.shape[1] == 16 else h,
+    ],
+)
+def test_samples_and_tokens_are_never_mixed(mix: Callable[[Tensor], Tensor]) -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attend(x)
+            return x + mix(self.fc(x))
+
+    fast = transformed(Block)
+    fast.run(batch=8)
+    rows = [row for row in fastvar_fx.explain(fast).rows if row.step == 2]
+    assert {(row.kind, row.kept < row.tokens) for row in rows} == {
+        ("attention", True),
+        ("ffn", False),
+    }
+
+
+def test_registering_a_buffer_during_the_forward() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] == 16 and not hasattr(self, "bias"):
+                self.register_buffer("bias", torch.full((WIDTH,), 0.5, dtype=x.dtype))
+            y = x + self.bias if x.shape[1] == 16 else x
+            return x + self.fc(y)
+
+    fast = transformed(Block)
+    first = fast.run()
+    assert all(map(torch.equal, fast.run(), first))
+    assert type(fast.blocks[0].bias) is Tensor
+
+
+@pytest.mark.parametrize("holder", [SimpleNamespace, deque, "slots", "object"])
+def test_state_in_objects_is_followed_and_not_shared(holder: Any) -> None:
+    class Slots:
+        __slots__ = ("k",)
+
+    class Plain:
+        pass
+
+    kinds = {"slots": Slots, "object": Plain}
+
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = kinds.get(holder, holder)()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            past = self.past()
+            if past is not None and x.shape[1] > 4:
+                k = torch.cat([past, k], 1)
+                v = torch.cat([past, v], 1)
+            self.keep(k)
+            return x + self.out(F.scaled_dot_product_attention(q, k, v))
+
+        def past(self) -> Tensor | None:
+            if isinstance(self.state, deque):
+                return self.state[0] if self.state else None
+            return getattr(self.state, "k", None)
+
+        def keep(self, k: Tensor) -> None:
+            if isinstance(self.state, deque) and self.state:
+                self.state[0] = k
+            elif isinstance(self.state, deque):
+                self.state.append(k)
+            else:
+                self.state.k = k
+
+    model = _same(Block)
+    fast = fastvar_fx.transform(model, SCHEDULE)
+    fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    assert model.blocks[0].past() is None
+    past = fast.blocks[0].past()
+    assert type(past) is Tensor
+    assert past.shape[1] == 4 + 9 + 8
+
+
+def test_state_that_cannot_be_seen_is_an_error() -> None:
+    hidden: dict[int, Tensor] = {}
+
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            hidden[id(self)] = h
+            return x + h
+
+    with pytest.raises(ModelError, match=r"outside the module's attributes(.|\n)*in a dict"):
+        transformed(Block).run()
+
+
+def test_a_nested_residual_is_part_of_its_branch() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.attend(x)
+            h = h + self.fc(h)
+            x = x + h
+            g = self.out(x)
+            return x + (g + self.fc(g))
+
+    fast = transformed(Block)
+    fast.run()
+    rows = [row for row in fastvar_fx.explain(fast).rows if row.step == 2 and row.layer == 0]
+    assert [(row.kind, row.kept) for row in rows] == [("attention", 8), ("ffn", 8)]
+
+
+def test_token_first_layouts_gather_their_tables() -> None:
+    table = torch.randn(16, 1, WIDTH, dtype=torch.float64)
+
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x).transpose(0, 1) * table[: x.shape[1]]
+            return x + self.out(h.transpose(0, 1))
+
+    class Plain(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.out(self.fc(x) * table[: x.shape[1]].transpose(0, 1))
+
+    fast = transformed(Block)
+    got = fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    for a, b in zip(got, transformed(Plain).run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_parts_of_tuples_that_nobody_takes_do_not_matter() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc(x) * self.out(x).max(-1, keepdim=True).values
+
+    fast = transformed(Block)
+    fast.run()
+    assert not fastvar_fx.explain(fast).refusals
