@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 _EXTRA: Final = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "PIL": "pillow"}
 _RATIOS: Final = (0.5, 0.75)
 _REPEATS: Final = 3
-_PATIENCE: Final = 30.0
-"""Seconds after which the demo starts no further repeat, unless their number was asked for."""
+_PATIENCE: Final = 60.0
+"""Seconds that measuring may take before repeats are left out, unless their number was asked for."""
 _WIDTH: Final = 100
 """Columns of a table that goes to a file or a pipe."""
 

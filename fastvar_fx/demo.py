@@ -176,8 +176,9 @@ class Measurement:
 
     @property
     def slower_steps(self) -> tuple[int, ...]:
-        """Steps whose every pruned run took longer than every dense one."""
-        return tuple(s.step for s in self.steps if s.pruned.low > s.dense.high)
+        """Steps whose every pruned run took longer than every dense one, of several runs."""
+        slower = tuple(s.step for s in self.steps if s.pruned.low > s.dense.high)
+        return slower if self.repeats > 1 else ()
 
     @property
     def branch_counts(self) -> tuple[int, int]:
@@ -228,7 +229,7 @@ def measure(
     Args:
         subject: The model; it is not changed.
         repeats: Timed runs of each, at least 1.
-        patience: Seconds; once they have passed, no further repeat begins.
+        patience: Seconds; after the first, no repeat begins that would probably end later.
         progress: Called with a few words before each run.
 
     Raises:
@@ -253,13 +254,16 @@ def measure(
     progress("warm-up and FLOPs, pruned")
     with select.recording():
         pruned_bench.count()
+    longest = 0.0
     for i in range(repeats):
-        if i and perf_counter() - started > patience:
+        begun = perf_counter()
+        if i and begun - started + longest > patience:
             break
         progress(f"dense, run {i + 1} of {repeats}")
         dense_images = dense_bench.time()
         progress(f"pruned, run {i + 1} of {repeats}")
         pruned_images = pruned_bench.time()
+        longest = max(longest, perf_counter() - begun)
 
     steps = tuple(_step(subject.schedule, s, dense_bench, pruned_bench) for s in _all(schedule))
     return Measurement(

@@ -58,6 +58,7 @@ class Report:
         rows: One per block, step and branch.
         cache_step: The step whose branch outputs are captured.
         prunes: Whether the schedule prunes any step.
+        unmet: Token counts of pruned steps that no run came to yet, by step.
         dense_calls: Calls of blocks by token count that were none of these steps.
         early_calls: Calls with a pruned step's token count that came before the capture of their
             generation, such as source tokens of an editing model; they ran dense.
@@ -67,6 +68,7 @@ class Report:
     rows: tuple[Row, ...]
     cache_step: int
     prunes: bool
+    unmet: dict[int, int]
     dense_calls: dict[int, int]
     early_calls: dict[int, int]
     trace_seconds: float
@@ -75,6 +77,7 @@ class Report:
     def of(cls, plan: Plan) -> Report:
         """Returns the report on a plan's records."""
         records = sorted(plan.records.values(), key=lambda r: (r.step, r.layer))
+        met = {r.step for r in records}
         rows = []
         for r in records:
             place = (r.step, r.layer, r.block)
@@ -88,6 +91,7 @@ class Report:
             tuple(rows),
             plan.schedule.cache_step,
             bool(plan.pruned_steps),
+            {s: plan.schedule.tokens(s) for s in plan.pruned_steps if s not in met},
             dict(sorted(plan.dense_calls.items())),
             dict(sorted(plan.early_calls.items())),
             plan.trace_seconds,
@@ -179,7 +183,11 @@ def _explain(refusal: Refusal) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    notes = []
+    notes = [
+        f"step {step} ({tokens} tokens) was not met yet; dense calls so far had "
+        f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
+        for step, tokens in report.unmet.items()
+    ]
     if report.early_calls:
         counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
         notes.append(f"dense, before their generation's capture: {counts}")

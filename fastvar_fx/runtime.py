@@ -7,11 +7,12 @@ graph and writes the state back. Programs are made on the first call of a step, 
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Final
@@ -85,6 +86,13 @@ class Plan:
         self.step_of_tokens = {schedule.tokens(step): step for step in steps}
         self.watch = GenerationWatch(schedule)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """A copy has met no step yet."""
+        memo[id(self)] = made = replace(
+            self, records={}, dense_calls=Counter(), early_calls=Counter(), trace_seconds=0.0
+        )
+        return made
+
     @property
     def pruned_anything(self) -> bool:
         """Whether any branch of any block prunes at a step that was met."""
@@ -110,8 +118,8 @@ class GenerationWatch:
         self._current: list[int] = []
         self._ended: list[list[int]] = []
 
-    def pruned(self) -> None:
-        """A pruned step was met."""
+    def fits(self) -> None:
+        """The cache step or a pruned step was met."""
         self._current, self._ended = [], []
 
     def saw(self, tokens: int) -> None:
@@ -126,13 +134,12 @@ class GenerationWatch:
             return
         if tokens == self._current[-1]:
             return
-        self._ended.append(self._current)
+        self._ended = [*self._ended[-2:], self._current]
         self._current = [tokens]
         strange = [length for length in self._ended[-1] if length not in self._known]
-        alike = len(self._ended) >= 3 and self._ended[-1] == self._ended[-2] == self._ended[-3]
+        alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
         if len(strange) >= 2 or alike:
-            seen = self._ended[-1]
-            self.pruned()
+            seen = self._current = self._ended[-1]  # so that the next run is told too
             wanted = [self._schedule.tokens(step) for step in self._schedule.pruned_steps]
             raise RunError(
                 f"the schedule prunes steps of {wanted} tokens, but the last generation had none: "
@@ -181,6 +188,11 @@ class ProgramStore:
         assert isinstance(program, StepProgram)
         return BoundProgram(program, call)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramStore:
+        """Programs are bound to live modules: a copy of the model makes its own."""
+        memo[id(self)] = made = ProgramStore(copy.deepcopy(self._plan, memo))
+        return made
+
     def _find_or_make(
         self, block: BlockRuntime, step: int, call: Call, captured: dict[int, Tensor]
     ) -> _Entry:
@@ -188,7 +200,7 @@ class ProgramStore:
         real = None if kind in self._met else reference(call)
         self._met.add(kind)
         metas = tuple((i, _meta(t)) for i, t in sorted(captured.items()))
-        mark = (metas, *fingerprint(call.forward, call.module, call.args, call.kwargs))
+        mark = (metas, *self._fingerprint(call, real))
         for entry in self._entries:
             if entry.step == step and entry.fingerprint == mark:
                 return entry
@@ -196,6 +208,15 @@ class ProgramStore:
         entry = _Entry(len(self._entries), step, mark, program)
         self._entries.append(entry)
         return entry
+
+    @staticmethod
+    def _fingerprint(call: Call, real: Reference | None) -> tuple[Any, ...]:
+        try:
+            return fingerprint(call.forward, call.module, call.args, call.kwargs)
+        except RefusedError:
+            if real is None:
+                reference(call)  # if the real call fails too, that is the error to raise
+            raise
 
     def _make(
         self,
@@ -493,6 +514,11 @@ class BlockRuntime:
         self._position = _CAPTURED
         self._call = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRuntime:
+        """A copy starts anew: no features, no programs."""
+        plan, store = copy.deepcopy((self._plan, self._store), memo)
+        return BlockRuntime(self.layer, self.name, self._forward, plan, store)
+
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
         step = self._step(block, args, kwargs)
@@ -568,6 +594,8 @@ class BlockRuntime:
         else:
             result, made = program.run(args, kwargs, ())
             features = dict(zip(program.features, made, strict=True))
+        if not torch.compiler.is_compiling():
+            self._plan.watch.fits()
         self._position = _CAPTURED
         self._call = 0
         self._dtype = self._stream(block, args, kwargs).dtype
@@ -588,7 +616,7 @@ class BlockRuntime:
         self._call = self._call + 1 if position == self._position else 0
         self._position = position
         if not torch.compiler.is_compiling():
-            self._plan.watch.pruned()
+            self._plan.watch.fits()
         captured = self._captured(step, block, args, kwargs)
         program = self._program(step, block, args, kwargs, captured)
         last = position == len(self._positions) - 1 and self._call == len(self._features) - 1
@@ -636,7 +664,8 @@ class BlockRuntime:
                 f"{self.name}: step {step} ({schedule.tokens(step)} tokens) came without the steps "
                 f"before it: the features of cache step {self._cache_step} "
                 f"({schedule.tokens(self._cache_step)} tokens) or of the pruned step before are "
-                f"missing. Give the schedule that the loop runs: scales {schedule.scales}"
+                f"missing. Dense so far: {sorted(self._plan.dense_calls)} tokens. Give the "
+                f"schedule that the loop runs: scales {schedule.scales}"
             )
         if not torch.compiler.is_compiling():
             self._plan.early_calls[self._plan.schedule.tokens(step)] += 1

@@ -51,7 +51,7 @@ _FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 @dataclass(frozen=True)
 class Refusal:
-    """A branch or block that stays dense. Falsy, so that `if not result:` reads as a failed match.
+    """A branch or block that stays dense, and why.
 
     Attributes:
         code: Stable code, a key of `CODES`.
@@ -64,10 +64,6 @@ class Refusal:
     reason: str
     op: str = ""
     where: str = ""
-
-    def __bool__(self) -> bool:
-        """A refusal is falsy."""
-        return False
 
     @property
     def title(self) -> str:

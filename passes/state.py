@@ -104,6 +104,7 @@ class Snapshot:
             self._seen.add(id(value))
             self._containers.append((path, value, _copy(value)))
             if isinstance(value, nn.Module):
+                self.constants[*path, ("attr", "training")] = value.training
                 self._registries += [(r, dict(r)) for r in _registries(value)]
             for step, item in _entries(value):
                 if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):

@@ -95,6 +95,7 @@ def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, tuple[int, ...]]:
     if not (b.is_floating_point() or b.is_complex()):
         return float(not torch.equal(a, b)), ()
     wide = torch.complex128 if b.is_complex() else torch.float64
+    a, b = a.detach(), b.detach()
     difference = (a.to(wide) - b.to(wide)).abs()
     both_nan = a.isnan() & b.isnan()
     difference = torch.where(both_nan | (a == b), torch.zeros_like(difference), difference)

@@ -292,7 +292,6 @@ def test_a_refused_branch_keeps_its_place_beside_the_others() -> None:
     first, second = find(program_of(body))
     assert isinstance(first, RefusedBranch)
     assert first.refusal.code == "FVX013"
-    assert not first.refusal
     assert names([first, second]) == [("attention", "attn"), ("ffn", "ffn")]
     assert isinstance(second, Branch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -364,3 +365,66 @@ def test_a_value_that_the_loop_changes_is_not_baked_in() -> None:
         vars(block)["scale"] = 3.0
     want = run(fastvar_fx.transform(net(3.0), SCHEDULE))
     assert all(map(torch.equal, run(fast), want))
+
+
+def test_a_schedule_that_does_not_fit_is_an_error_every_time() -> None:
+    fast = fast_net(Schedule((2, 3, 6, 7), (0.5,)))
+    run(fast)
+    for _ in range(3):
+        with pytest.raises(RunError, match="the last generation had none"):
+            run(fast)
+
+
+def test_generations_cut_off_after_the_cache_step_are_fine() -> None:
+    fast = fast_net()
+    want = run(fast)
+    for _ in range(5):
+        run(fast, range(3))
+    assert all(map(torch.equal, run(fast), want))
+
+
+def test_a_late_scale_that_does_not_fit_is_reported() -> None:
+    fast = fast_net(Schedule((*SCALES[:4], (5, 7)), (0.5, 0.4)))
+    run(fast)
+    assert fastvar_fx.explain(fast).unmet == {4: 35}
+    assert "step 4 (35 tokens) was not met yet" in str(fastvar_fx.explain(fast))
+
+
+def test_a_copy_of_a_warm_model_is_a_model_of_its_own() -> None:
+    fast = fastvar_fx.transform(model_of(), SCHEDULE)
+    want = fast.generate(2, 0)
+    copied = copy.deepcopy(fast)
+    assert torch.equal(copied.generate(2, 0, keep_cache=True), want)
+    assert all(length == 0 for length in fast.kv_lengths())
+    assert torch.equal(fast.generate(2, 0), want)
+
+
+def test_a_passing_failure_while_tracing_does_not_stick() -> None:
+    fast, fresh = fast_net(), fast_net()
+    want = run(fresh)
+    run(fast, range(3))
+    hook = fast.blocks[1].get_submodule("qkv").register_forward_pre_hook(_raise)
+    with pytest.raises(ZeroDivisionError):
+        fast.step(tokens(3))
+    hook.remove()
+    assert all(map(torch.equal, run(fast), want))
+    assert not fastvar_fx.explain(fast).refusals
+
+
+def test_dropout_that_is_switched_on_later_is_not_lost() -> None:
+    class Dropped(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.drop(self.fc2(self.fc1(x)))
+            return out
+
+    net = Net().eval()
+    net.blocks = nn.ModuleList(Dropped() for _ in range(2)).eval()
+    fast = fastvar_fx.transform(net, SCHEDULE, strict=False)
+    run(fast)
+    for block in fast.blocks:
+        block.get_submodule("drop").train()
+    assert not torch.equal(run(fast)[-1], run(fast)[-1])
