@@ -49,7 +49,7 @@ _EXTRA: Final = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "
 _RATIOS: Final = (0.5, 0.75)
 _REPEATS: Final = 3
 _PATIENCE: Final = 60.0
-"""Seconds that measuring may take before repeats are left out, unless their number was asked for."""
+"""Seconds that measuring may take; repeats are left out for it unless their number was asked."""
 _WIDTH: Final = 100
 """Columns of a table that goes to a file or a pipe."""
 

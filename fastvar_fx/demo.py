@@ -242,7 +242,7 @@ def measure(
         raise ScheduleError(
             f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
         )
-    started = perf_counter()
+    deadline = perf_counter() + patience
     select = _Recorder()
     fast = transform(subject.model, schedule, blocks=subject.blocks, select=select)
     dense_bench, pruned_bench = _Bench(subject, subject.model), _Bench(subject, fast)
@@ -254,17 +254,9 @@ def measure(
     progress("warm-up and FLOPs, pruned")
     with select.recording():
         pruned_bench.count()
-    longest = 0.0
-    for i in range(repeats):
-        begun = perf_counter()
-        if i and begun - started + longest > patience:
-            break
-        progress(f"dense, run {i + 1} of {repeats}")
-        dense_images = dense_bench.time()
-        progress(f"pruned, run {i + 1} of {repeats}")
-        pruned_images = pruned_bench.time()
-        longest = max(longest, perf_counter() - begun)
-
+    dense_images, pruned_images = _take_turns(
+        dense_bench, pruned_bench, repeats, deadline, progress
+    )
     steps = tuple(_step(subject.schedule, s, dense_bench, pruned_bench) for s in _all(schedule))
     return Measurement(
         steps,
@@ -318,6 +310,27 @@ class _Bench:
     def spread(self, steps: Sequence[int]) -> Spread:
         """Returns the blocks' time over some steps."""
         return Spread.of([sum(run[s] for s in steps) for run in self.step_seconds])
+
+
+def _take_turns(
+    dense: _Bench,
+    pruned: _Bench,
+    repeats: int,
+    deadline: float,
+    progress: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """Times both models by turns; returns the images of the last turn."""
+    longest = 0.0
+    for i in range(repeats):
+        begun = perf_counter()
+        if i and begun + longest > deadline:
+            break
+        progress(f"dense, run {i + 1} of {repeats}")
+        dense_images = dense.time()
+        progress(f"pruned, run {i + 1} of {repeats}")
+        pruned_images = pruned.time()
+        longest = max(longest, perf_counter() - begun)
+    return dense_images, pruned_images
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
-    from fastvar_fx.runtime import Plan
+    from fastvar_fx.plan import Plan
 
 
 @dataclass(frozen=True)

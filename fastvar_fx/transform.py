@@ -12,8 +12,10 @@ from torch import nn
 from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.plan import Plan, StepOf
+from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
-from fastvar_fx.runtime import BlockRuntime, Plan, ProgramStore, StepOf
+from fastvar_fx.runtime import BlockRuntime
 from fastvar_fx.schedule import Schedule
 from passes.branches import KINDS, Kind
 

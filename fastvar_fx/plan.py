@@ -1,0 +1,109 @@
+"""What is fixed for all blocks of a transformed model, and what they noted for the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastvar_fx import ops
+from fastvar_fx.errors import RunError
+from fastvar_fx.schedule import Schedule
+from passes.branches import Kind
+from passes.pipeline import BranchReport
+from passes.refusal import Refusal
+
+StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
+"""Tells the step of a block call, (block, args, kwargs) -> index; None if it is no step."""
+
+
+@dataclass
+class StepRecord:
+    """What one block does at one step, for the report."""
+
+    layer: int
+    block: str
+    step: int
+    tokens: int
+    branches: tuple[BranchReport, ...]
+    program: int | None
+    refusal: Refusal | None = None
+
+
+@dataclass
+class Plan:
+    """What is fixed for all blocks of a transformed model, and what they noted."""
+
+    schedule: Schedule
+    kinds: tuple[Kind, ...]
+    step_of: StepOf | None
+    strict: bool
+    dump_dir: Path | None
+    last_layer: int
+    operators: ops.Operators
+    records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
+    dense_calls: Counter[int] = field(default_factory=Counter)
+    early_calls: Counter[int] = field(default_factory=Counter)
+    trace_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        schedule = self.schedule
+        self.pruned_steps = schedule.pruned_steps
+        self.cache_tokens = schedule.tokens(schedule.cache_step)
+        steps = (schedule.cache_step, *self.pruned_steps) if self.pruned_steps else ()
+        self.step_of_tokens = {schedule.tokens(step): step for step in steps}
+        self.watch = GenerationWatch(schedule)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """A copy has met no step yet."""
+        memo[id(self)] = made = replace(
+            self, records={}, dense_calls=Counter(), early_calls=Counter(), trace_seconds=0.0
+        )
+        return made
+
+    @property
+    def pruned_anything(self) -> bool:
+        """Whether any branch of any block prunes at a step that was met."""
+        return any(b.kept is not None for r in self.records.values() for b in r.branches)
+
+
+class GenerationWatch:
+    """Notices whole generations that pass without a pruned step, where the schedule has some."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._known = {schedule.tokens(step) for step in range(schedule.steps)}
+        self._current: list[int] = []
+        self._ended: list[list[int]] = []
+
+    def fits(self) -> None:
+        """The cache step or a pruned step was met."""
+        self._current, self._ended = [], []
+
+    def saw(self, tokens: int) -> None:
+        """A dense call was met; a length that comes back means that another generation began.
+
+        Raises:
+            RunError: If generations end without a pruned step: at once if their lengths are not
+                the schedule's, else, for they may have been cut off, after three alike.
+        """
+        if tokens not in self._current:
+            self._current.append(tokens)
+            return
+        if tokens == self._current[-1]:
+            return
+        self._ended = [*self._ended[-2:], self._current]
+        self._current = [tokens]
+        strange = [length for length in self._ended[-1] if length not in self._known]
+        alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
+        if len(strange) >= 2 or alike:
+            seen = self._current = self._ended[-1]  # so that the next run is told too
+            wanted = [self._schedule.tokens(step) for step in self._schedule.pruned_steps]
+            raise RunError(
+                f"the schedule prunes steps of {wanted} tokens, but the last generation had none: "
+                f"its blocks saw {seen} tokens. Give the schedule that the loop runs"
+            )

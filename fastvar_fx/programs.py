@@ -1,0 +1,401 @@
+"""Programs of live blocks: made once per structure and step, bound to each block's tensors.
+
+A `BoundProgram` reads what its graph takes from the block and the call, runs the graph, and writes
+the block's state back. It holds only for calls like the one it was made for; `matches` tells.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastvar_fx.errors import ModelError, RunError
+from fastvar_fx.plan import Plan, StepRecord
+from passes.branches import find_branches
+from passes.capture import LeakedTensorError, capture, fingerprint, placeholder_of
+from passes.pipeline import (
+    Call,
+    Dump,
+    Reference,
+    StepProgram,
+    make_capture,
+    make_pruned,
+    reference,
+)
+from passes.prune import Step
+from passes.refusal import Refusal, RefusedError
+from passes.state import Path, Write, apply, get
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that programs are made for.
+
+    Attributes:
+        layer: Its index among the blocks.
+        name: Its module path in the model.
+        forward: Its class's own forward, a function of the block and the call's arguments.
+    """
+
+    layer: int
+    name: str
+    forward: Forward
+
+
+@dataclass
+class _Entry:
+    """A program in the store, and the calls it stands for."""
+
+    number: int
+    step: int
+    fingerprint: tuple[Any, ...]
+    program: StepProgram | Refusal
+
+
+class ProgramStore:
+    """The programs of a transformed model: one per structure and step, shared by equal blocks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._entries: list[_Entry] = []
+        self._met: set[tuple[Any, ...]] = set()
+        self._streams: dict[tuple[Forward, int, tuple[str, ...]], Path | Refusal] = {}
+
+    def find_or_make(
+        self, block: Block, step: int, call: Call, captured: dict[int, Tensor]
+    ) -> BoundProgram | StaysDense:
+        """Returns the program for a live call."""
+        started = time.perf_counter()
+        try:
+            entry = self._find_or_make(block, step, call, captured)
+        except RefusedError as error:
+            entry = _Entry(-1, step, (), error.refusal)
+        except LeakedTensorError as error:
+            raise ModelError(
+                f"{block.name} cannot be traced: {error}. Keep such state in attributes, lists or "
+                f"dicts of the block, or hand it in; then transform the model anew"
+            ) from error
+        self._plan.trace_seconds += time.perf_counter() - started
+        program = entry.program
+        refused = isinstance(program, Refusal)
+        self._plan.records[block.layer, step] = StepRecord(
+            block.layer,
+            block.name,
+            step,
+            self._plan.schedule.tokens(step),
+            () if refused else program.branches,  # type: ignore[union-attr]
+            None if refused else entry.number,
+            program if refused else None,  # type: ignore[arg-type]
+        )
+        if refused:
+            log.info("%s stays dense at step %d: %s", block.name, step, program)
+            return StaysDense.of(call)
+        assert isinstance(program, StepProgram)
+        return BoundProgram(program, call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramStore:
+        """Programs are bound to live modules: a copy of the model makes its own."""
+        memo[id(self)] = made = ProgramStore(copy.deepcopy(self._plan, memo))
+        return made
+
+    def _find_or_make(
+        self, block: Block, step: int, call: Call, captured: dict[int, Tensor]
+    ) -> _Entry:
+        kind = (step, block.forward, *StaysDense.of(call).key)
+        real = None if kind in self._met else reference(call)
+        self._met.add(kind)
+        metas = tuple((i, _meta(t)) for i, t in sorted(captured.items()))
+        mark = (metas, *self._fingerprint(call, real))
+        for entry in self._entries:
+            if entry.step == step and entry.fingerprint == mark:
+                return entry
+        program = self._make(block, step, call, real or reference(call), captured)
+        entry = _Entry(len(self._entries), step, mark, program)
+        self._entries.append(entry)
+        return entry
+
+    @staticmethod
+    def _fingerprint(call: Call, real: Reference | None) -> tuple[Any, ...]:
+        try:
+            return fingerprint(call.forward, call.module, call.args, call.kwargs)
+        except RefusedError:
+            if real is None:
+                reference(call)  # if the real call fails too, that is the error to raise
+            raise
+
+    def _make(
+        self,
+        block: Block,
+        step: int,
+        call: Call,
+        real: Reference,
+        captured: dict[int, Tensor],
+    ) -> StepProgram | Refusal:
+        plan = self._plan
+        number = len(self._entries)
+        dump = plan.dump_dir and Dump(plan.dump_dir, f"{number:02}_{block.name}_step{step}")
+        try:
+            if step == plan.schedule.cache_step:
+                return make_capture(call, real, plan.kinds, dump or None)
+            scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
+            at = Step(plan.schedule.kept(step), *scales)
+            return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
+        except RefusedError as error:
+            return error.refusal
+
+    def stream_of(
+        self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Path:
+        """Returns where the (B, L, C) input of such a call is.
+
+        Raises:
+            RunError: If no argument can be the token map.
+        """
+        key = (forward, len(args), tuple(kwargs))
+        if key not in self._streams:
+            self._streams[key] = _find_stream(partial(forward, module), module, args, kwargs)
+        found = self._streams[key]
+        if isinstance(found, Refusal):
+            raise RunError(
+                f"a block of {type(module).__name__} was called without a (B, L, C) token map; "
+                f"found {_describe(args, kwargs)}. Name the transformer blocks with blocks="
+            )
+        return found
+
+
+def _find_stream(
+    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Path | Refusal:
+    values = {("args", i): value for i, value in enumerate(args)}
+    values |= {("kwargs", name): value for name, value in kwargs.items()}  # type: ignore[misc]
+    maps = [place for place, value in values.items() if _is_map(value)]
+    paths: list[Path] = [(("item", root), ("item", key)) for root, key in maps]
+    if len(paths) == 1:
+        return paths[0]
+    refusal = Refusal("FVX003", "no argument is a (B, L, C) tensor")
+    if not paths:
+        return refusal
+    program = capture(forward, module, args, kwargs)
+    for path in paths:
+        stream = placeholder_of(program, path)
+        try:
+            if stream is not None:
+                find_branches(program.graph_module.graph, stream, program.result_count)
+                return path
+        except RefusedError as error:
+            refusal = error.refusal
+    return refusal
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    shown = [f"{k}: {_meta_text(v)}" for k, v in named.items()]
+    return ", ".join(shown) or "no arguments"
+
+
+def _meta_text(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _meta(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.dtype, tensor.device)
+
+
+class BoundProgram:
+    """A program bound to the live tensors of one block.
+
+    Attributes:
+        features: The branches whose features it makes or takes.
+    """
+
+    def __init__(self, program: StepProgram, call: Call) -> None:
+        captured_call = program.captured
+        block = call.module
+        self.features = program.features
+        self._graph = program.graph_module
+        self._reads = [_reader(block, path) for path in program.inputs]
+        self._metas = [_meta(_read(r, call.args, call.kwargs)) for r in self._reads]
+        self._form = (len(call.args), tuple(call.kwargs))
+        self._constants = _constant_guards(block, captured_call.constants, call)
+        self._results = captured_call.result_count
+        self._single = captured_call.result.is_leaf()
+        self._result_spec = captured_call.result
+        self._result_leaves = captured_call.result_leaves
+        self._writes = [_writer(block, write) for write in captured_call.writes]
+        self._written = sum(leaf is ... for w in captured_call.writes for leaf in w.leaves)
+        self._autocast = _autocast()
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it stands for this call: same form, shapes, dtypes, devices and plain values."""
+        if (len(args), tuple(kwargs)) != self._form or _autocast() != self._autocast:
+            return False
+        for (holder, key), expected in self._constants:
+            if _value(holder, key, args, kwargs) != expected:
+                return False
+        for reader, meta in zip(self._reads, self._metas, strict=True):
+            tensor = _read(reader, args, kwargs)
+            if not isinstance(tensor, Tensor) or _meta(tensor) != meta:
+                return False
+        return True
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], features: Sequence[Tensor]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Runs the graph on the live tensors and writes the block's state.
+
+        Returns:
+            What the block returns, and the features if this is the cache step's program.
+        """
+        inputs = [_read(reader, args, kwargs) for reader in self._reads]
+        outputs = self._graph(*inputs, *features)
+        place = self._results
+        for writer in self._writes:
+            place = writer(outputs, place, args, kwargs)
+        return self._result(outputs), outputs[self._results + self._written :]
+
+    def _result(self, outputs: Sequence[Tensor]) -> Any:
+        if self._single:
+            return outputs[0]
+        leaves = _fill_tensors(self._result_leaves, outputs, 0)
+        return pytree.tree_unflatten(leaves, self._result_spec)
+
+
+def _fill_tensors(leaves: Sequence[Any], outputs: Sequence[Tensor], place: int) -> list[Any]:
+    filled = []
+    for leaf in leaves:
+        filled.append(outputs[place] if leaf is ... else leaf)
+        place += leaf is ...
+    return filled
+
+
+@dataclass(frozen=True)
+class StaysDense:
+    """Stands in the place of a program where a call was refused."""
+
+    stream: Path
+    meta: tuple[Any, ...]
+    form: tuple[int, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, call: Call) -> StaysDense:
+        """Remembers the call's form and the shape, dtype and device of its token map."""
+        form = (len(call.args), tuple(call.kwargs))
+        return cls(call.stream, _meta(token_map(call.stream, call.args, call.kwargs)), form)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it compares, hashable."""
+        return (*self.meta, self.form)
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it stands for this call."""
+        form = (len(args), tuple(kwargs))
+        return form == self.form and _meta(token_map(self.stream, args, kwargs)) == self.meta
+
+
+def token_map(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Returns the (B, L, C) input of a call, at a path that `ProgramStore.stream_of` gave."""
+    (_, root), (_, key) = path
+    return args[key] if root == "args" else kwargs[key]  # type: ignore[no-any-return]
+
+
+Reader = tuple[Any, Any]
+"""(holder, key): an attribute of a module; or ("args" | "kwargs", path) to look up in the call."""
+
+
+def _reader(block: nn.Module, path: Path) -> Reader:
+    (_, root), *rest = path
+    if root != "module":
+        return (root, tuple(rest))
+    if all(kind == "attr" for kind, _ in rest):
+        holder = get(block, tuple(rest[:-1]))
+        if isinstance(holder, nn.Module):
+            return (holder, rest[-1][1])
+    return (block, tuple(rest))
+
+
+def _read(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _value(reader[0], reader[1], args, kwargs)
+
+
+def _value(holder: Any, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(key, str):
+        return getattr(holder, key, None)
+    origin = args if holder == "args" else kwargs if holder == "kwargs" else holder
+    try:
+        return get(origin, key)
+    except (AttributeError, LookupError):
+        return None
+
+
+def _constant_guards(
+    block: nn.Module, constants: Iterable[Path], call: Call
+) -> list[tuple[Reader, Any]]:
+    """Guards of the plain values a call could read; a container of plain values counts as one."""
+    guards: dict[Any, tuple[Reader, Any]] = {}
+    for path in constants:
+        if path[0][1] == "module":
+            guards[path] = _guard(_reader(block, path), call)
+            continue
+        top = path[:2]
+        whole = get({"args": list(call.args), "kwargs": call.kwargs}, top)
+        leaves = pytree.tree_leaves(whole)
+        if any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves):
+            guards[path] = _guard(_reader(block, path), call)
+        else:
+            guards[top] = (_reader(block, top), pytree.tree_map(lambda leaf: leaf, whole))
+    return list(guards.values())
+
+
+def _guard(reader: Reader, call: Call) -> tuple[Reader, Any]:
+    """Expects what this block's own call holds: blocks that share a program may differ in it."""
+    return reader, _read(reader, call.args, call.kwargs)
+
+
+def _writer(block: nn.Module, write: Write) -> Callable[..., int]:
+    (_, root), *rest = write.path
+    count = sum(leaf is ... for leaf in write.leaves)
+    owner = get(block, tuple(rest)) if root == "module" and _is_module_path(rest) else None
+    fixed = owner if isinstance(owner, nn.Module) and not write.deleted else None
+
+    def replay(
+        outputs: Sequence[Tensor], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int:
+        if fixed is not None and count == 1 and len(write.leaves) == 1:
+            setattr(fixed, write.step[1], outputs[place])
+            return place + 1
+        origin = block if root == "module" else args if root == "args" else kwargs
+        container = get(origin, tuple(rest))
+        apply(write, container, _fill_tensors(write.leaves, outputs, place))
+        return place + count
+
+    return replay
+
+
+def _is_module_path(path: Sequence[Any]) -> bool:
+    return all(kind == "attr" for kind, _ in path)
+
+
+def _autocast() -> tuple[Any, ...]:
+    """The surrounding autocast, which the ops of a graph obey and its dtypes depend on."""
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
