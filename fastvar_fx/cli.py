@@ -530,6 +530,10 @@ def _remarks(subject: Subject, result: Measurement) -> Iterator[str]:
     pruned, branches = result.branch_counts
     refused = "" if pruned == branches else "; fastvar-fx explain says why the others do not"
     yield f"{pruned} of {branches} branches prune{refused}. Step skipping: none."
+    if result.repeats == 1:
+        yield "one run shows no spread, and what else ran meanwhile counts in full; see --repeats"
+    elif result.unsteady:
+        yield "the times spread by more than 20 %: something else was running; measure again"
     if result.slower_steps:
         yield f"slower than dense at steps {', '.join(map(str, result.slower_steps))}"
     if result.repeat_difference > 0:

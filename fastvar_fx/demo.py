@@ -181,6 +181,12 @@ class Measurement:
         return slower if self.repeats > 1 else ()
 
     @property
+    def unsteady(self) -> bool:
+        """Whether the transformer's time spread by more than a fifth, dense or pruned."""
+        times = (self.transformer.dense, self.transformer.pruned)
+        return any(t.high - t.low > 0.2 * t.median for t in times)
+
+    @property
     def branch_counts(self) -> tuple[int, int]:
         """How many branches prune, and how many there are, over blocks and pruned steps."""
         pruned = {s.step for s in self.steps if s.role == PRUNES}
@@ -198,6 +204,7 @@ class Measurement:
             "transformer": self.transformer.as_dict(),
             "total": self.total.as_dict(),
             "slower_steps": self.slower_steps,
+            "unsteady": self.unsteady,
             "pruned_branches": pruned,
             "branches": branches,
             "skipped_steps": [],

@@ -15,7 +15,7 @@ from passes.rules import Rule, Site, rule
 _NAMESPACE: Final = "fastvar_fx_opaque"
 
 
-def axis_rule(*ops: str) -> Callable[[Rule], Rule]:
+def axis_rule(*ops: str, attention: bool = False) -> Callable[[Rule], Rule]:
     """Registers an axis rule: what an op does to axes, and that tokens may be dropped through it.
 
     A rule gets the call as a `passes.rules.Site` and returns the axes of its result (a list for
@@ -24,6 +24,8 @@ def axis_rule(*ops: str) -> Callable[[Rule], Rule]:
 
     Args:
         ops: Names as "namespace::op"; a name covers all overloads and the in-place form.
+        attention: Whether the op attends, its keys being its second tensor: then the branch
+            counts as attention or cross-attention.
 
     Example:
         >>> @axis_rule("mylib::scaled_gelu")
@@ -33,6 +35,8 @@ def axis_rule(*ops: str) -> Callable[[Rule], Rule]:
     for name in ops:
         if name.count("::") != 1:
             raise ValueError(f'axis_rule takes op names as "namespace::op"; found {name!r}')
+        if attention:
+            register_attention(name)
     return rule(*ops)
 
 

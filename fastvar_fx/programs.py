@@ -21,7 +21,14 @@ from torch.utils import _pytree as pytree
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.plan import Plan, StepRecord
 from passes.branches import find_branches
-from passes.capture import LeakedTensorError, capture, fingerprint, placeholder_of
+from passes.capture import (
+    BlockProgram,
+    LeakedTensorError,
+    capture,
+    fingerprint,
+    placeholder_of,
+    run_eagerly,
+)
 from passes.pipeline import (
     Call,
     Dump,
@@ -155,6 +162,9 @@ class ProgramStore:
             return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
         except RefusedError as error:
             return error.refusal
+        except (AssertionError, AttributeError, LookupError, TypeError) as error:
+            log.exception("%s stays dense at step %d: the compiler failed", block.name, step)
+            return Refusal("FVX020", f"{type(error).__name__}: {error}")
 
     def stream_of(
         self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,19 +195,30 @@ def _find_stream(
     paths: list[Path] = [(("item", root), ("item", key)) for root, key in maps]
     if len(paths) == 1:
         return paths[0]
-    refusal = Refusal("FVX003", "no argument is a (B, L, C) tensor")
     if not paths:
-        return refusal
-    program = capture(forward, module, args, kwargs)
-    for path in paths:
-        stream = placeholder_of(program, path)
-        try:
-            if stream is not None:
-                find_branches(program.graph_module.graph, stream, program.result_count)
-                return path
-        except RefusedError as error:
-            refusal = error.refusal
-    return refusal
+        return Refusal("FVX003", "no argument is a (B, L, C) tensor")
+    results, _ = run_eagerly(forward, module, args, kwargs)
+    shapes = {result.shape for result in results}
+    origin = {"args": list(args), "kwargs": kwargs}
+    likely = [path for path in paths if get(origin, path).shape in shapes] or paths
+    if len(likely) == 1:
+        return likely[0]
+    try:
+        program = capture(forward, module, args, kwargs)
+    except RefusedError:
+        return likely[0]
+    return next((path for path in likely if _carries_trunk(program, path)), likely[0])
+
+
+def _carries_trunk(program: BlockProgram, path: Path) -> bool:
+    stream = placeholder_of(program, path)
+    if stream is None:
+        return False
+    try:
+        find_branches(program.graph_module.graph, stream, program.result_count)
+    except RefusedError:
+        return False
+    return True
 
 
 def _is_map(value: Any) -> bool:

@@ -70,7 +70,7 @@ def transform(
     _check_schedule(schedule, len(found), step_of)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
-    operators = ops.Operators(select, restore)
+    operators = ops.Operators(_named(select), _named(restore))
     plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
@@ -142,6 +142,13 @@ def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     made.__doc__ = kind.forward.__doc__
     return made
+
+
+def _named(function: Callable[..., Any]) -> Any:
+    """A function that a graph can call by name; a partial or an object with a call has none."""
+    if hasattr(function, "__name__"):
+        return function
+    return lambda *args: function(*args)
 
 
 def _plan(fast: nn.Module) -> Plan:

@@ -9,15 +9,18 @@ same places share one program.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import operator
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -26,12 +29,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from passes.refusal import Refusal, RefusedError, error_line, innermost_user_frame, refuse
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
 Forward = Callable[..., Any]
+
+_SMALL: Final = 4096
+"""Constants of up to this many elements are compared by value, larger ones by identity."""
 
 
 class LeakedTensorError(Exception):
@@ -101,7 +107,9 @@ def capture(
         RefusedError: FVX001, if the call cannot be traced, naming the user's line.
     """
     call = _FakeCall(forward, module, args, kwargs)
-    with call.stand_ins() as fakes, _explained(), preserve_node_meta():
+    # A forward that calls compiled functions is traced through them.
+    nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    with call.stand_ins() as fakes, _explained(), preserve_node_meta(), nested:
         graph_module = make_fx(
             call.run,
             pre_dispatch=True,
@@ -138,7 +146,9 @@ def fingerprint(
     """
     made: list[weakref.ref[Tensor]] = []
     mark = _record(_FakeCall(forward, module, args, kwargs), made)
-    left = [tensor for ref in made if (tensor := ref()) is not None]
+    if _alive(made):
+        _clear_memos()
+    left = _alive(made)
     if left:
         found = [holder for holder in gc.get_referrers(*left) if holder is not left]
         holders = sorted({type(holder).__name__ for holder in found} - {"frame", "FakeTensor"})
@@ -147,6 +157,19 @@ def fingerprint(
             f"attributes and the call's arguments, in a {' or a '.join(holders) or 'closure'}"
         )
     return mark
+
+
+def _alive(made: list[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [tensor for ref in made if (tensor := ref()) is not None]
+
+
+def _clear_memos() -> None:
+    """Empties the `functools` caches of user code: a memo keyed by a tensor keeps stand-ins."""
+    for memo in gc.get_objects():
+        if type(memo) is functools._lru_cache_wrapper:
+            package = str(getattr(memo, "__module__", "")).partition(".")[0]
+            if package not in sys.stdlib_module_names | {"torch"}:
+                memo.cache_clear()
 
 
 def _record(call: _FakeCall, made: list[weakref.ref[Tensor]]) -> tuple[Any, ...]:
@@ -236,12 +259,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names: dict[int, Any] = {
             id(t): (path, tuple(t.shape), t.dtype, t.device) for path, t in inputs.items()
         }
+        self._paths = {t.untyped_storage()._cdata: path for path, t in inputs.items()}
         self.made: list[Tensor] = []  # kept alive, for their ids are their names
 
     def name(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return (type(value), value if isinstance(value, (int, float, str)) else repr(value))
-        return self._names.get(id(value), ("constant", id(value)))
+        return self._names.get(id(value)) or self._constant(value)
+
+    def _constant(self, value: Tensor) -> Any:
+        """Names a tensor that came from nowhere: an alias of an input, or one of the user's."""
+        meta = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
+        if isinstance(value, FakeTensor):
+            return ("alias", self._paths.get(value.untyped_storage()._cdata), meta)
+        if value.numel() > _SMALL:
+            return ("constant", _Same(value))
+        with _disable_current_modes():
+            return ("constant", meta, value.device, repr(value.tolist()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -254,6 +288,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.made.append(leaf)
         self.records.append((func, tuple(operands), spec))
         return result
+
+
+class _Same:
+    """Equal only for one tensor, which it keeps alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._tensor is self._tensor
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
 
 
 @contextlib.contextmanager

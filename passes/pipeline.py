@@ -21,7 +21,7 @@ from passes.graphs import example_values, outputs_of
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse
 from passes.state import Path, get, roots
-from passes.validate import PermutedTokens, check_permutation, check_translation
+from passes.validate import PermutedTokens, SomeTokens, check_permutation, check_translation
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ def make_pruned(
         wanted = [b for b in found if isinstance(b, Branch) and b.kind in kinds]
         try:
             _check_permuted(call, analysed, wanted)
+            _check_subset(call, analysed, wanted, step.kept)
             pruned = prune(
                 program.graph_module,
                 wanted,
@@ -217,21 +218,46 @@ def _check_permuted(call: Call, analysed: _Analysed, wanted: list[Branch]) -> No
         return
     tokens = get(roots(call.module, call.args, call.kwargs), call.stream).shape[1]
     operators = PermutedTokens()
-    every = Step(tokens, (tokens,), (tokens,))
-    permuted = prune(
-        analysed.program.graph_module, wanted, every, operators, lambda b: b.out.meta["val"]
-    )
+    graph_module, outputs, inputs = _run_with(call, analysed, wanted, tokens, operators)
+    expected = [analysed.expected[branch.index] for branch in wanted]
+    wrong = check_permutation(operators.outputs, expected, graph_module)
+    if wrong is not None:
+        raise PruneRefusedError(wanted[wrong[0]].index, wrong[1])
+    wrong = check_permutation(*_effects(analysed, wanted, outputs, inputs), graph_module)
+    if wrong is not None:
+        raise RefusedError(wrong[1])
+
+
+def _check_subset(call: Call, analysed: _Analysed, wanted: list[Branch], kept: int) -> None:
+    """Keeps some tokens: a branch that does not attend to other tokens gives the same for them."""
+    if not wanted or kept == 0:
+        return
+    operators = SomeTokens()
+    graph_module, _, _ = _run_with(call, analysed, wanted, kept, operators)
+    for branch, output in zip(wanted, operators.outputs, strict=True):
+        if branch.kind != "attention":
+            expected = analysed.expected[branch.index]
+            wrong = check_permutation([output], [expected], graph_module)
+            if wrong is not None:
+                raise PruneRefusedError(branch.index, wrong[1])
+
+
+def _run_with(
+    call: Call, analysed: _Analysed, wanted: list[Branch], kept: int, operators: PermutedTokens
+) -> tuple[GraphModule, Sequence[Tensor], list[Tensor]]:
+    """Runs the rewritten graph with operators of a check; the dense outputs are its features.
+
+    Returns:
+        The graph, its outputs, and all inputs of the program, as the run left them.
+    """
+    step = Step(kept, (kept,), (kept,))
+    source = analysed.program.graph_module
+    pruned = prune(source, wanted, step, operators, lambda branch: branch.out.meta["val"])
     inputs = live_inputs(call, analysed.program.inputs)
     expected = [analysed.expected[branch.index] for branch in wanted]
     operators.outputs.clear()
-    outputs = permuted.graph_module(*(inputs[i] for i in permuted.inputs), *expected)
-    wrong = check_permutation(operators.outputs, expected, permuted.graph_module)
-    if wrong is not None:
-        raise PruneRefusedError(wanted[wrong[0]].index, wrong[1])
-    effects = _effects(analysed, wanted, outputs, inputs)
-    wrong = check_permutation(*effects, permuted.graph_module)
-    if wrong is not None:
-        raise RefusedError(wrong[1])
+    outputs = pruned.graph_module(*(inputs[i] for i in pruned.inputs), *expected)
+    return pruned.graph_module, outputs, inputs
 
 
 def _effects(

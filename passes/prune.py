@@ -18,7 +18,7 @@ from passes.axes import Axes, Tag, dim_size, has_batch, has_tokens, shape_of
 from passes.branches import Branch
 from passes.graphs import example_values, memory_owner, mutated, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Gather, Replace, Resize, bind
+from passes.rules import Gather, Recount, Replace, Resize, bind
 
 Scale = tuple[int, ...]
 """A token map, as the operators read it; nothing here looks into it."""
@@ -184,6 +184,8 @@ class _BranchEmitter:
             edit = edits.get((name, None))
             if isinstance(edit, Replace):
                 args[name] = edit.value
+            elif isinstance(edit, Recount):
+                args[name] = self._recount(value, edit.compute, node)
             elif isinstance(edit, Resize):
                 args[name] = shape_of(edit.axes, self._kept)
             elif isinstance(value, (list, tuple)):
@@ -223,10 +225,16 @@ class _BranchEmitter:
             return self._gather(value, edit.axes)
         return self._dense[value]
 
+    def _recount(self, value: Any, compute: Callable[[Any, int], Any], like: Node) -> Any:
+        if not isinstance(value, Node):
+            return compute(value, self._kept)
+        return self._call(compute, (self._dense[value], self._kept), {}, like)
+
     def _kept_index(self, like: Node) -> Node:
         """The kept tokens, ranked by the trunk as this branch reads it."""
         if self._index is None:
-            source = self._dense[self.branch.entries[-1]]
+            read = [entry for entry in self.branch.entries if entry in self._dense]
+            source = self._dense[read[-1]]  # a later alias may not be there yet
             self._index = self._call(self._operators.select, (source, self._kept), {}, like)
         return self._index
 

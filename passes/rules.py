@@ -60,7 +60,14 @@ class Replace:
     value: object
 
 
-Edit = Gather | Resize | Replace
+@dataclass(frozen=True)
+class Recount:
+    """An argument that depends on the token count is computed anew, as compute(value, kept)."""
+
+    compute: Callable[[Any, int], Any]
+
+
+Edit = Gather | Resize | Replace | Recount
 Slot = tuple[str, int | None]
 """An argument by name, and the element if it is a list."""
 
@@ -132,6 +139,14 @@ class Site:
     def replace(self, name: str, value: object) -> None:
         """Notes that the argument `name` takes another value when tokens are dropped."""
         self.edits[name, None] = Replace(value)
+
+    def recount(self, name: str, compute: Callable[[Any, int], Any]) -> None:
+        """Notes that `compute(value, kept)` takes the place of an argument when tokens are dropped.
+
+        For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
+        packed attention. A tensor is computed in the graph, by a named function; a number now.
+        """
+        self.edits[name, None] = Recount(compute)
 
     def keep_tokens_whole(self, axes: Axes, dims: Sequence[int], what: str) -> None:
         """Refuses if `dims` hold the samples or the tokens."""

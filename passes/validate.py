@@ -1,8 +1,9 @@
 """Runs a captured graph against the real call; a graph that was not checked is never used.
 
-Two checks. Translation: the graph, unpruned, gives what the call gave. Permutation: the rewritten
-graph, keeping all tokens in another order, gives every branch's output again; a position that is
-read and not gathered shows here.
+Translation: the graph, unpruned, gives what the call gave. Permutation: the rewritten graph, with
+all tokens in another order, gives every branch's output again; a position that is read and not
+gathered shows here. Subset: a branch that does not attend to other tokens gives the same for the
+tokens it keeps, however many; a value that depends on the token count shows here.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class PermutedTokens:
         self.outputs: list[Tensor] = []
 
     def select(self, x: Tensor, kept: int) -> Tensor:
-        """Returns all tokens, shuffled; the same order for the same shape."""
+        """Returns `kept` tokens, shuffled; the same for the same shape."""
         generator = torch.Generator().manual_seed(kept)
-        order = torch.rand(x.shape[0], kept, generator=generator).argsort(dim=1)
-        return order.to(x.device) + torch.zeros_like(x[:, :, 0], dtype=torch.int64)
+        order = torch.rand(*x.shape[:2], generator=generator).argsort(dim=1)[:, :kept]
+        return order.to(x.device) + torch.zeros_like(x[:, :kept, 0], dtype=torch.int64)
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """Returns x (B, L, C) at `index` (B, L)."""
@@ -48,6 +49,18 @@ class PermutedTokens:
         full = torch.take_along_dim(kept, index.argsort(dim=1).unsqueeze(-1), 1)
         self.outputs.append(full)
         return full
+
+
+class SomeTokens(PermutedTokens):
+    """Operators that keep some tokens, and go on with the dense output of every branch."""
+
+    def restore(
+        self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+    ) -> Tensor:
+        """Notes what the branch gave, written over its dense output; returns the latter."""
+        place = index.unsqueeze(-1).expand_as(kept)
+        self.outputs.append(cached.scatter(1, place, kept))
+        return cached
 
 
 def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Refusal | None:
