@@ -2,7 +2,7 @@
 
 `x` is (B, L, C): B samples, L = h * w tokens in row-major order, C features.
 
-Source: FastVAR, arXiv 2503.23367, section 3.2 (PTS, equation 3) and section 3.3 (CTR).
+Source: FastVAR, arXiv 2503.23367, "pivotal token selection" and "cached token restoration".
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def kept_tokens(tokens: int, ratio: float) -> int:
 
 
 def pivotal_scores(x: Tensor) -> Tensor:
-    """Returns the frequency score (B, L) of every token: its squared distance to the mean token.
+    """Returns the frequency score (B, L) of every token: its distance to the mean token.
 
-    The mean token is the lowest frequency of the map, so what is far from it is texture.
+    The mean token is the lowest frequency of the map, so what is far from it is texture. The paper
+    squares the distance; the ranking is the same, and a norm passes over memory once less.
     Half-precision inputs are scored in float32.
     """
     x = x if x.dtype == torch.float64 else x.float()
     mean = reduce(x, "b l c -> b 1 c", "mean")
-    return reduce((x - mean).square_(), "b l c -> b l", "sum")
+    return torch.linalg.vector_norm(x - mean, dim=-1)
 
 
 def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
@@ -49,7 +50,7 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
         x: Residual stream (B, L, C), floating point.
         kept: How many tokens to keep, in [0, L]; see `kept_tokens`.
 
-    Source: equation 3. The authors sort all scores; the order of the kept tokens is free, and
+    Source: FastVAR, "pivotal token selection". The authors sort all scores; the order of the kept tokens is free, and
     ascending order keeps the gathers local.
 
     Example:
@@ -68,10 +69,12 @@ class Operators:
     Attributes:
         select: Selects the kept tokens.
         restore: Restores a branch's full output.
+        restores_anew: Whether what `restore` returns is memory of its own, free to overwrite.
     """
 
     select: Select
     restore: Restore
+    restores_anew: bool = False
 
     @staticmethod
     def take(x: Tensor, index: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def cached_token_restoration(
     Raises:
         ValueError: If the shapes do not fit each other.
 
-    Source: section 3.3; interpolation is `area`.
+    Source: FastVAR, "cached token restoration"; interpolation is `area`.
 
     Example:
         >>> cached = torch.tensor([[[5.0]]])

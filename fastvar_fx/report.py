@@ -26,7 +26,8 @@ class Row:
         kind: "attention", "cross_attention" or "ffn"; empty if the whole block stays dense.
         tokens: Tokens of the step, L.
         kept: Tokens the branch runs on.
-        flops: Matrix-product FLOPs, dense, whole batch.
+        flops: FLOPs of matrix products and attention, dense, for the whole batch, with the keys
+            cached by then: pruned steps before this one have left fewer than a dense run would.
         pruned_flops: The same as it runs.
         program: Number of the program; blocks with equal numbers share it. None if there is none.
         refusal: Why it stays dense, if it was refused.
@@ -130,7 +131,7 @@ class Report:
 
 _HEADER = (
     f"{'step':>4}  {'blocks':<16} {'branch':<12} {'kind':<16} {'tokens':>6} {'kept':>6} "
-    f"{'FLOPs':>8} {'pruned':>8} {'program':>7}"
+    f"{'FLOPs':>8} {'as run':>8} {'program':>7}"
 )
 
 

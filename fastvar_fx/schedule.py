@@ -24,7 +24,7 @@ class Schedule:
         cache_step: 0-based index of the step whose branch outputs are captured (the paper's K-N).
         layers: Indices of the blocks that prune, ascending; None means all.
 
-    Source: FastVAR, arXiv 2503.23367, section 3.3 and appendix A for the settings.
+    Source: FastVAR, arXiv 2503.23367; the presets hold its settings for Infinity and HART.
 
     Example:
         >>> schedule = Schedule((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (0.5, 0.75))
@@ -172,7 +172,7 @@ class Schedule:
 
 
 def presets() -> MappingProxyType[str, Schedule]:
-    """Returns the named schedules, with the settings of the paper where it gives them."""
+    """Returns the named schedules: the paper's for HART and Infinity, HART's ratios for VAR."""
     return MappingProxyType(_PRESETS)
 
 

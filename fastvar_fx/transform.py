@@ -70,7 +70,8 @@ def transform(
     _check_schedule(schedule, len(found), step_of)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
-    operators = ops.Operators(_named(select), _named(restore))
+    anew = restore is ops.cached_token_restoration
+    operators = ops.Operators(_named(select), _named(restore), anew)
     plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)

@@ -32,6 +32,10 @@ class Operators(Protocol):
         """(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64."""
 
     @property
+    def restores_anew(self) -> bool:
+        """Whether what `restore` returns is memory of its own, free to overwrite."""
+
+    @property
     def take(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(x (B, L, C), index (B, kept)) -> the tokens at `index`, (B, kept, C)."""
 
@@ -102,6 +106,7 @@ class _Rewriter:
         self, graph_module: GraphModule, branches: list[Branch], step: Step, operators: Operators
     ) -> None:
         self._source = graph_module
+        self._operators = operators
         self._branches = branches
         self._graph = Graph()
         self._dense: dict[Node, Node] = {}
@@ -123,8 +128,7 @@ class _Rewriter:
                 continue
             if node in adds:
                 emitter, cache = self._emitters[adds[node]], caches[adds[node]]
-                restored = emitter.restored(cache)
-                self._copy(node, {emitter.branch.out: restored})
+                self._add(node, emitter.branch.out, emitter.restored(cache))
             elif node in self._live:
                 self._copy(node)
             for emitter in self._emitters:
@@ -145,6 +149,18 @@ class _Rewriter:
     def _copy(self, node: Node, replaced: dict[Node, Node] | None = None) -> None:
         env = self._dense if replaced is None else self._dense | replaced
         self._dense[node] = self._graph.node_copy(node, lambda arg: env[arg])
+
+    def _add(self, node: Node, out: Node, restored: Node) -> None:
+        """Emits the residual add, into the restored output where that saves an allocation."""
+        plain = node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs
+        same = restored.meta["val"].dtype == node.meta["val"].dtype
+        if not (plain and same and self._operators.restores_anew):
+            self._copy(node, {out: restored})
+            return
+        (trunk,) = [self._dense[arg] for arg in node.all_input_nodes if arg is not out]
+        add = self._graph.call_function(torch.ops.aten.add_.Tensor, (restored, trunk))
+        add.meta = dict(node.meta)
+        self._dense[node] = add
 
     def _output(self) -> None:
         outputs = []

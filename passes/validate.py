@@ -31,6 +31,7 @@ class PermutedTokens:
 
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
+        self.restores_anew = False
 
     def select(self, x: Tensor, kept: int) -> Tensor:
         """Returns `kept` tokens, shuffled; the same for the same shape."""

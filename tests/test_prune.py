@@ -60,6 +60,7 @@ class Named:
     select = staticmethod(select)
     take = staticmethod(take)
     restore = staticmethod(restore)
+    restores_anew = False
 
 
 class FFN(nn.Module):
@@ -453,3 +454,18 @@ def test_keys_before_and_behind_the_tokens_stay() -> None:
     index = select(torch.empty(B, L, C), KEPT)
     gathered = take_side(side, index, (1, 9), (B, 2 + KEPT + 1), ((1, 2, 1),), 0, (B, 6))
     assert gathered.tolist() == [[0, 1, 6, 2, 5, 8], [0, 1, 3, 7, 4, 8]]
+
+
+def test_a_restored_output_of_its_own_is_added_into() -> None:
+    class Fresh(Named):
+        restores_anew = True
+
+    module, x, side = ffn(), torch.randn(B, L, C), torch.randn(L, 1)
+    program = program_of(module, x, side)
+    branches = branches_of(program)
+    plain = prune(program.graph_module, branches, STEP, Named(), feature)
+    fresh = prune(program.graph_module, branches, STEP, Fresh(), feature)
+    assert ops(fresh.graph_module)["add_.Tensor"] == 1
+    assert ops(plain.graph_module)["add_.Tensor"] == 0
+    (a, *_), (b, *_) = (run(program, made, module, x, side) for made in (plain, fresh))
+    assert torch.equal(a, b)

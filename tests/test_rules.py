@@ -183,6 +183,8 @@ class Host(nn.Module):
 class Chosen:
     """Operators that keep given tokens, another set in another order per sample."""
 
+    restores_anew = False
+
     def __init__(self, index: Tensor) -> None:
         self.index = index
 
