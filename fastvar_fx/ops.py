@@ -40,7 +40,8 @@ def pivotal_scores(x: Tensor) -> Tensor:
     """
     x = x if x.dtype == torch.float64 else x.float()
     mean = reduce(x, "b l c -> b 1 c", "mean")
-    return torch.linalg.vector_norm(x - mean, dim=-1)
+    scores: Tensor = torch.linalg.vector_norm(x - mean, dim=-1)
+    return scores
 
 
 def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
@@ -50,8 +51,8 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
         x: Residual stream (B, L, C), floating point.
         kept: How many tokens to keep, in [0, L]; see `kept_tokens`.
 
-    Source: FastVAR, "pivotal token selection". The authors sort all scores; the order of the kept tokens is free, and
-    ascending order keeps the gathers local.
+    Source: FastVAR, "pivotal token selection". The authors sort all scores; the order of the kept
+    tokens is free, and ascending order keeps the gathers local.
 
     Example:
         >>> x = torch.tensor([[[0.0], [9.0], [1.0], [0.0]]])
