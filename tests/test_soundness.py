@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvar_fx
+import fastvar_fx.ops
 from fastvar_fx import ModelError, Schedule
 
 SCALES = ((2, 2), (3, 3), (4, 4))
@@ -290,3 +292,190 @@ def test_parts_of_tuples_that_nobody_takes_do_not_matter() -> None:
     fast = transformed(Block)
     fast.run()
     assert not fastvar_fx.explain(fast).refusals
+
+
+def test_blocks_with_different_constants_do_not_share_a_program() -> None:
+    class Block(Attention):
+        count = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            Block.count += 1
+            self.gate = [0.1 * Block.count]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.fc(x) * torch.tensor(self.gate, dtype=x.dtype)
+            return out
+
+    torch.manual_seed(0)
+    model = Net(Block, depth=8).eval()
+    fast = fastvar_fx.transform(model, SCHEDULE, restore=_only_cached)
+    got = fast.run()
+    report = fastvar_fx.explain(fast)
+    assert len({row.program for row in report.rows if row.step == 2}) == 8
+    first(fast).gate[0] = 7.0
+    assert not torch.equal(fast.run()[1], got[1])
+
+
+def _only_cached(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Any, scale: Any
+) -> Tensor:
+    full = fastvar_fx.ops.resize_map(cached, cached_scale, scale)
+    return fastvar_fx.ops.put_tokens(full, index, kept)
+
+
+@functools.cache
+def _table_of(order: tuple[Tensor, ...]) -> Tensor:
+    return order[0].cumsum(0) * 0.1
+
+
+def test_a_memo_keyed_by_tensors_keeps_no_stand_in() -> None:
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.order = (torch.ones(16, 1, dtype=torch.float64),)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.fc(x + _table_of(self.order)[: x.shape[1]])
+            return out
+
+    fast = transformed(Block)
+    got = fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    assert type(_table_of(first(fast).order)) is Tensor
+    assert all(map(torch.equal, fast.run(), got))
+
+
+def test_a_compiled_function_in_the_forward_is_traced_through() -> None:
+    @torch.compile(backend="eager")
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.fc(norm(x))
+            return out
+
+    fast = transformed(Block)
+    fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+
+
+def test_a_trunk_read_before_and_after_a_cast_that_does_nothing() -> None:
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            normed = torch.empty_like(x)
+            normed.copy_(F.layer_norm(x.double(), (WIDTH,)))
+            out: Tensor = x.double() + self.fc(normed)
+            return out
+
+    class Plain(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.fc(F.layer_norm(x, (WIDTH,)))
+            return out
+
+    fast = transformed(Block)
+    got = fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    for a, b in zip(got, transformed(Plain).run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@torch.library.custom_op("fvx_test::per_count", mutates_args=())
+def _per_count(x: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """Divides every token by how many there are, as told from outside."""
+    return x / lengths[-1] * longest / lengths.shape[0]
+
+
+@_per_count.register_fake
+def _(x: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Counting(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.arange(1, 3, dtype=x.dtype) * x.shape[1]
+        out: Tensor = x + _per_count(self.fc(x), lengths, x.shape[1])
+        return out
+
+
+def _doubled(lengths: Tensor, kept: int) -> Tensor:
+    return torch.arange(1, 3, dtype=lengths.dtype) * kept
+
+
+def test_a_rule_that_forgets_the_token_count_is_found_out_and_one_that_recounts_is_not() -> None:
+    @fastvar_fx.axis_rule("fvx_test::per_count")
+    def forgets(site: Any) -> Any:
+        site.recount("longest", lambda value, kept: kept)
+        return site.stream("x")
+
+    with pytest.raises(fastvar_fx.NothingPrunedError, match="FVX017"):
+        transformed(Counting).run()
+
+    @fastvar_fx.axis_rule("fvx_test::per_count")
+    def recounts(site: Any) -> Any:
+        site.recount("lengths", _doubled)
+        site.recount("longest", lambda value, kept: kept)
+        return site.stream("x")
+
+    fast = transformed(Counting)
+    fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+
+
+def test_an_op_can_be_declared_an_attention_and_selections_may_be_partial() -> None:
+    @torch.library.custom_op("fvx_test::attend", mutates_args=())
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    attend.register_fake(lambda q, k, v: torch.empty_like(q))
+
+    @fastvar_fx.axis_rule("fvx_test::attend", attention=True)
+    def tokens_second(site: Any) -> Any:
+        return site.stream("q")
+
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            out: Tensor = x + self.out(attend(q, k, v))
+            return out
+
+    select = functools.partial(fastvar_fx.ops.pivotal_token_selection)
+    fast = fastvar_fx.transform(_same(Block), SCHEDULE, select=select)
+    fast.run()
+    rows = [row for row in fastvar_fx.explain(fast).rows if row.step == 2]
+    assert {(row.kind, row.kept) for row in rows} == {("attention", 8)}
+
+
+def test_a_kernel_that_cannot_be_traced_is_declared() -> None:
+    import numpy as np
+
+    def kernel(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.tanh(x.numpy()))
+
+    fused = kernel
+
+    class Block(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attend(x)
+            out: Tensor = x + self.fc(fused(x))
+            return out
+
+    with pytest.raises(fastvar_fx.NothingPrunedError, match="FVX001"):
+        transformed(Block).run()
+    fused = fastvar_fx.register_opaque(
+        kernel, fake=torch.empty_like, axes="tokenwise", schema="(Tensor x) -> Tensor"
+    )
+    fast = transformed(Block)
+    fast.run()
+    assert not fastvar_fx.explain(fast).refusals
+    with pytest.raises(ValueError, match="schema"):
+        fastvar_fx.register_opaque(lambda x: x, fake=torch.empty_like, axes="tokenwise")
+    with pytest.raises(ValueError, match="axes is"):
+        fastvar_fx.register_opaque(
+            kernel,
+            fake=torch.empty_like,
+            axes="pointwise",  # type: ignore[arg-type]
+        )
+    with pytest.raises(ValueError, match="namespace::op"):
+        fastvar_fx.axis_rule("no_namespace")
