@@ -33,7 +33,11 @@ _PRODUCTS: Final = frozenset(
 )  # fmt: skip
 _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
 
-_attention_ops: set[str] = {"aten::scaled_dot_product_attention"}
+_attention_ops: set[str] = {
+    "aten::scaled_dot_product_attention",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+}
 
 
 @dataclass(frozen=True, eq=False)

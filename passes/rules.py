@@ -495,6 +495,53 @@ def attend(site: Site, query: str, key: str, value: str, mask: str | None = None
     return (*_fill(site, q[:-2], site.out_shape[:-2]), q[-2], features)
 
 
+@rule("flash_attn::_flash_attn_forward")
+def _flash_attention(site: Site) -> list[Axes]:
+    """Operands of shape (B, L, H, c)."""
+    _refuse_order(site)
+    q, k, v = (site.axes(site.args[name]) for name in ("q", "k", "v"))
+    if q is None:
+        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
+    keys = [axes[1] for axes in (k, v) if axes is not None]
+    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
+        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    if any(has_tokens(dim) for dim in q[2:]):
+        site.refuse("FVX013", "it attends over heads or features that hold the tokens")
+    return [q, (q[0], q[2], q[1]), *_unrelated(site, 2)]
+
+
+@rule("flash_attn::_flash_attn_varlen_forward")
+def _flash_attention_packed(site: Site) -> list[Axes]:
+    """Queries of shape (B * L, H, c), one sequence per sample; keys from outside the branch."""
+    _refuse_order(site)
+    q = site.stream("q")
+    if any(site.axes(site.args[n]) is not None for n in ("k", "v", "cu_seqlens_q")):
+        site.refuse("FVX010", "its keys are packed tokens of the map")
+    if [factor.tag for factor in q[0]] not in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN]):
+        site.refuse("FVX011", "its sequences are not the samples")
+    site.recount("cu_seqlens_q", _sequence_starts)
+    site.recount("max_seqlen_q", lambda value, kept: kept)
+    return [q, (q[1], q[0]), *_unrelated(site, 2)]
+
+
+def _sequence_starts(starts: torch.Tensor, kept: int) -> torch.Tensor:
+    """Where each sample's queries begin when every sample keeps as many."""
+    return torch.arange(starts.shape[0], dtype=starts.dtype, device=starts.device) * kept
+
+
+def _refuse_order(site: Site) -> None:
+    windowed = max(site.args.get("window_size_left", -1), site.args.get("window_size_right", -1))
+    if site.args["causal"] or site.args.get("alibi_slopes") is not None or windowed >= 0:
+        site.refuse("FVX012", "its mask or bias depends on the order of the tokens")
+    if site.args["dropout_p"]:
+        site.refuse("FVX013", "dropout is active: random masks differ per token")
+
+
+def _unrelated(site: Site, first: int) -> list[Axes]:
+    """Axes of the results from `first` on, which hold no tokens."""
+    return [tuple(map(other, value.shape)) for value in site.node.meta["val"][first:]]
+
+
 # --- views -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,163 @@
+"""Flash-attention's registered ops, stood in for by exact attention on the CPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastvar_fx
+from fastvar_fx import Schedule
+
+SCALES = ((2, 2), (3, 3), (4, 4))
+WIDTH, HEADS, TEXT = 8, 2, (3, 5)
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+if find_spec("flash_attn") is not None:
+    pytest.skip("the real ops are registered", allow_module_level=True)
+
+
+def _outputs(q: Tensor, lse: tuple[int, ...]) -> Outputs:
+    state = torch.empty(2, dtype=torch.int64, device=q.device)
+    return torch.empty_like(q), q.new_empty(lse), q.new_empty(0), state
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
+) -> Outputs:
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(a, b, c, scale=softmax_scale, is_causal=causal)
+    _, *rest = _outputs(q, (q.shape[0], q.shape[2], q.shape[1]))
+    return (out.transpose(1, 2).contiguous(), *rest)  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
+) -> Outputs:
+    return _outputs(q, (q.shape[0], q.shape[2], q.shape[1]))
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+) -> Outputs:
+    assert int(cu_seqlens_q[-1]) == q.shape[0]
+    assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
+    starts = zip(cu_seqlens_q.tolist()[:-1], cu_seqlens_k.tolist()[:-1], strict=True)
+    ends = zip(cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist()[1:], strict=True)
+    out, *rest = _outputs(q, (q.shape[1], q.shape[0]))
+    for (a, c), (b, d) in zip(starts, ends, strict=True):
+        x, y, z = (t.transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
+        attended = F.scaled_dot_product_attention(x, y, z, scale=softmax_scale)
+        out[a:b] = attended.transpose(0, 1)
+    return (out, *rest)  # type: ignore[return-value]
+
+
+@_varlen.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+) -> Outputs:
+    return _outputs(q, (q.shape[1], q.shape[0]))
+
+
+class Block(nn.Module):
+    """Self-attention and cross-attention to texts of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.q = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.kv = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor, starts: Tensor, causal: bool) -> Tensor:
+        B, L, _ = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, HEADS, -1).unbind(2)
+        x = x + self.attend(q, k, v, causal).reshape(B, L, WIDTH)
+        q = self.q(x).view(B * L, HEADS, -1)
+        k, v = self.kv(text).view(len(text), 2, HEADS, -1).unbind(1)
+        return x + self.cross(q, k, v, starts, L).reshape(B, L, WIDTH)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        out: Tensor = torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.5, causal)[0]
+        return out
+
+    def cross(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, L: int) -> Tensor:
+        queries = torch.arange(0, (len(TEXT) + 1) * L, L, dtype=torch.int32)
+        out: Tensor = torch.ops.flash_attn._flash_attn_varlen_forward(
+            q, k, v, queries, starts, L, max(TEXT), 0.0, 0.5, False
+        )[0]
+        return out
+
+
+class Plain(Block):
+    """The same in plain attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2)
+
+    def cross(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, L: int) -> Tensor:
+        padded = k.new_zeros(2, 2, max(TEXT), HEADS, WIDTH // HEADS)
+        mask = torch.zeros(2, 1, 1, max(TEXT), dtype=torch.bool)
+        for sample, length in enumerate(TEXT):
+            first = sum(TEXT[:sample])
+            padded[0, sample, :length] = k[first : first + length]
+            padded[1, sample, :length] = v[first : first + length]
+            mask[sample, ..., :length] = True
+        keys, values = padded.transpose(2, 3)
+        q = q.view(2, L, HEADS, -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=0.5)
+        return out.transpose(1, 2)
+
+
+def outputs_of(kind: type[Block], causal: bool = False) -> tuple[list[Tensor], fastvar_fx.Report]:
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.blocks = nn.ModuleList(kind() for _ in range(2))
+    fast = fastvar_fx.transform(net.double().eval(), Schedule(SCALES, (0.5,)), strict=False)
+    text = torch.randn(sum(TEXT), WIDTH, dtype=torch.float64)
+    starts = torch.tensor([0, TEXT[0], sum(TEXT)], dtype=torch.int32)
+    outputs = []
+    for h, w in SCALES:
+        x = torch.randn(2, h * w, WIDTH, dtype=torch.float64)
+        for block in fast.get_submodule("blocks").children():
+            x = block(x, text, starts, causal)
+        outputs.append(x)
+    return outputs, fastvar_fx.explain(fast)
+
+
+def test_flash_attention_equals_plain_attention() -> None:
+    got, report = outputs_of(Block)
+    want, _ = outputs_of(Plain)
+    assert not report.refusals
+    assert {row.kind for row in report.rows} == {"attention", "cross_attention"}
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_causal_flash_attention_is_refused() -> None:
+    _, report = outputs_of(Block, causal=True)
+    codes = {(row.kind, row.refusal.code) for row in report.refusals if row.refusal is not None}
+    assert codes == {("attention", "FVX012")}
