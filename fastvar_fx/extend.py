@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from passes.axes import Axes, broadcast, has_tokens
 from passes.branches import register_attention
-from passes.rules import Rule, Site, rule
+from passes.rules import Rule, Site, attending, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"
 
@@ -119,9 +119,6 @@ def _attention(site: Site) -> Axes:
     query, key, value = _tensors(site)[:3]
     q = site.axes(site.args[query])
     k, v = (site.axes(site.args[name]) for name in (key, value))
-    if q is None:
-        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
-    keys = [[d for d in axes if has_tokens(d)] for axes in (k, v) if axes is not None]
-    if any(keys) and (len(keys) == 1 or keys[0] != keys[1]):
-        site.refuse("FVX013", "its keys and its values are not the same tokens")
-    return q
+    inside = [axes for axes in (k, v) if axes is not None]
+    keys = [tuple(f for dim in axes if has_tokens(dim) for f in dim) for axes in inside]
+    return attending(site, q, keys)

@@ -134,17 +134,17 @@ def _walk_trunk(
     stream: Node, results: list[Node], inside: set[Node]
 ) -> tuple[set[Node], list[tuple[Node, Node]]]:
     """Returns the values of the trunk, and its (add, branch output) pairs from the input on."""
-    heavy = _heavy(stream, inside)
+    heavy, residuals = _survey(stream, inside)
     for result in results:
         trunk: set[Node] = set()
         adds: list[tuple[Node, Node]] = []
         node: Node | None = result if _shape(result) == _shape(stream) else None
         while node is not None and node is not stream:
             trunk.add(node)
-            pair = _residual_operands(node, inside, heavy)
-            if pair is not None:
-                adds.append((node, pair[1]))
-                node = pair[0]
+            if node in residuals:
+                before, out = residuals[node]
+                adds.append((node, out))
+                node = before
             else:
                 node = _predecessor(node, inside, heavy)
         if node is stream:
@@ -152,19 +152,32 @@ def _walk_trunk(
     return refuse("FVX003", f"no result of shape {_shape(stream)} is its input plus something")
 
 
-def _heavy(stream: Node, inside: set[Node]) -> set[Node]:
-    """Values that hold real work (a matrix product, an attention) done since the trunk."""
+def _survey(stream: Node, inside: set[Node]) -> tuple[set[Node], dict[Node, tuple[Node, Node]]]:
+    """Returns the values that hold real work, and the residual adds.
+
+    Real work is a matrix product or an attention done since the trunk. A residual add is given
+    with its (trunk, branch output).
+    """
     heavy: set[Node] = set()
+    residuals: dict[Node, tuple[Node, Node]] = {}
+    roots: dict[Node, Node] = {}  # where the trunk of a residual add began
     for node in stream.graph.nodes:
-        if node in inside and node is not stream:
-            pair = _residual_operands(node, inside, heavy)
-            sources = node.all_input_nodes if pair is None else [pair[0]]
-            if counts_flops(node) or any(source in heavy for source in sources):
-                heavy.add(node)
-    return heavy
+        if node not in inside or node is stream:
+            continue
+        pair = _residual_operands(node, inside, heavy, roots)
+        sources = node.all_input_nodes
+        if pair is not None:
+            residuals[node] = pair
+            roots[node] = roots.get(pair[0], pair[0])
+            sources = [pair[0]]
+        if counts_flops(node) or any(source in heavy for source in sources):
+            heavy.add(node)
+    return heavy, residuals
 
 
-def _residual_operands(node: Node, inside: set[Node], heavy: set[Node]) -> tuple[Node, Node] | None:
+def _residual_operands(
+    node: Node, inside: set[Node], heavy: set[Node], roots: dict[Node, Node]
+) -> tuple[Node, Node] | None:
     """Splits an add into (trunk, branch output), or returns None if it is not a residual add."""
     if op_name(node) not in _ADDS or len(node.args) < 2:
         return None
@@ -174,16 +187,9 @@ def _residual_operands(node: Node, inside: set[Node], heavy: set[Node]) -> tuple
     if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
         return None
     for trunk, out in ((a, b), (b, a)):
-        if out in heavy and (trunk not in heavy or _depends(out, _root(trunk, inside, heavy))):
+        if out in heavy and (trunk not in heavy or _depends(out, roots.get(trunk, trunk))):
             return trunk, out
     return None
-
-
-def _root(trunk: Node, inside: set[Node], heavy: set[Node]) -> Node:
-    """Follows residual adds back to where their trunk began."""
-    while (pair := _residual_operands(trunk, inside, heavy)) is not None:
-        trunk = pair[0]
-    return trunk
 
 
 def _depends(node: Node, on: Node) -> bool:
@@ -202,7 +208,7 @@ def _depends(node: Node, on: Node) -> bool:
 def _predecessor(node: Node, inside: set[Node], heavy: set[Node]) -> Node | None:
     """Follows the trunk through an op that is no residual add: a cast, a norm, a projection."""
     if node in heavy and op_name(node) != "aten::linear":
-        if op_name(node) in _PRODUCTS | _attention_ops:
+        if counts_flops(node):
             return None
     return next((arg for arg in node.all_input_nodes if arg in inside), None)
 

@@ -466,6 +466,19 @@ def _convolution(site: Site) -> Axes:
     return (axes[0], other(site.out_shape[1]), *axes[2:])
 
 
+def attending(site: Site, query: Axes | None, keys: Sequence[Dim]) -> Axes:
+    """Returns the axes of an attention's queries.
+
+    Refuses queries that are not computed from the tokens, and keys that are not the same tokens as
+    the values; `keys` holds what the keys and the values range over, of those from the branch.
+    """
+    if query is None:
+        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
+    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
+        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    return query
+
+
 @rule("aten::scaled_dot_product_attention")
 def _attention(site: Site) -> Axes:
     if site.args["is_causal"]:
@@ -478,11 +491,8 @@ def _attention(site: Site) -> Axes:
 def attend(site: Site, query: str, key: str, value: str, mask: str | None = None) -> Axes:
     """Axes of softmax attention over operands of shape (..., tokens, features)."""
     q, k, v = (site.axes(site.args[name]) for name in (query, key, value))
-    if q is None:
-        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
     keys = [axes[-2] for axes in (k, v) if axes is not None]
-    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
-        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    q = attending(site, q, keys)
     if any(has_tokens(dim) for axes in (q, k, v) if axes is not None for dim in axes[-1:]):
         site.refuse("FVX013", "it sums over the token axis as if it were features")
     lead = [axes[:-2] for axes in (q, k, v) if axes is not None]
@@ -500,11 +510,7 @@ def _flash_attention(site: Site) -> list[Axes]:
     """Operands of shape (B, L, H, c)."""
     _refuse_order(site)
     q, k, v = (site.axes(site.args[name]) for name in ("q", "k", "v"))
-    if q is None:
-        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
-    keys = [axes[1] for axes in (k, v) if axes is not None]
-    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
-        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    q = attending(site, q, [axes[1] for axes in (k, v) if axes is not None])
     if any(has_tokens(dim) for dim in q[2:]):
         site.refuse("FVX013", "it attends over heads or features that hold the tokens")
     return [q, (q[0], q[2], q[1]), *_unrelated(site, 2)]

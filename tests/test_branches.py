@@ -1,7 +1,7 @@
 """Residual branches: which are found, what they are called, and that looking edits nothing."""
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,16 +23,6 @@ from passes.refusal import RefusedError
 B, L, C = 2, 6, 8
 
 Body = Callable[["Block", Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):
@@ -404,3 +394,23 @@ def test_a_trunk_in_another_layout() -> None:
     assert isinstance(found, RefusedBranch)
     assert found.refusal.code == "FVX003"
     assert "not as (B, L, C)" in found.refusal.reason
+
+
+def test_many_branches_behind_a_projection_are_found_in_one_pass() -> None:
+    """A whole transformer as one block; asking each add for its trunk anew would take forever."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(C, C)
+            self.layers = nn.ModuleList(nn.Linear(C, C) for _ in range(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.proj(x)
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    stack = Stack()
+    program = capture(stack.forward, stack, (torch.randn(B, L, C),), {})
+    assert len(find(program)) == 64

@@ -4,7 +4,7 @@
 import functools
 import gc
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,17 +19,6 @@ from passes.refusal import RefusedError
 from passes.state import Path, apply, get, roots, show
 
 B, L, C = 2, 4, 6
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """Pivotal token selection and cached token restoration, against plain implementations."""
 
 import doctest
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -25,16 +24,6 @@ from fastvar_fx.ops import (
 
 FAST = settings(deadline=None, max_examples=40, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("module", [ops, schedule], ids=lambda module: module.__name__)

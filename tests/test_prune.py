@@ -3,7 +3,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,17 +19,6 @@ from passes.state import get, roots
 
 B, L, C, KEPT = 2, 6, 4, 3
 STEP = Step(KEPT, (1, 2), (2, 3))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def select(x: Tensor, kept: int) -> Tensor:

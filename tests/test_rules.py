@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -37,16 +37,6 @@ PAST = 3
 
 F64 = torch.float64
 Function = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -- axis algebra -------------------------------------------------------------------------------
