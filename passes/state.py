@@ -27,6 +27,8 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 Roots = dict[str, Any]
 """What paths start from: {"module": ..., "args": [...], "kwargs": {...}}."""
+StandIn = Callable[[Path, Any], Any]
+"""(path, tensor or plain value) -> what stands in its place."""
 
 _MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_fastvar"}
 _CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -110,10 +112,10 @@ class Snapshot:
                 if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):
                     self._visit((*path, step), item)
 
-    def substitute(self, stand_in: Callable[[Tensor], Tensor]) -> None:
-        """Puts `stand_in(tensor)` in the place of every tensor."""
-        for _, container, contents in self._containers:
-            _fill(container, _map_tensors(contents, stand_in))
+    def substitute(self, stand_in: StandIn) -> None:
+        """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
+        for path, container, contents in self._containers:
+            _fill(container, _map_contents(path, container, contents, stand_in))
 
     def restore(self) -> None:
         """Puts everything back as it was."""
@@ -123,14 +125,15 @@ class Snapshot:
         for _, container, contents in self._containers:
             _fill(container, contents)
 
-    def writes(self, since: Callable[[Tensor], Tensor]) -> Iterator[Write]:
+    def writes(self, since: StandIn) -> Iterator[Write]:
         """Yields what changed since `substitute(since)`.
 
         Raises:
             RefusedError: FVX001, if a change is of a form that cannot be replayed.
         """
         for path, container, contents in self._containers:
-            before = dict(_contents_entries(container, _map_tensors(contents, since)))
+            mapped = _map_contents(path, container, contents, since)
+            before = dict(_contents_entries(container, mapped))
             after = dict(_entries(container))
             if isinstance(container, (list, deque)) and len(after) < len(before):
                 refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
@@ -202,18 +205,20 @@ def _same(before: Any, after: Any) -> bool:
     return plain and type(before) is type(after) and before == after
 
 
-def _map_tensors(contents: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
-    """Replaces tensors, also inside tuples; nested containers keep their identity."""
+def _map_contents(path: Path, container: Any, contents: Any, stand_in: StandIn) -> Any:
+    """Replaces tensors and plain values, also inside tuples; containers keep their identity."""
+    entries = _contents_entries(container, contents)
+    mapped = {step: _map_value((*path, step), value, stand_in) for step, value in entries}
     if isinstance(contents, dict):
-        return {key: _map_value(value, stand_in) for key, value in contents.items()}
-    return [_map_value(value, stand_in) for value in contents]
+        return {key: value for (_, key), value in mapped.items()}
+    return list(mapped.values())
 
 
-def _map_value(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return stand_in(value)
+def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
+    if isinstance(value, (Tensor, *_CONSTANTS)):
+        return stand_in(path, value)
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        items = [_map_value(item, stand_in) for item in value]
+        items = [_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value)]
         if all(map(_is, items, value)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
