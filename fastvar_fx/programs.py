@@ -89,17 +89,17 @@ class ProgramStore:
         step: int,
         call: Call,
         captured: dict[int, Tensor],
-        known: Sequence[BoundProgram | StaysDense] = (),
+        known: list[BoundProgram | StaysDense],
     ) -> BoundProgram | StaysDense:
-        """Returns the program for a live call.
+        """Returns the program for a live call, and adds it to those known.
 
         Args:
             block: The block that is called.
             step: The step it is at.
             call: The call.
             captured: Its features by branch index, at a pruned step.
-            known: Its programs of this step, none of which stands for the call. Where one of them
-                differs from it in sizes alone, the new one leaves these sizes open.
+            known: Its programs of this step, none of which stands for the call. Where one differs
+                from the call in sizes alone, a program that leaves these open takes its place.
         """
         started = time.perf_counter()
         try:
@@ -126,9 +126,9 @@ class ProgramStore:
         )
         if refused:
             log.info("%s stays dense at step %d: %s", block.name, step, program)
-            return StaysDense.of(call)
-        assert isinstance(program, StepProgram)
-        return BoundProgram(program, call)
+        bound = BoundProgram(program, call) if isinstance(program, StepProgram) else None
+        known.append(bound or StaysDense.of(call))
+        return known[-1]
 
     def _with_open_sizes(
         self,
@@ -136,9 +136,9 @@ class ProgramStore:
         step: int,
         call: Call,
         captured: dict[int, Tensor],
-        known: Sequence[BoundProgram | StaysDense],
+        known: list[BoundProgram | StaysDense],
     ) -> _Entry | None:
-        """Returns a program that also stands for other sizes, if one prunes as much."""
+        """Returns a program that stands for other sizes too and prunes as much, if there is one."""
         for program in reversed(known):
             if not isinstance(program, BoundProgram):
                 continue
@@ -154,6 +154,7 @@ class ProgramStore:
                 entry = _Entry(-1, step, (), error.refusal)
             made = entry.program
             if isinstance(made, StepProgram) and made.prunes == program.prunes:
+                known.remove(program)
                 return entry
             log.info("%s at step %d: sizes stay fixed: %s", block.name, step, made)
             self._fixed.add(place)

@@ -236,7 +236,6 @@ class BlockRuntime:
         call = Call(partial(self._forward, block), block, args, kwargs, path)
         me = Block(self.layer, self.name, self._forward)
         made = self._store.find_or_make(me, step, call, captured, known)
-        known.append(made)
         self._check_anything_pruned(step)
         return made if isinstance(made, BoundProgram) else None
 
