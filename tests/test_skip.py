@@ -278,7 +278,15 @@ def test_copies_skip_on_their_own(kind: type[Net], duplicate: Callable[[Any], An
             net.start = nn.Parameter(net.start + (net is other))
     assert torch.equal(fast.generate(), want)
     assert torch.equal(other.generate(), other.by_hand(K - 2))
-    assert other.seen is not fast.seen
+
+
+def test_a_copy_is_in_no_generation() -> None:
+    fast = fastvar_fx.transform(model_of(Accumulates), Schedule(SIDES, (0.5, 1)))
+    fast._loop(2, 0, K - 1, fast.proxy[0].get_next_autoregressive_input)
+    other = copy.deepcopy(fast)
+    x = torch.randn(2, SIDES[-1] ** 2, WIDTH)
+    assert fast.blocks[0](x) is x
+    assert not torch.equal(other.blocks[0](x), x)
 
 
 @LOOPS
