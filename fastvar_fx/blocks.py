@@ -49,7 +49,7 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> d
         return _look(model)
     if isinstance(blocks, str):
         return _by_path(model, blocks)
-    names = {id(m): n for n, m in _reachable(model)}
+    names = {id(m): n for n, m in reachable(model)}
     if not blocks or any(id(b) not in names for b in blocks):
         raise ModelError(
             f"blocks= must name modules of the model; found {len(blocks)} modules, of which "
@@ -136,7 +136,7 @@ def _lists(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, str, list[tuple[str, nn.Module]]]]:
     """Yields the lists of modules in a model: the owner's name, the owner, the key, the items."""
-    for name, module in _reachable(model):
+    for name, module in reachable(model):
         held: list[tuple[str, Any]] = list(module.named_children())
         held += [(k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple))]
         for key, value in held:
@@ -151,7 +151,7 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields modules by path: registered ones, then those kept in plain lists and tuples."""
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]

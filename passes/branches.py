@@ -92,6 +92,11 @@ def counts_flops(node: Node) -> bool:
     return op_name(node) in _PRODUCTS | _attention_ops
 
 
+def is_attention(node: Node) -> bool:
+    """Whether a call is an op that attends, as a whole."""
+    return op_name(node) in _attention_ops
+
+
 def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]:
     """Finds the residual branches of a captured graph.
 
@@ -350,11 +355,10 @@ def _attended(
     node: Node, axes: Mapping[Node, Axes | list[Axes]], region: tuple[Node, ...]
 ) -> Iterator[bool]:
     """Yields whether the keys of an attention op are tokens; unknown axes count as tokens."""
-    name = op_name(node)
-    if name in _attention_ops:
+    if is_attention(node):
         keys = axes.get(key_operand(node))
         yield (keys is None and node not in axes) or any(map(has_tokens, keys or ()))  # type: ignore[arg-type]
-    elif name in _SOFTMAXES and _weighs_values(node, region):
+    elif op_name(node) in _SOFTMAXES and _weighs_values(node, region):
         scores = axes.get(node)
         dim = int(bind(node)["dim"])
         yield scores is None or has_tokens(scores[dim])  # type: ignore[arg-type]

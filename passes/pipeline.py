@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,17 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops, find_branches
+from passes.axes import Axes, Tag
+from passes.branches import (
+    Branch,
+    FoundBranch,
+    Kind,
+    RefusedBranch,
+    counts_flops,
+    find_branches,
+    is_attention,
+    key_operand,
+)
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
 from passes.features import capture_features
 from passes.graphs import example_values, outputs_of
@@ -57,6 +67,9 @@ class BranchReport:
         flops: Matrix-product FLOPs of its dense form.
         pruned_flops: The same of the form it runs in.
         refusal: Why it stays dense, if it was refused.
+        attended_flops: The part of `flops` that grows with tokens times keys, products of two
+            values of the stream as in self-attention; the rest grows with tokens alone.
+        keys: How many keys its self-attention reads, cached ones included; None if unknown.
     """
 
     index: int
@@ -66,6 +79,8 @@ class BranchReport:
     flops: int
     pruned_flops: int
     refusal: Refusal | None = None
+    attended_flops: int = 0
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -332,9 +347,35 @@ def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
 
 
 def _dense_report(branch: FoundBranch) -> BranchReport:
-    flops = count_flops(branch.region)
+    attending = [node for node in branch.region if _attends(node, branch)]
+    attended = count_flops(attending)
+    flops = attended + count_flops([node for node in branch.region if node not in attending])
     refusal = branch.refusal if isinstance(branch, RefusedBranch) else None
-    return BranchReport(branch.index, branch.kind, branch.name, None, flops, flops, refusal)
+    named = (branch.index, branch.kind, branch.name)
+    return BranchReport(*named, None, flops, flops, refusal, attended, _keys(attending, branch))
+
+
+def _attends(node: Node, branch: FoundBranch) -> bool:
+    """Whether a call is a product of values that the branch makes, not of one and a weight."""
+    operands = [arg for arg in node.all_input_nodes if arg in branch.region]
+    return counts_flops(node) and len(operands) > 1
+
+
+def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
+    """Returns the longest token axis that the attention of a branch reads.
+
+    A refused branch has no axes: there it is the last dim of the first product, the scores, or of
+    the keys that an attention op reads.
+    """
+    if isinstance(branch, RefusedBranch):
+        if not attending:
+            return None
+        if is_attention(attending[0]):
+            return int(key_operand(attending[0]).meta["val"].shape[-2])
+        return int(attending[0].meta["val"].shape[-1])
+    operands = {arg for node in attending for arg in node.all_input_nodes if arg in branch.axes}
+    factors = (f for arg in operands for dim in cast("Axes", branch.axes[arg]) for f in dim)
+    return max((f.size for f in factors if f.tag is Tag.TOKEN), default=None)
 
 
 def _pruned_report(
@@ -347,14 +388,7 @@ def _pruned_report(
         for n in graph_module.graph.nodes
         if n.meta.get("fastvar", {}).get("branch") == branch.index
     ]
-    return BranchReport(
-        branch.index,
-        branch.kind,
-        branch.name,
-        kept,
-        count_flops(branch.region),
-        count_flops(nodes),
-    )
+    return replace(_dense_report(branch), kept=kept, pruned_flops=count_flops(nodes))
 
 
 def count_flops(nodes: Sequence[Node]) -> int:

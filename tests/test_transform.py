@@ -45,7 +45,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
     before = fingerprint_of(model)
     want = reference.reference_of(case, model)
-    fast = fastvar_fx.transform(model, schedule_of(case))
+    fast = fastvar_fx.transform(model, schedule_of(case), on_full="cache")
     got = fast.generate(case.batch, case.seed, keep_cache=True)
     assert not fastvar_fx.explain(fast).refusals
     torch.testing.assert_close(got, want.hidden, rtol=0, atol=1e-9)
@@ -61,7 +61,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
 def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     model = case.model(torch.float32)
     dense = model.generate(case.batch, case.seed)
-    fast = fastvar_fx.transform(model, schedule_of(case))
+    fast = fastvar_fx.transform(model, schedule_of(case), on_full="cache")
     pruned = fast.generate(case.batch, case.seed)
     assert (pruned.shape, pruned.dtype) == (dense.shape, dense.dtype)
     start = sum(h * w for h, w in case.schedule.scales[: case.schedule.texture_start])
@@ -80,7 +80,7 @@ def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
 @settings(max_examples=15)
 @given(zoo.cases())
 def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
-    fast = fastvar_fx.transform(case.model(), schedule_of(case))
+    fast = fastvar_fx.transform(case.model(), schedule_of(case), on_full="cache")
     together = fast.generate(case.batch, case.seed)
     for sample in range(case.batch):
         alone = fast.generate(1, case.seed, first=sample)
@@ -96,6 +96,7 @@ def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None
     fast = fastvar_fx.transform(
         model,
         Schedule(drawn.scales, drawn.ratios, cache_step=drawn.cache_step, layers=case.layers),
+        on_full="cache",
         select=_last_tokens,
         restore=_kept_or_cached,
     )

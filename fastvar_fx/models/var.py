@@ -513,10 +513,12 @@ class VAR(nn.Module):
                 t = cfg * (step / last)
                 logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
                 tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
-                f_hat = f_hat + quantize.residual(tokens, step, len(self.scales), side)
+                f_hat, average = quantize.get_next_autoregressive_input(
+                    step, len(self.scales), f_hat, tokens, self.scales
+                )
                 if step < last:
                     begin, end = end, end + self.scales[step + 1] ** 2
-                    x = quantize.next_input(f_hat, self.scales[step + 1])  # (B, l, Cvae)
+                    x = average.flatten(2).transpose(1, 2)  # (B, l, Cvae)
                     x = self.word_embed(x.to(self.word_embed.weight.dtype))
                     x = (x + positions[:, begin:end]).repeat(2, 1, 1)  # (2B, l, C)
                 if on_step is not None:
