@@ -318,7 +318,8 @@ class HART(nn.Module):
             positions: positions of the text tokens, (B, T); None counts them from 0.
             negative: features of negative prompts, (B, T, Ct); None for zeros, as trained.
             g_seed: seed of the draws; None uses torch's global generator of the device.
-            cfg: guidance strength at the last step; it grows linearly from 0 at the first.
+            cfg: guidance strength, at least 0; step s takes the share s / (K - 1) of it, the last
+                step no more than the one before, as in the official code.
             top_k: draw among the k likeliest entries, 0 for all; the official code takes 600.
             top_p: draw among the likeliest entries that reach this probability, 0 for all.
 
@@ -330,18 +331,24 @@ class HART(nn.Module):
         check_text(text, self.config.text_width, self.config.text_length)
         check_maps(scales)
         B, T, _ = text.shape
-        if negative is None:
-            negative = torch.zeros_like(text)
-        check_text(negative, self.config.text_width, T, batch=B)
+        negative = torch.zeros_like(text) if negative is None else negative
         if positions is None:
             positions = torch.arange(T, device=text.device).expand(B, T)
+        if negative.shape != text.shape or positions.shape != text.shape[:2]:
+            raise ValueError(
+                f"asked: negative {tuple(negative.shape)}, positions {tuple(positions.shape)}\n"
+                f"found: text {tuple(text.shape)}\n"
+                f"do: pad prompts and negative prompts to one length, as the text encoder does"
+            )
         places = torch.cat((positions, torch.zeros_like(positions)))  # (2B, T)
         ropes = self._ropes(places, scales)
         generator = None if g_seed is None else torch.Generator(text.device).manual_seed(g_seed)
         prompts = torch.cat((text, negative)).to(self.context_embed.weight.dtype)
         context: Tensor = self.context_embed(self.context_norm(prompts))  # (2B, T, C)
         pooled = context.amax(dim=1)  # (2B, C)
-        f_hat = context.new_zeros(B, self.config.z_channels, *scales[-1])
+        stream = torch.promote_types(prompts.dtype, torch.float32)
+        size = (B, self.config.z_channels, *scales[-1])
+        f_hat = torch.zeros(size, dtype=stream, device=text.device)
         x, last = context, len(scales) - 1
 
         with kv_caching(self):
@@ -350,16 +357,15 @@ class HART(nn.Module):
                 for block in self.blocks:
                     x = block(x, ropes[step])
                 logits = self.get_logits(x if step else x[:, -1:], pooled)  # (2B, h * w, V)
-                t = cfg * (step / last)
+                t = cfg * (min(step, last - 1) / last)
                 logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, h * w, V)
-                tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, h * w)
-                codes = self.quantizer.embedding(tokens).mT.reshape(
-                    B, -1, *scale
-                )  # (B, Cvae, h, w)
+                drawn = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, h * w)
+                codes = self.quantizer.embedding(drawn).mT.reshape(B, -1, *scale)  # (B, Cvae, h, w)
                 f_hat, image = self.quantizer.get_next_autoregressive_input(
                     step, len(scales), f_hat, codes, scales
                 )
-                x = self.word_embed(image.flatten(2).mT).repeat(2, 1, 1)  # (2B, L, C)
+                tokens = image.flatten(2).mT.to(prompts.dtype)  # (B, L, Cvae)
+                x = self.word_embed(tokens).repeat(2, 1, 1)  # (2B, L, C)
         return f_hat
 
     def get_logits(self, x: Tensor, pooled: Tensor) -> Tensor:
@@ -378,8 +384,8 @@ class HART(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill all parameters and buffers with values that keep every branch alive.
 
-        As :func:`~fastvar_fx.models.named.draw_weights`, but the output layers of the branches are
-        smaller the deeper the model.
+        As :func:`~fastvar_fx.models.named.draw_weights`, but queries and keys are twice as large,
+        and the output layers of the branches are smaller the deeper the model.
 
         Args:
             generator: source of the values, on the device of the parameters.
@@ -387,6 +393,7 @@ class HART(nn.Module):
         draw_weights(self, generator)
         for module in self.modules():
             if isinstance(module, SelfAttention):
+                module.qkv_proj.weight.mul_(2)
                 module.proj.weight.div_(math.sqrt(self.config.depth))
             elif isinstance(module, MLP):
                 module.down_proj.weight.mul_(2 / math.sqrt(self.config.depth))
