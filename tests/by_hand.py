@@ -73,10 +73,17 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
 
 
-def fixed_draws(classes: int) -> Callable[..., Tensor]:
-    """A sampler whose result depends on the number of tokens alone, so that rounding flips none."""
+def fixed_draws(classes: int, seen: list[Tensor] | None = None) -> Callable[..., Tensor]:
+    """A sampler whose result depends on the number of tokens alone, so that rounding flips none.
+
+    Args:
+        classes: what it draws from.
+        seen: a list that the logits it is given are appended to.
+    """
 
     def draw(logits: Tensor, *_: object) -> Tensor:
+        if seen is not None:
+            seen.append(logits)
         B, L = logits.shape[:2]
         return torch.randint(0, classes, (B, L), generator=torch.Generator().manual_seed(L))
 

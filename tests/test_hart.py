@@ -188,21 +188,24 @@ def test_maps_add_up(model: HART, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(f_hat, want)
 
 
-def test_guidance_and_negative_prompts(model: HART) -> None:
+def test_guidance(model: HART, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step s mixes (1 + t) * with - t * without the text, t = cfg * s / (K - 1), at most K - 2."""
     text, negative = prompts(2), prompts(2, seed=1)
+    place = torch.zeros(2, 6)
 
-    def run(**more: Any) -> Tensor:
-        return model.autoregressive_infer_cfg(text, SCALES, g_seed=0, **more)
+    def logits(text: Tensor, negative: Tensor | None, cfg: float) -> list[Tensor]:
+        seen: list[Tensor] = []
+        monkeypatch.setattr(hart, "sample_top_k_top_p", fixed_draws(256, seen))
+        model.autoregressive_infer_cfg(text, SCALES, negative=negative, positions=place, cfg=cfg)
+        return seen
 
-    assert torch.equal(run(), run(negative=torch.zeros_like(text)))
-    assert not torch.equal(run(), run(negative=negative))
-    assert torch.equal(run(cfg=0), run(cfg=0, negative=negative))
-    _, seen = streams(model, lambda _: run(negative=negative))
-    _, swapped = streams(
-        model, lambda m: m.autoregressive_infer_cfg(negative, SCALES, negative=text, g_seed=0)
-    )
-    torch.testing.assert_close(seen[0].shape, swapped[0].shape)
-    assert [stream.shape[0] for stream in seen] == [4] * 5
+    runs = logits(text, negative, 0), logits(negative, text, 0), logits(text, negative, 2.0)
+    shares = (0, 1 / 4, 2 / 4, 3 / 4, 3 / 4)
+    for share, with_text, without, mixed in zip(shares, *runs, strict=True):
+        want = (1 + 2 * share) * with_text - 2 * share * without
+        torch.testing.assert_close(mixed, want, atol=1e-4, rtol=1e-4)
+    zeros = logits(text, torch.zeros_like(text), 2.0)
+    assert all(map(torch.equal, logits(text, None, 2.0), zeros))
 
 
 def test_positions_of_the_text_matter(model: HART) -> None:

@@ -241,26 +241,25 @@ def test_latent_is_the_sum_of_resized_codes(
         torch.testing.assert_close(latent, want)
 
 
-def test_guidance(model: Infinity) -> None:
-    """Logits are t * with + (1 - t) * without the prompt; with t = 1 the batch is not doubled."""
-    text = prompts(2)
-    plain, dense = streams(
-        model, lambda m: m.autoregressive_infer_cfg(text, SCALES, g_seed=0, cfg=1)
-    )
-    _, doubled = streams(
-        model, lambda m: m.autoregressive_infer_cfg(text, SCALES, g_seed=0, cfg=[1, 1, 1, 1, 2])
-    )
-    assert [stream.shape[0] for stream in dense] == [2] * 5
-    assert [stream.shape[0] for stream in doubled] == [4] * 5
-    assert_same_streams([stream[:2] for stream in doubled], dense, 1e-4)
+def test_guidance(model: Infinity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step mixes cfg * with + (1 - cfg) * without the prompt; if all are 1, only with is run."""
+    text, negative = prompts(2), prompts(2, 4, seed=1)
+
+    def logits(text: Tensor, negative: Tensor | None = None, **more: Any) -> list[Tensor]:
+        seen: list[Tensor] = []
+        monkeypatch.setattr(infinity, "sample_top_k_top_p", fixed_draws(2, seen))
+        model.autoregressive_infer_cfg(text, SCALES, negative=negative, tau=1, **more)
+        return seen
+
+    strengths = [4.0, 3.0, 2.0, 1.0, 0.5]
+    runs = logits(text, cfg=1), logits(negative, cfg=1), logits(text, negative, cfg=strengths)
+    for strength, with_text, without, mixed in zip(strengths, *runs, strict=True):
+        want = strength * with_text + (1 - strength) * without
+        torch.testing.assert_close(mixed, want, atol=1e-4, rtol=1e-4)
     null = model.cfg_uncond[:6].expand(2, -1, -1)
-    without = model.autoregressive_infer_cfg(
-        text, SCALES, negative=null, g_seed=0, cfg=0.0, top_k=1
-    )
-    assert torch.equal(
-        without, model.autoregressive_infer_cfg(text, SCALES, g_seed=0, cfg=0.0, top_k=1)
-    )
-    assert not torch.equal(without, plain)
+    assert all(map(torch.equal, logits(text, cfg=2), logits(text, null, cfg=2)))
+    _, seen = streams(model, lambda m: m.autoregressive_infer_cfg(text, SCALES, cfg=1))
+    assert [stream.shape[0] for stream in seen] == [2] * 5
 
 
 def test_padding_changes_nothing() -> None:
