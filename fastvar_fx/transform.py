@@ -118,7 +118,7 @@ def explain(fast: nn.Module) -> Report:
 def _attach(block: nn.Module, layer: int, name: str, plan: Plan, store: ProgramStore) -> None:
     """Gives a copied block a subclass of its own class whose forward is the runtime's."""
     kind = type(block)
-    runtime = BlockRuntime(layer, name, kind.forward, plan, store)
+    runtime = BlockRuntime(layer, name, _take_forward(name, block), plan, store)
     object.__setattr__(block, _RUNTIME, runtime)
     members = {
         "forward": _own_forward(kind),
@@ -127,6 +127,22 @@ def _attach(block: nn.Module, layer: int, name: str, plan: Plan, store: ProgramS
         "__doc__": kind.__doc__,
     }
     block.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _take_forward(name: str, block: nn.Module) -> Callable[..., Any]:
+    """Returns the forward that a call of the block runs, as a function of the block and its input.
+
+    One set on the block itself, as patches do, is taken off, for it would hide the runtime's.
+    """
+    own = vars(block).pop("forward", None)
+    if own is None:
+        return type(block).forward
+    if isinstance(own, types.MethodType) and own.__self__ is block:
+        return own.__func__
+    raise ModelError(
+        f"{name} has a forward of its own that is a {type(own).__name__}, not a method of it; set "
+        f"it as block.forward = types.MethodType(function, block), with the block as first argument"
+    )
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
