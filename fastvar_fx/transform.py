@@ -85,14 +85,14 @@ def transform(
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):
-        forward = type(block).forward
-        pruning = None
-        if layer in layers and plan.pruned_steps:
-            pruning = BlockRuntime(layer, name, forward, plan, store)
-        if skipped.steps:
-            _attach(copies[id(block)], SkippingRuntime(name, forward, plan, store, pruning))
-        elif pruning is not None:
-            _attach(copies[id(block)], pruning)
+        prunes = layer in layers and bool(plan.pruned_steps)
+        if not (prunes or skipped.steps):
+            continue
+        copied = copies[id(block)]
+        forward = _take_forward(name, copied)
+        pruning = BlockRuntime(layer, name, forward, plan, store) if prunes else None
+        skipping = SkippingRuntime(name, forward, plan, store, pruning) if skipped.steps else None
+        _attach(copied, skipping or pruning)
     if skipped.steps:
         install(fast, skipped, on_full)
     object.__setattr__(fast, _PLAN, plan)
@@ -133,7 +133,7 @@ def explain(fast: nn.Module) -> Report:
     return Report.of(_plan(fast))
 
 
-def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime) -> None:
+def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime | None) -> None:
     """Gives a copied block a subclass of its own class whose forward is the runtime's."""
     kind = type(block)
     object.__setattr__(block, _RUNTIME, runtime)
@@ -144,6 +144,22 @@ def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime) -> None:
         "__doc__": kind.__doc__,
     }
     block.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _take_forward(name: str, block: nn.Module) -> Callable[..., Any]:
+    """Returns the forward that a call of the block runs, as a function of the block and its input.
+
+    One set on the block itself, as patches do, is taken off, for it would hide the runtime's.
+    """
+    own = vars(block).pop("forward", None)
+    if own is None:
+        return type(block).forward
+    if isinstance(own, types.MethodType) and own.__self__ is block:
+        return own.__func__
+    raise ModelError(
+        f"{name} has a forward of its own that is a {type(own).__name__}, not a method of it; set "
+        f"it as block.forward = types.MethodType(function, block), with the block as first argument"
+    )
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

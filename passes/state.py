@@ -91,7 +91,7 @@ class Snapshot:
             self._visit((("item", name),), value)
 
     def _visit(self, path: Path, value: Any) -> None:
-        if isinstance(value, _CONSTANTS):
+        if _is_constant(value):
             self.constants[path] = value
             return
         if id(value) in self._seen:
@@ -109,7 +109,8 @@ class Snapshot:
                 self.constants[*path, ("attr", "training")] = value.training
                 self._registries += [(r, dict(r)) for r in _registries(value)]
             for step, item in _entries(value):
-                if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):
+                setting = isinstance(item, tuple) or _is_constant(item)
+                if not (_is_torch_layer(value) and setting):
                     self._visit((*path, step), item)
 
     def substitute(self, stand_in: StandIn) -> None:
@@ -142,6 +143,12 @@ class Snapshot:
                     yield _write(path, step, value)
             for step in before.keys() - after.keys():
                 yield Write(path, step, None, (), deleted=True)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
+    numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return numpy_scalar or isinstance(value, _CONSTANTS)
 
 
 def is_container(value: Any) -> bool:
@@ -190,7 +197,7 @@ def apply(write: Write, container: Any, leaves: list[Any]) -> None:
 def _write(path: Path, step: Step, value: Any) -> Write:
     leaves, spec = pytree.tree_flatten(value)
     for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+        if not (isinstance(leaf, Tensor) or _is_constant(leaf)):
             where = show((*path[1:], step))
             refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
     return Write(path, step, spec, tuple(leaves))
@@ -201,8 +208,8 @@ def _same(before: Any, after: Any) -> bool:
         return True
     if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
         return all(map(_same, before, after))
-    plain = isinstance(before, _CONSTANTS) and isinstance(after, _CONSTANTS)
-    return plain and type(before) is type(after) and before == after
+    plain = _is_constant(before) and _is_constant(after)
+    return plain and type(before) is type(after) and bool(before == after)
 
 
 def _map_contents(path: Path, container: Any, contents: Any, stand_in: StandIn) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import fastvar_fx
-from fastvar_fx import Schedule
+from fastvar_fx import ModelError, Schedule
 from tests import reference, zoo
 
 
@@ -157,6 +158,28 @@ def test_a_transformed_model_is_a_model_of_its_class() -> None:
     ):
         assert name == other
         assert ours is theirs
+
+
+def test_a_forward_set_on_a_block_is_the_one_that_prunes() -> None:
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.old_forward(*args, **kwargs)
+        return result.mul(2.0)
+
+    model: Any = zoo.ZooModel(zoo.complete_spec({}), 2, ((1, 1), (2, 3), (4, 4)))
+    schedule = Schedule(model.scales, (0.5,))
+    plain = fastvar_fx.transform(model, schedule).generate(2, 0)
+    for block in model.blocks:
+        block.old_forward = block.forward
+        block.forward = types.MethodType(doubled, block)
+    dense = model.generate(2, 0)
+    fast: Any = fastvar_fx.transform(model, schedule)
+    report = fastvar_fx.trace(fast, lambda m: m.generate(2, 0))
+    assert any(row.kept == 8 for row in report.rows)
+    assert not torch.equal(fast.generate(2, 0), plain)
+    assert torch.equal(model.generate(2, 0), dense)
+    model.blocks[1].forward = lambda x: x
+    with pytest.raises(ModelError, match=r"blocks\.1 has a forward of its own .*MethodType"):
+        fastvar_fx.transform(model, schedule)
 
 
 def test_weights_can_change_after_the_transform() -> None:
