@@ -91,8 +91,10 @@ def transform(
         copied = copies[id(block)]
         forward = _take_forward(name, copied)
         pruning = BlockRuntime(layer, name, forward, plan, store) if prunes else None
-        skipping = SkippingRuntime(name, forward, plan, store, pruning) if skipped.steps else None
-        _attach(copied, skipping or pruning)
+        if skipped.steps:
+            _attach(copied, SkippingRuntime(name, forward, plan, store, pruning))
+        elif pruning is not None:
+            _attach(copied, pruning)
     if skipped.steps:
         install(fast, skipped, on_full)
     object.__setattr__(fast, _PLAN, plan)
@@ -133,7 +135,7 @@ def explain(fast: nn.Module) -> Report:
     return Report.of(_plan(fast))
 
 
-def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime | None) -> None:
+def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime) -> None:
     """Gives a copied block a subclass of its own class whose forward is the runtime's."""
     kind = type(block)
     object.__setattr__(block, _RUNTIME, runtime)

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.models import vqvae
 from fastvar_fx.models.cache import KVCache, kv_caching
 from fastvar_fx.models.maps import Map, check_maps
 from fastvar_fx.models.named import (
@@ -45,6 +44,7 @@ from fastvar_fx.models.named import (
 from fastvar_fx.models.rope import half_table, rotate_halves, text_table
 from fastvar_fx.models.text import check_text
 from fastvar_fx.models.var import sample_top_k_top_p
+from fastvar_fx.models.vqvae import PhiBank
 
 HART_1024: tuple[Map, ...] = tuple(
     (side, side) for side in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -195,16 +195,26 @@ class HeadNorm(nn.Module):
         return y
 
 
-class Quantizer(vqvae.Quantizer):
-    """The codebook, and what a drawn map does to the image so far; see the base class."""
+class Quantizer(nn.Module):
+    """The codebook, and what a drawn map does to the image so far.
+
+    Args:
+        vocab_size: codebook entries V.
+        channels: code vector width Cvae.
+    """
+
+    def __init__(self, vocab_size: int, channels: int) -> None:
+        super().__init__()
+        self.quant_resi = PhiBank(channels)
+        self.embedding = nn.Embedding(vocab_size, channels)
 
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor, patch_nums: Sequence[Map]
     ) -> tuple[Tensor, Tensor]:
         """Return the image with one more map, (B, Cvae, H, W), and it at the next map's size.
 
-        The last map is added as it is, the others after upsampling and a :class:`~vqvae.Phi`; after
-        the last, both results are the image.
+        The last map is added as it is, the others after upsampling and a convolution of the
+        :class:`~fastvar_fx.models.vqvae.PhiBank`; after the last, both results are the image.
 
         Args:
             si: step, 0 to ``SN`` - 1.
