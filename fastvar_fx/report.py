@@ -319,7 +319,8 @@ def _pruning_line(pruning: Pruning) -> str:
     if not pruning.steps:
         return "token pruning: none"
     text = (
-        f"token pruning: {_steps(pruning.steps)} drop {pruning.dropped} of {pruning.tokens} tokens"
+        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
+        f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
     )
     return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
 

@@ -344,7 +344,7 @@ def test_compiled_blocks_skip() -> None:
     fastvar_fx.trace(fast, lambda m: m.generate())
     want = [fast.generate(2, seed) for seed in (0, 1)]
     for block in fast.blocks:
-        block.compile(fullgraph=True, backend="eager", dynamic=False)
+        block.compile(fullgraph=True, backend="eager")
     assert torch.equal(fast.generate(), want[0])
     with torch.compiler.set_stance("fail_on_recompile"):
         got = [fast.generate(2, seed) for seed in (0, 1)]
@@ -518,7 +518,9 @@ def test_the_report_tells_skipping_and_pruning_apart() -> None:
     skipping = (
         "step skipping: step 4 left out, 36 of 66 tokens (54.5 %), 599K FLOPs in 1 of 2 blocks"
     )
-    pruning = "token pruning: step 3 drop 8 of 16 tokens, 193K -> 88.1K FLOPs, limit 2.19x"
+    pruning = (
+        "token pruning: step 3 pruned, 8 of 16 tokens (50.0 %), 193K -> 88.1K FLOPs, limit 2.19x"
+    )
     assert skipping in lines
     assert pruning in lines
     assert report.pruning.flops == report.flops(3)[0]
