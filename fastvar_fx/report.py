@@ -113,7 +113,7 @@ class Pruning:
         steps: The pruned steps.
         tokens: Their tokens, of one image.
         dropped: How many of them a branch that prunes leaves out.
-        flops: FLOPs of the branches at these steps as met so far, dense.
+        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`.
         pruned_flops: The same as they run.
     """
 

@@ -188,6 +188,7 @@ def test_the_callers_trunk_scale_counts_if_it_is_lower() -> None:
     fast = fastvar_fx.transform(model_of(Stops), Schedule(SIDES, (1, 1)))
     for steps in (1, 2):
         assert torch.equal(fast.generate(2, 0, steps), fast.by_hand(steps))
+    assert torch.equal(fast.generate(trunk_scale=None), fast.by_hand(K - 2))
     assert torch.equal(fast.generate(trunk_scale=K - 1), fast.by_hand(K - 2))
     with pytest.raises(TypeError, match="unexpected"):
         fast.generate(scale=3)
@@ -470,6 +471,21 @@ def test_blocks_that_return_more_than_a_map_cannot_pass() -> None:
 def test_another_number_of_steps_is_an_error() -> None:
     fast = fastvar_fx.transform(model_of(Accumulates), Schedule(SIDES[:-1], (1,)))
     with pytest.raises(RunError, match="draws 5 steps, but the schedule has 4"):
+        fast.generate()
+
+
+def test_a_sum_that_grows_with_the_steps_is_an_error() -> None:
+    class Grows(Accumulator):
+        def add(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
+            side = SIDES[min(si + 1, SN - 1)]
+            grown = F.interpolate(f_hat, (side, side)) + F.interpolate(h_BChw, (side, side))
+            return grown, grown
+
+    class Growing(Accumulates):
+        quantizer = Grows
+
+    fast = fastvar_fx.transform(model_of(Growing), Schedule(SIDES, (1, 1)))
+    with pytest.raises(RunError, match=r"step 3 .* at \(4, 4\) by then, not at the final \(6, 6\)"):
         fast.generate()
 
 
