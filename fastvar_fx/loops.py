@@ -122,13 +122,13 @@ class Skipped:
             self._raise_drawn(self._tokens.index(self._last))
 
     def _raise_drawn(self, step: int) -> None:
-        past = "past its accumulator" if self._at is not None else "though told to leave it out"
+        how = "past its accumulator" if self._at is not None else "though told to leave it out"
         self._forget()
         raise RunError(
             f"step {step} ({self._tokens[step]} tokens) has ratio 1 and is to be skipped, but the "
-            f"loop draws it {past}, so what it returns is not to be used. Pass "
-            f'on_full="cache" to transform, which draws the step from the captured features, or '
-            f"on_full= a loop rule of your own; if the generation was cut off, just run it again"
+            f'loop draws it {how}. Pass on_full="cache" to transform, which draws the step from '
+            f"the captured features, or on_full= a loop rule of your own. If a generation was cut "
+            f"off, run it again"
         )
 
 
