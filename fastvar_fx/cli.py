@@ -178,14 +178,25 @@ def _presets(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({name: _as_dict(schedule) for name, schedule in presets().items()}))
         return
-    names = ("preset", "scales", "ratios", "cache\nstep", "layers", "tokens", "late", "saved")
+    names = (
+        "preset",
+        "scales",
+        "ratios",
+        "cache\nstep",
+        "layers",
+        "tokens",
+        "late",
+        "saved",
+        "skipped",
+    )
     table = _table(*names, left=2)
     for name, schedule in presets().items():
         table.add_row(name, *_preset_cells(schedule))
     _print(table)
     _print(
         "Steps and layers count from 0. tokens: of one image, all steps. late: share of them in "
-        "pruned steps. saved: share that the branches of the pruning layers do not compute."
+        "pruned steps. saved: share that the branches of the pruning layers do not compute. "
+        "skipped: share of the steps that the loop leaves out."
     )
 
 
@@ -424,17 +435,23 @@ def _preset_cells(schedule: Schedule) -> tuple[str, ...]:
         str(data["tokens"]),
         f"{data['late_share']:.0%}",
         f"{data['saved_share']:.0%}",
+        f"{data['skipped_share']:.0%}",
     )
 
 
 def _as_dict(schedule: Schedule) -> dict[str, Any]:
     """Returns a schedule with its token counts, as plain data."""
-    tokens = sum(schedule.tokens(s) for s in range(schedule.steps))
-    late = sum(schedule.tokens(s) for s in schedule.pruned_steps)
-    kept = sum(schedule.kept(s) for s in schedule.pruned_steps)
-    shares = {"late_share": late / tokens, "saved_share": (late - kept) / tokens}
+    pruned = [step for step in schedule.pruned_steps if step not in schedule.full_steps]
+    late, kept = (sum(map(count, pruned)) for count in (schedule.tokens, schedule.kept))
+    skipped = sum(map(schedule.tokens, schedule.full_steps))
+    tokens = sum(map(schedule.tokens, range(schedule.steps)))
     data: dict[str, Any] = json.loads(schedule.to_json())
-    return data | {"tokens": tokens} | shares
+    return data | {
+        "tokens": tokens,
+        "late_share": late / tokens,
+        "saved_share": (late - kept) / tokens,
+        "skipped_share": skipped / tokens,
+    }
 
 
 def _environment(subject: Subject) -> dict[str, Any]:

@@ -122,13 +122,13 @@ class Skipped:
             self._raise_drawn(self._tokens.index(self._last))
 
     def _raise_drawn(self, step: int) -> None:
-        past = "past its accumulator" if self._at is not None else "though told to leave it out"
+        how = "past its accumulator" if self._at is not None else "though told to leave it out"
         self._forget()
         raise RunError(
             f"step {step} ({self._tokens[step]} tokens) has ratio 1 and is to be skipped, but the "
-            f"loop draws it {past}, so what it returns is not to be used. Pass "
-            f'on_full="cache" to transform, which draws the step from the captured features, or '
-            f"on_full= a loop rule of your own; if the generation was cut off, just run it again"
+            f'loop draws it {how}. Pass on_full="cache" to transform, which draws the step from '
+            f"the captured features, or on_full= a loop rule of your own. If a generation was cut "
+            f"off, run it again"
         )
 
 
@@ -212,7 +212,8 @@ def _stopping(method: Callable[..., Any], signature: inspect.Signature) -> Calla
     def stopping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        bound.arguments[_STOP] = min(bound.arguments[_STOP], _skipped(self).first)
+        given, first = bound.arguments[_STOP], _skipped(self).first
+        bound.arguments[_STOP] = first if given is None else min(given, first)
         return method(*bound.args, **bound.kwargs)
 
     return stopping
@@ -229,17 +230,26 @@ def _accumulating(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"the loop draws {SN} steps, but the schedule has {len(skipped.scales)}; give the "
                 f"schedule that the loop runs"
             )
-        if si not in skipped.steps:
-            result = method(self, si, SN, f_hat, *args, **kwargs)
-        elif si == SN - 1:
-            result = f_hat, f_hat
+        if si in skipped.steps:
+            result = _left_out(skipped, si, f_hat)
         else:
-            size = skipped.scales[si + 1][-2:]
-            result = f_hat, F.interpolate(f_hat, size=size, mode="area")
+            result = method(self, si, SN, f_hat, *args, **kwargs)
         skipped.drew(si)
         return result
 
     return accumulating
+
+
+def _left_out(skipped: Skipped, step: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum so far, and the next map made of it."""
+    size, final = tuple(f_hat.shape[-2:]), skipped.scales[-1][-2:]
+    if size != final:
+        raise RunError(
+            f"step {step} is to be skipped, but the loop sums its maps up at {size} by then, not "
+            f'at the final {final}; pass on_full="cache" to transform, or a loop rule of your own'
+        )
+    following = skipped.scales[min(step + 1, len(skipped.scales) - 1)][-2:]
+    return f_hat, F.interpolate(f_hat, size=following, mode="area")
 
 
 def _watched(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -113,7 +113,7 @@ class Pruning:
         steps: The pruned steps.
         tokens: Their tokens, of one image.
         dropped: How many of them a branch that prunes leaves out.
-        flops: FLOPs of the branches at these steps as met so far, dense.
+        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`.
         pruned_flops: The same as they run.
     """
 
@@ -221,10 +221,7 @@ class Report:
         for step in sorted({row.step for row in self.rows}):
             dense, pruned = self.flops(step)
             if dense != pruned:
-                lines.append(
-                    f"step {step}: {_flops(dense)} -> {_flops(pruned)} FLOPs, "
-                    f"limit {dense / max(pruned, 1):.2f}x"
-                )
+                lines.append(f"step {step}: {_change(dense, pruned)}")
         lines += [*_savings(self), *_notes(self)]
         return "\n".join(lines)
 
@@ -322,14 +319,15 @@ def _pruning_line(pruning: Pruning) -> str:
     if not pruning.steps:
         return "token pruning: none"
     text = (
-        f"token pruning: {_steps(pruning.steps)} drop {pruning.dropped} of {pruning.tokens} tokens"
+        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
+        f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
     )
-    if not pruning.flops:
-        return text
-    return (
-        f"{text}, {_flops(pruning.flops)} -> {_flops(pruning.pruned_flops)} FLOPs, "
-        f"limit {pruning.flops / max(pruning.pruned_flops, 1):.2f}x"
-    )
+    return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
+
+
+def _change(dense: int, pruned: int) -> str:
+    limit = f", limit {dense / pruned:.2f}x" if pruned else ""
+    return f"{_flops(dense)} -> {_flops(pruned)} FLOPs{limit}"
 
 
 def _steps(steps: tuple[int, ...]) -> str:

@@ -92,7 +92,7 @@ def test_presets_as_a_table(cli: Cli) -> None:
     assert (code, err) == (0, "")
     assert all(name in out for name in presets())
     row = next(line for line in out.splitlines() if "var-256" in line)
-    assert " ".join(row.split()) == "var-256 1 2 3 4 5 6 8 10 13 16 0.5 0.75 7 all 680 62% 41%"
+    assert " ".join(row.split()) == "var-256 1 2 3 4 5 6 8 10 13 16 0.5 0.75 7 all 680 62% 41% 0%"
 
 
 def test_presets_as_json(cli: Cli) -> None:
@@ -104,6 +104,8 @@ def test_presets_as_json(cli: Cli) -> None:
     assert data["var-512"]["tokens"] == 2240
     assert data["var-512"]["late_share"] == pytest.approx(1600 / 2240)
     assert data["var-512"]["saved_share"] == pytest.approx((1600 - 288 - 256) / 2240)
+    assert data["infinity-1024"]["late_share"] == pytest.approx(2624 / 10521)
+    assert data["infinity-1024"]["skipped_share"] == pytest.approx(6400 / 10521)
 
 
 # --- explain ----------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ def test_the_callers_trunk_scale_counts_if_it_is_lower() -> None:
     fast = fastvar_fx.transform(model_of(Stops), Schedule(SIDES, (1, 1)))
     for steps in (1, 2):
         assert torch.equal(fast.generate(2, 0, steps), fast.by_hand(steps))
+    assert torch.equal(fast.generate(trunk_scale=None), fast.by_hand(K - 2))
     assert torch.equal(fast.generate(trunk_scale=K - 1), fast.by_hand(K - 2))
     with pytest.raises(TypeError, match="unexpected"):
         fast.generate(scale=3)
@@ -344,7 +345,7 @@ def test_compiled_blocks_skip() -> None:
     fastvar_fx.trace(fast, lambda m: m.generate())
     want = [fast.generate(2, seed) for seed in (0, 1)]
     for block in fast.blocks:
-        block.compile(fullgraph=True, backend="eager", dynamic=False)
+        block.compile(fullgraph=True, backend="eager")
     assert torch.equal(fast.generate(), want[0])
     with torch.compiler.set_stance("fail_on_recompile"):
         got = [fast.generate(2, seed) for seed in (0, 1)]
@@ -473,6 +474,21 @@ def test_another_number_of_steps_is_an_error() -> None:
         fast.generate()
 
 
+def test_a_sum_that_grows_with_the_steps_is_an_error() -> None:
+    class Grows(Accumulator):
+        def add(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
+            side = SIDES[min(si + 1, SN - 1)]
+            grown = F.interpolate(f_hat, (side, side)) + F.interpolate(h_BChw, (side, side))
+            return grown, grown
+
+    class Growing(Accumulates):
+        quantizer = Grows
+
+    fast = fastvar_fx.transform(model_of(Growing), Schedule(SIDES, (1, 1)))
+    with pytest.raises(RunError, match=r"step 3 .* at \(4, 4\) by then, not at the final \(6, 6\)"):
+        fast.generate()
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -518,7 +534,9 @@ def test_the_report_tells_skipping_and_pruning_apart() -> None:
     skipping = (
         "step skipping: step 4 left out, 36 of 66 tokens (54.5 %), 599K FLOPs in 1 of 2 blocks"
     )
-    pruning = "token pruning: step 3 drop 8 of 16 tokens, 193K -> 88.1K FLOPs, limit 2.19x"
+    pruning = (
+        "token pruning: step 3 pruned, 8 of 16 tokens (50.0 %), 193K -> 88.1K FLOPs, limit 2.19x"
+    )
     assert skipping in lines
     assert pruning in lines
     assert report.pruning.flops == report.flops(3)[0]
