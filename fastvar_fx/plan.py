@@ -55,7 +55,6 @@ class Plan:
     step_of: StepOf | None
     strict: bool
     dump_dir: Path | None
-    last_layer: int
     operators: ops.Operators
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
@@ -86,6 +85,11 @@ class Plan:
             peak_captured_bytes=0,
         )
         return made
+
+    @property
+    def last_layer(self) -> int:
+        """The last block that the cache step came to; there may be others that no loop calls."""
+        return max(layer for layer, step in self.records if step == self.schedule.cache_step)
 
     @property
     def pruned_anything(self) -> bool:

@@ -266,8 +266,10 @@ def _blocks(group: list[Row]) -> str:
     if len(group) == 1:
         return first.block
     layers = [row.layer for row in group]
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{first.block}..{last.layer}" if whole else f"{first.block} (+{len(group) - 1})"
+    if layers != list(range(layers[0], layers[-1] + 1)):
+        return f"{first.block} (+{len(group) - 1})"
+    owner, _, number = last.block.rpartition(".")
+    return f"{first.block}..{number if first.block.rpartition('.')[0] == owner else last.block}"
 
 
 def _explain(refusal: Refusal) -> str:

@@ -120,8 +120,7 @@ class BlockRuntime:
     def _note_dense(self, tokens: int) -> None:
         if not torch.compiler.is_compiling():
             self._plan.dense_calls[tokens] += 1
-            if self.layer == self._plan.last_layer:
-                self._plan.watch.saw(tokens)
+            self._plan.watch.saw(tokens)
 
     def _forget(self) -> None:
         """Frees the captured features and the place in the generation."""

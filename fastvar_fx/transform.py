@@ -79,9 +79,7 @@ def transform(
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
     operators = ops.Operators(_named(select), _named(restore), anew)
-    plan = Plan(
-        schedule, skipped, len(found), kinds, step_of, strict, folder, max(layers), operators
-    )
+    plan = Plan(schedule, skipped, len(found), kinds, step_of, strict, folder, operators)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):

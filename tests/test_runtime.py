@@ -303,6 +303,7 @@ def test_nothing_to_prune_is_an_error_unless_not_strict(caplog: Any) -> None:
 
     net = Net().eval()
     net.blocks = nn.ModuleList(Conv() for _ in range(2)).eval()
+    net.spare = nn.ModuleList([Conv()]).eval()  # blocks that no loop calls
     with pytest.raises(NothingPrunedError, match=r"FVX013(.|\n)*test_runtime.py"):
         run(fastvar_fx.transform(net, SCHEDULE))
     relaxed = fastvar_fx.transform(net, SCHEDULE, strict=False)
@@ -367,8 +368,11 @@ def test_a_value_that_the_loop_changes_is_not_baked_in() -> None:
     assert all(map(torch.equal, run(fast), want))
 
 
-def test_a_schedule_that_does_not_fit_is_an_error_every_time() -> None:
-    fast = fast_net(Schedule((2, 3, 6, 7), (0.5,)))
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_schedule_that_does_not_fit_is_an_error_every_time(spare: int) -> None:
+    net = Net().eval()
+    net.spare = nn.ModuleList(Block() for _ in range(spare)).eval()  # blocks that no loop calls
+    fast = fastvar_fx.transform(net, Schedule((2, 3, 6, 7), (0.5,)))
     run(fast)
     for _ in range(3):
         with pytest.raises(RunError, match="the last generation had none"):
