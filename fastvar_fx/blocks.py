@@ -35,6 +35,11 @@ class _Group:
         found = {id(p): p.numel() for m in self.modules for p in m.parameters() if p.dim() == 2}
         return sum(found.values())
 
+    @property
+    def submodules(self) -> int:
+        """How many modules are in them, themselves included."""
+        return sum(1 for m in self.modules for _ in m.modules())
+
     def is_sister_of(self, other: _Group) -> bool:
         """Whether it holds blocks of the same classes in another list of the same owner."""
         classes, others = ({type(m) for m in group.modules} for group in (self, other))
@@ -100,7 +105,7 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
     best = max(group.weight for group in groups)
     # Chunks that only wrap blocks weigh the same as their blocks: the innermost such list counts.
     heaviest = [group for group in groups if group.weight >= 0.99 * best]
-    found = max(heaviest, key=lambda group: len(group.modules))
+    found = max(heaviest, key=lambda group: (len(group.modules), -group.submodules))
     names: dict[int, str] = {}
     modules = {}
     for group in groups:

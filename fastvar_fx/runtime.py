@@ -150,7 +150,7 @@ class BlockRuntime:
             self._features = [*self._features, features]
         else:
             self._features = [features]
-        if self.layer == self._plan.last_layer and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.layer == self._plan.last_layer:
             self._plan.note_captured()
         return result
 

@@ -140,7 +140,7 @@ def capture(
     paths = [*call.snapshot.tensors, *symbols.numbers]
     _resolve_constants(graph_module, fakes)
     symbols.read_from_inputs(graph_module, paths)
-    _drop_unused_parts(graph_module)
+    _drop_unused_values(graph_module)
     inputs = _drop_unread_inputs(graph_module, paths)
     graph_module.graph.lint()
     graph_module.recompile()
@@ -383,11 +383,18 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
         delattr(graph_module, str(node.target))
 
 
-def _drop_unused_parts(graph_module: GraphModule) -> None:
-    """Drops the parts of tuples that nobody takes, such as the indices of a max."""
+def _drop_unused_values(graph_module: GraphModule) -> None:
+    """Drops what nobody takes: parts of tuples, and answers that only steered Python code."""
     for node in reversed(list(graph_module.graph.nodes)):
-        if node.target is operator.getitem and not node.users:
+        if not node.users and (node.target is operator.getitem or _is_pure(node.target)):
             graph_module.graph.erase_node(node)
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether a call does nothing but return values."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return bool(target._schema.returns) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

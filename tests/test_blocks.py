@@ -113,6 +113,12 @@ def test_chunks() -> None:
     assert_found(Model(block_chunks=chunks), expected)
 
 
+def test_chunks_of_one_block_each() -> None:
+    """Loops call the blocks in the chunks and never the chunks: those found must be called."""
+    model = Model(block_chunks=nn.ModuleList([Chunk(1), Chunk(1), Chunk(1)]))
+    assert_found(model, [f"block_chunks.{i}.module.0" for i in range(3)])
+
+
 def test_a_plain_python_list_beside_the_registered_one() -> None:
     model: Any = Model(chunks=nn.ModuleList([Chunk(2), Chunk(1)]))
     model.unrolled = [block for chunk in model.chunks for block in chunk.module]

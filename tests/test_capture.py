@@ -188,6 +188,23 @@ def test_data_of_a_parameter_is_the_parameter() -> None:
     assert not program.graph_module.graph.find_nodes(op="get_attr")
 
 
+def test_what_nobody_takes_is_dropped() -> None:
+    """Assigning to `.data` asks whether two tensors are of a kind: Dynamo cannot trace that."""
+
+    class Converts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data.to(x)
+            return x * self.weight.max(0)[0]
+
+    program = assert_reproduces(Converts(), torch.randn(B, L, C))
+    calls = program.graph_module.graph.nodes
+    assert [n.name for n in calls if n.op == "call_function"] == ["max_1", "getitem", "mul"]
+
+
 def test_hooks_do_not_fire() -> None:
     module = Plain()
     fired: list[str] = []
