@@ -245,6 +245,7 @@ class Infinity(nn.Module):
         config: the sizes.
 
     Example:
+        >>> from fastvar_fx.models.maps import template
         >>> model = build("tiny")
         >>> text = torch.randn(2, 5, model.config.text_width)
         >>> model.autoregressive_infer_cfg(text, template(1.0, "0.06M"), g_seed=0).shape
