@@ -317,6 +317,12 @@ def test_padding_changes_nothing() -> None:
             r"a mask of torch.float32 and shape \(1, 6\)",
         ),
         (
+            lambda m: m.autoregressive_infer_cfg(
+                prompts(2), SCALES, text_mask=torch.tensor([[True] * 6, [False] * 6])
+            ),
+            r"prompts of \[6, 0\] tokens\nfound: one without any",
+        ),
+        (
             lambda m: m.autoregressive_infer_cfg(prompts(1), SCALES, cfg=[3.0] * 4),
             "4 values of cfg\nfound: 5 scales",
         ),

@@ -1,4 +1,7 @@
-"""The image generators that the pass is shown and tested on."""
+"""The image generators that the pass is shown and tested on.
+
+VAR is here; Infinity and HART are in the modules `infinity` and `hart`.
+"""
 
 from fastvar_fx.models.var import CONFIGS, VAR, VAR_256, VAR_512, VARConfig, build, load
 from fastvar_fx.models.vqvae import VQVAEDecoder

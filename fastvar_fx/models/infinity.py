@@ -42,7 +42,7 @@ from fastvar_fx.models.named import (
     with_random_weights,
 )
 from fastvar_fx.models.rope import pair_table, rotate_pairs
-from fastvar_fx.models.text import check_text, joined, mask_of
+from fastvar_fx.models.text import AttentivePool, CrossAttention, check_text, joined, mask_of
 from fastvar_fx.models.var import FFN, AdaLNBeforeHead, SharedAdaLin, sample_top_k_top_p
 
 _MAX_LOG_SCALE = math.log(100)
@@ -89,62 +89,6 @@ class SelfAttention(KVCache):
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(B, L, C))
         return projected
-
-
-class TextAttention(nn.Module):
-    """What both attentions to the text share: keys and values of it, and the output layer.
-
-    Args:
-        width: width C of the output.
-        text_width: width of the text features.
-        heads: number of heads H.
-    """
-
-    zero_k_bias: Tensor
-
-    def __init__(self, width: int, text_width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.mat_kv = nn.Linear(text_width, 2 * width, bias=False)
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-
-    def attend(self, q: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Return (B, L, C) for queries (B, H, L, c), text (B, T, .) and its mask (B, 1, 1, T)."""
-        bias = torch.cat((self.zero_k_bias, self.v_bias))
-        kv = F.linear(text, self.mat_kv.weight, bias)  # (B, T, 2C)
-        kv = kv.view(*text.shape[:2], 2, self.heads, -1)  # (B, T, 2, H, c)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # 2 of (B, H, T, c)
-        out = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, H, L, c) -> (B, L, C)
-        return projected
-
-
-class CrossAttention(TextAttention):
-    """Attention of the tokens to the text; see :class:`TextAttention`."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, width, heads)
-        self.mat_q = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C), text (B, T, C) and its mask (B, 1, 1, T)."""
-        q = self.mat_q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, L, c)
-        return self.attend(q, text, mask)
-
-
-class AttentivePool(TextAttention):
-    """Attention of one learned query to the text; see :class:`TextAttention`."""
-
-    def __init__(self, width: int, text_width: int, heads: int) -> None:
-        super().__init__(width, text_width, heads)
-        self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads))
-
-    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Return the pooled text, (B, C), for text (B, T, Ct) and its mask (B, 1, 1, T)."""
-        q = self.mat_q.unsqueeze(2).expand(text.shape[0], -1, -1, -1)  # (B, H, 1, c)
-        return self.attend(q, text, mask).squeeze(1)
 
 
 class Block(nn.Module):
@@ -245,6 +189,7 @@ class Infinity(nn.Module):
         config: the sizes.
 
     Example:
+        >>> from fastvar_fx.models.maps import template
         >>> model = build("tiny")
         >>> text = torch.randn(2, 5, model.config.text_width)
         >>> model.autoregressive_infer_cfg(text, template(1.0, "0.06M"), g_seed=0).shape
@@ -307,7 +252,7 @@ class Infinity(nn.Module):
             top_k: 1 takes the likelier value of every bit, 0 or 2 draws it.
             top_p: draw among the values that together reach this probability, in [0, 1].
             finest: (h, w) of the map that rotary positions are counted on; None for the last of
-                ``scales``. trained: the last of ``template(h_div_w)``.
+                ``scales``. Trained is the last of ``template(h_div_w)``.
             trunk_scale: number of steps to run; the latent of the steps before is returned.
 
         Raises:
@@ -315,32 +260,20 @@ class Infinity(nn.Module):
 
         Source: Infinity, arXiv 2412.04431, algorithm 2; guidance as in the official code.
         """
-        width, length = self.config.text_width, self.config.text_length
-        check_text(text, width, length, mask=text_mask)
         check_maps(scales, most=self.config.levels)
-        guidance, temperature = (_per_step(name, value, len(scales))
-                                 for name, value in (("cfg", cfg), ("tau", tau)))  # fmt: skip
-        B, device = text.shape[0], text.device
-        mask = mask_of(text, text_mask)
-        guided = any(strength != 1 for strength in guidance)
-        if guided and negative is None:
-            null = self.cfg_uncond[: text.shape[1]].to(text).expand_as(text)
-            text, mask = torch.cat((text, null)), mask.repeat(2, 1)
-        elif guided and negative is not None:
-            check_text(negative, width, length, mask=negative_mask, batch=B)
-            text, mask = joined((text, negative), (mask, mask_of(negative, negative_mask)))
-        text, mask = self.text_norm(text.to(self.text_norm.weight.dtype)), mask[:, None, None]
-        stream = torch.promote_types(self.pos_start.dtype, torch.float32)
-        cond = self.text_proj_for_sos["ca"](text, mask).to(stream)  # (2B, C)
-        text = self.text_proj_for_ca(text)  # (2B, T, C)
-        with torch.autocast(device.type, enabled=False):
-            ada = self.shared_ada_lin(cond.to(self.pos_start.dtype)).to(stream)  # (2B, 1, 6, C)
+        guidance, temperature = _per_step("cfg", cfg, scales), _per_step("tau", tau, scales)
+        B, device, guided = text.shape[0], text.device, any(strength != 1 for strength in guidance)
+        text, mask = self._prompts(text, text_mask)
+        if guided:
+            text, mask = self._with_negative(text, mask, negative, negative_mask)
+        mask = mask[:, None, None]  # (2B, 1, 1, T)
+        cond, ada, text = self._conditions(text, mask)  # (2B, C), (2B, 1, 6, C), (2B, T, C)
         head_dim = self.config.width // self.config.heads
         ropes = [pair_table(scale, finest or scales[-1], head_dim, device) for scale in scales]
         generator = None if g_seed is None else torch.Generator(device).manual_seed(g_seed)
         size = [side * self.config.patch for side in scales[-1]]
-        latent = torch.zeros(B, self.config.bits, *size, dtype=stream, device=device)
-        x = cond.unsqueeze(1) + self.pos_start  # (2B, 1, C)
+        latent = cond.new_zeros(B, self.config.bits, *size)
+        x = cond.unsqueeze(1) + self.pos_start.to(cond.dtype)  # (2B, 1, C)
 
         with kv_caching(self):
             for step in range(min(len(scales), trunk_scale)):
@@ -353,10 +286,10 @@ class Infinity(nn.Module):
                     logits = t * logits[:B] + (1 - t) * logits[B:]  # (B, L, 2d)
                 pairs = logits.reshape(B, -1, 2)  # (B, L * d, 2)
                 bits = sample_top_k_top_p(pairs, top_k, top_p, generator)  # (B, L * d)
-                codes = self._codes(bits, scales[step]).to(stream)
+                codes = self._codes(bits, scales[step]).to(latent.dtype)
                 latent = latent + F.interpolate(codes, size=size, mode="bilinear")
                 if step + 1 < len(scales):
-                    x = self._embed(latent, scales[step + 1]).to(stream)  # (B, L, C)
+                    x = self._embed(latent, scales[step + 1]).to(latent.dtype)  # (B, L, C)
                     x = x.repeat(cond.shape[0] // B, 1, 1)  # (2B, L, C)
         return latent
 
@@ -409,6 +342,35 @@ class Infinity(nn.Module):
         """
         return super().load_state_dict(_without_chunks(state_dict), strict=strict, assign=assign)
 
+    def _prompts(
+        self, text: Tensor, mask: Tensor | None, batch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return checked features of prompts (B, T, Ct) and their mask, bool (B, T)."""
+        config = self.config
+        check_text(text, config.text_width, config.text_length, mask=mask, batch=batch)
+        return text.to(self.cfg_uncond.dtype), mask_of(text, mask)
+
+    def _with_negative(
+        self, text: Tensor, mask: Tensor, negative: Tensor | None, negative_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return features and mask of prompts and negative prompts as one batch, 2B."""
+        if negative is None:
+            negative, negative_mask = self.cfg_uncond[: text.shape[1]].expand_as(text), mask
+        negative, negative_mask = self._prompts(negative, negative_mask, len(text))
+        return joined((text, negative), (mask, negative_mask))
+
+    def _conditions(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pooled text (B, C), AdaLN values (B, 1, 6, C) and projected text (B, T, C).
+
+        The first two are in the type of the residual stream, float32 or float64.
+        """
+        text = self.text_norm(text)
+        pooled = self.text_proj_for_sos["ca"](text, mask)
+        with torch.autocast(text.device.type, enabled=False):
+            ada = self.shared_ada_lin(pooled.to(text.dtype))
+        stream = torch.promote_types(text.dtype, torch.float32)
+        return pooled.to(stream), ada.to(stream), self.text_proj_for_ca(text)
+
     def _codes(self, bits: Tensor, scale: Map) -> Tensor:
         """Return the codes of a token map's bits (B, L * d), (B, bits, patch * h, patch * w)."""
         values = (2 * bits - 1) / math.sqrt(self.config.bits)
@@ -424,12 +386,12 @@ class Infinity(nn.Module):
         return embedded
 
 
-def _per_step(name: str, value: float | Sequence[float], steps: int) -> list[float]:
+def _per_step(name: str, value: float | Sequence[float], scales: Sequence[Map]) -> list[float]:
     """Return one number per step."""
-    values = [float(value)] * steps if isinstance(value, (int, float)) else list(value)
-    if len(values) != steps:
+    values = [float(value)] * len(scales) if isinstance(value, (int, float)) else list(value)
+    if len(values) != len(scales):
         raise ValueError(
-            f"asked: {len(values)} values of {name}\nfound: {steps} scales\n"
+            f"asked: {len(values)} values of {name}\nfound: {len(scales)} scales\n"
             f"do: give one number per scale, or one for all"
         )
     return values

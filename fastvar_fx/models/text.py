@@ -1,4 +1,7 @@
-"""Text features, a padded batch (B, T, Ct), and their bool mask (B, T), True at the tokens."""
+"""Text features, a padded batch (B, T, Ct), their bool mask (B, T), and attention to them.
+
+The mask is True where a prompt has a token. H heads are c wide each.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_text(
@@ -42,6 +45,11 @@ def check_text(
             f"{tuple(text.shape)}\ndo: give a bool mask {tuple(text.shape[:2])}, True where there "
             f"is a token"
         )
+    if mask is not None and not bool(mask.any(dim=1).all()):
+        raise ValueError(
+            f"asked: prompts of {mask.sum(dim=1).tolist()} tokens\nfound: one without any\n"
+            f"do: give an empty prompt the tokens that the text encoder makes of it"
+        )
 
 
 def mask_of(text: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,3 +64,59 @@ def joined(texts: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Te
     longest = max(text.shape[1] for text in texts)
     text = torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
     return text, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])
+
+
+class TextAttention(nn.Module):
+    """What both attentions to the text share: keys and values of it, and the output layer.
+
+    Args:
+        width: width C of the output.
+        text_width: width of the text features.
+        heads: number of heads H.
+    """
+
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int, text_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mat_kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def attend(self, q: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Return (B, L, C) for queries (B, H, L, c), text (B, T, .) and its mask (B, 1, 1, T)."""
+        bias = torch.cat((self.zero_k_bias, self.v_bias))
+        kv = F.linear(text, self.mat_kv.weight, bias)  # (B, T, 2C)
+        kv = kv.view(*text.shape[:2], 2, self.heads, -1)  # (B, T, 2, H, c)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # 2 of (B, H, T, c)
+        out = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, H, L, c) -> (B, L, C)
+        return projected
+
+
+class CrossAttention(TextAttention):
+    """Attention of the tokens to the text; see :class:`TextAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, width, heads)
+        self.mat_q = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Return (B, L, C) for ``x`` (B, L, C), text (B, T, C) and its mask (B, 1, 1, T)."""
+        q = self.mat_q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, L, c)
+        return self.attend(q, text, mask)
+
+
+class AttentivePool(TextAttention):
+    """Attention of one learned query to the text; see :class:`TextAttention`."""
+
+    def __init__(self, width: int, text_width: int, heads: int) -> None:
+        super().__init__(width, text_width, heads)
+        self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads))
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Return the pooled text, (B, C), for text (B, T, Ct) and its mask (B, 1, 1, T)."""
+        q = self.mat_q.unsqueeze(2).expand(text.shape[0], -1, -1, -1)  # (B, H, 1, c)
+        return self.attend(q, text, mask).squeeze(1)
