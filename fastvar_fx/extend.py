@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 import torch
 from torch.fx import Node
 
+from passes.attention import register_attention
 from passes.axes import Axes, broadcast, has_tokens
-from passes.branches import register_attention
 from passes.rules import Rule, Site, attending, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes.attention import attention_flops, is_attention
 from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops, find_branches
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
 from passes.features import capture_features
@@ -325,11 +325,12 @@ def _pruned_report(
 def count_flops(nodes: Sequence[Node]) -> int:
     """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    attention = sum(attention_flops(node) for node in nodes if is_attention(node))
+    with torch.no_grad(), counter:
         for node in nodes:
-            if counts_flops(node) and callable(node.target):
+            if counts_flops(node) and not is_attention(node) and callable(node.target):
                 node.target(*example_values(node.args), **example_values(node.kwargs))
-    return int(counter.get_total_flops())
+    return attention + int(counter.get_total_flops())
 
 
 class Dump:
