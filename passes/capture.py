@@ -23,7 +23,7 @@ import torch
 import torch._dynamo.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
@@ -31,7 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from passes.graphs import mutated
 from passes.refusal import Refusal, RefusedError, error_line, innermost_user_frame, refuse
+from passes.spelling import PlainSpelling
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
 Forward = Callable[..., Any]
@@ -226,7 +228,7 @@ class _FakeCall:
 
     def run(self, *_: Tensor) -> list[Tensor]:
         """Runs the call; the fakes it is given are those already in place."""
-        with _UserLines():
+        with _UserLines(), PlainSpelling():
             result = self._forward(*self._origin["args"], **self._origin["kwargs"])
         leaves, self.result = pytree.tree_flatten(result)
         self.result_leaves = _mark_tensors(leaves)
@@ -318,20 +320,42 @@ def _explained() -> Iterator[None]:
 
 
 def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
-    """Maps constants that alias an input (`weight.data`) to it; refuses any other fake constant."""
+    """Maps constants that alias an input (`weight.data`) to it; refuses others made while tracing.
+
+    Constants that lead nowhere go, such as the parts of a mask that nothing reads.
+    """
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
     by_storage = {_storage_key(fake): node for fake, node in zip(fakes, placeholders, strict=True)}
-    for node in graph.find_nodes(op="get_attr"):
+    constants = graph.find_nodes(op="get_attr")
+    for node in constants:
         constant = getattr(graph_module, str(node.target))
-        if not isinstance(constant, FakeTensor):
+        if not isinstance(constant, Tensor) or _erase_unread(graph, node):
             continue
-        source = by_storage.get(_storage_key(constant))
-        if source is None:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(constant)
+        source = None if wrapped else by_storage.get(_storage_key(constant))
+        if source is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif wrapped or isinstance(constant, FakeTensor):
             refuse("FVX001", "it uses a tensor that was made while tracing", node)
-        node.replace_all_uses_with(source)
+    left = {node.target for node in graph.find_nodes(op="get_attr")}
+    for name in {str(node.target) for node in constants} - left:
+        delattr(graph_module, name)
+
+
+def _erase_unread(graph: Graph, constant: Node) -> bool:
+    """Erases a constant and all that is computed from it, if it leads nowhere."""
+    made = {constant: None}  # in the order of the graph
+    for node in graph.nodes:
+        if any(arg in made for arg in node.all_input_nodes):
+            target = mutated(node)
+            if node.op == "output" or (target is not None and target not in made):
+                return False
+            made[node] = None
+    for node in reversed(made):
         graph.erase_node(node)
-        delattr(graph_module, str(node.target))
+    return True
 
 
 def _drop_unused_parts(graph_module: GraphModule) -> None:

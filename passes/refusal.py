@@ -60,12 +60,14 @@ class Refusal:
         reason: The case at hand, in words.
         op: The op at fault, such as `aten.conv1d.default`; empty if there is none.
         where: The user's `file:line` that called it; empty if unknown.
+        advice: What the user can do about this case, if it is more than about any of this code.
     """
 
     code: str
     reason: str
     op: str = ""
     where: str = ""
+    advice: str = ""
 
     @property
     def title(self) -> str:
@@ -75,7 +77,7 @@ class Refusal:
     @property
     def hint(self) -> str:
         """What the user can do about it."""
-        return _HINTS[self.code]
+        return self.advice or _HINTS[self.code]
 
     def __str__(self) -> str:
         at = f" at {self.where}" if self.where else ""
@@ -100,7 +102,12 @@ def refuse(code: str, reason: str, node: Node | None = None) -> NoReturn:
 
 def where(node: Node) -> str:
     """Returns the `file:line` of the user's code that made `node`, or an empty string."""
-    match = _FRAME.search(node.stack_trace or "")
+    return line_of(node.stack_trace or "")
+
+
+def line_of(frame: str) -> str:
+    """Returns the `file:line` of a line of a stack trace, or an empty string."""
+    match = _FRAME.search(frame)
     return f"{match['file']}:{match['line']}" if match else ""
 
 
