@@ -128,11 +128,17 @@ def _flash_rest(q: Tensor) -> Results:
 
 
 def _register() -> None:
-    kernels = (_flash, _flash_varlen, _flash_3, _xformers_flash, _cutlass)
+    kernels: tuple[Callable[..., Any], ...] = (
+        _flash,
+        _flash_varlen,
+        _flash_3,
+        _xformers_flash,
+        _cutlass,
+    )
     for (name, schema), kernel in zip(SCHEMAS.items(), kernels, strict=True):
         torch.library.define(name, schema)
         torch.library.impl(name, ("cpu", "cuda"))(kernel)
-        torch.library.register_fake(name)(_shapes_of(name))
+        torch.library.register_fake(name, _shapes_of(name))
 
 
 def _shapes_of(name: str) -> Callable[..., Any]:
