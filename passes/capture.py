@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import torch
 import torch._dynamo.config
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -32,7 +33,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from passes.graphs import mutated
-from passes.refusal import Refusal, RefusedError, error_line, innermost_user_frame, refuse
+from passes.refusal import (
+    Refusal,
+    RefusedError,
+    error_line,
+    innermost_user_frame,
+    kernel_advice,
+    refuse,
+)
 from passes.spelling import PlainSpelling
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
@@ -206,9 +214,11 @@ class _FakeCall:
     @contextlib.contextmanager
     def stand_ins(self) -> Iterator[list[Tensor]]:
         """Puts fake tensors in the place of all tensors, and puts everything back at the end."""
-        mode = FakeTensorMode(
-            allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_scalar_outputs=True)
-        )
+        # A kernel that is handed a stand-in must fail rather than read memory that is not there.
+        with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+            mode = FakeTensorMode(
+                allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_scalar_outputs=True)
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
             self._fakes = {
@@ -313,10 +323,12 @@ def _explained() -> Iterator[None]:
     except (torch.OutOfMemoryError, RefusedError):
         raise
     except Exception as error:
+        where, advice = error_line(error), kernel_advice(error)
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first}"
-        where = error_line(error)
-        raise RefusedError(Refusal("FVX001", reason, where=where)) from error
+        if advice:
+            reason = "it calls a kernel that reads the memory of its tensors"
+        raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
 
 
 def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
