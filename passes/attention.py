@@ -158,6 +158,8 @@ def _refuse_order(site: Site) -> None:
 
 
 def _is_off(name: str, value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_off(name, item) for item in value)
     if "window" in name:
         return value is None or value < 0
     return value is None or (not isinstance(value, Node) and not value)
@@ -185,20 +187,23 @@ def _recount(site: Site, queries: Dim, keys: Dim | None) -> None:
     for side, dim in (("query", queries), ("key", keys)):
         if dim is None:
             continue
-        tokens = _token_factor(site, dim) if packed else next(iter(dim), None)
+        tokens = dim[-1] if dim else None
+        if packed:
+            name, starts = _find(site.args, f"{side}_starts")
+            tokens = _sequence(site, dim, starts)
+            site.recount(name, _sequence_starts, tokens.before + tokens.after)
         if tokens is None or tokens.tag is not Tag.TOKEN:
             continue
-        around = tokens.before + tokens.after
-        if packed:
-            site.recount(_find(site.args, f"{side}_starts")[0], _sequence_starts, around)
         name, length = _find(site.args, f"{side}_length")
         if length == tokens.size:
-            site.recount(name, _longest, around)
+            site.recount(name, _longest, tokens.before + tokens.after)
 
 
-def _token_factor(site: Site, packed: Dim) -> Factor:
+def _sequence(site: Site, packed: Dim, starts: Any) -> Factor:
     """Returns the token factor of packed sequences, which must be the samples in a row."""
-    if [factor.tag for factor in packed] not in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN]):
+    samples = packed[0].size if len(packed) == 2 else 1
+    in_a_row = [factor.tag for factor in packed] in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN])
+    if not in_a_row or list(starts.meta["val"].shape) != [samples + 1]:
         site.refuse("FVX011", "its sequences are not the samples")
     return packed[-1]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import operator
 import sys
 import warnings
 import weakref
@@ -127,7 +126,7 @@ def capture(
             _error_on_data_dependent_ops=False,
         )(*fakes)
     _resolve_constants(graph_module, fakes)
-    _drop_unused_parts(graph_module)
+    graph_module.graph.eliminate_dead_code()
     inputs = _drop_unread_inputs(graph_module, list(call.snapshot.tensors))
     graph_module.graph.lint()
     graph_module.recompile()
@@ -368,13 +367,6 @@ def _erase_unread(graph: Graph, constant: Node) -> bool:
     for node in reversed(made):
         graph.erase_node(node)
     return True
-
-
-def _drop_unused_parts(graph_module: GraphModule) -> None:
-    """Drops the parts of tuples that nobody takes, such as the indices of a max."""
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node.target is operator.getitem and not node.users:
-            graph_module.graph.erase_node(node)
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

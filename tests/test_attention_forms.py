@@ -11,17 +11,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastvar_fx
 from fastvar_fx import Schedule
+from passes.attention import attention_flops, is_attention
+from passes.branches import Branch, RefusedBranch
+from passes.prune import Step, prune
+from passes.refusal import RefusedError
 from tests import kernels, reference
+from tests.test_rules import (
+    F64,
+    KEPT,
+    Chosen,
+    Host,
+    N,
+    assert_prunes,
+    captured,
+    found_in,
+    host_of,
+    indices,
+    run_pruned,
+)
 
 SCALES = ((2, 2), (3, 3), (4, 4))
 HEADS, HEAD = 4, 4
 C = HEADS * HEAD
 SCALE = HEAD**-0.5
-F64 = torch.float64
+STEP = Step(KEPT, (1, 1), (2, N // 2))
 
 # -- cores: q (B, L, H, c) over k and v (B, M, G, c), mask (B, H, L, M) or less -----------------
 
@@ -358,3 +375,195 @@ def test_a_pruned_block_equals_the_branch_by_hand(form: Form) -> None:
     if kernels.INSTALLED and form.core in LIBRARIES:
         pytest.skip("the library registers its ops itself")
     assert_equals_by_hand(form)
+
+
+def test_a_layer_of_torch_is_attention_too() -> None:
+    attention = nn.MultiheadAttention(N, 2, batch_first=True).double().eval()
+    assert_prunes(lambda m, h: attention(h, h, h)[0], (), 3, KEPT)
+    assert_prunes(lambda m, h: attention(h, h, h, need_weights=False)[0], (), 1, KEPT)
+
+
+# -- backends that run on a GPU only: what they are called with on the kept tokens --------------
+
+aten = torch.ops.aten
+Call = Callable[[Host, Tensor], Tensor]
+
+
+def thrice(op: Any, *args: Any, tokens_first: bool = False, **kwargs: Any) -> Call:
+    """A branch that calls an attention op on queries, keys and values that are the same."""
+
+    def branch(m: Host, h: Tensor) -> Tensor:
+        x = h.unflatten(-1, (2, -1))
+        x = x if tokens_first else x.transpose(1, 2)
+        out = op(x, x, x, *args, **kwargs)[0]
+        return (out if tokens_first else out.transpose(1, 2)).flatten(-2)
+
+    return branch
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        thrice(aten._scaled_dot_product_flash_attention),
+        thrice(aten._scaled_dot_product_efficient_attention, None, False),
+        thrice(aten._scaled_dot_product_cudnn_attention, None, False),
+        thrice(aten._scaled_dot_product_fused_attention_overrideable),
+        thrice(aten._flash_attention_forward, None, None, N, N, 0, False, False, tokens_first=True),
+        thrice(aten._efficient_attention_forward, *[None] * 3, N, N, 0, 0, tokens_first=True),
+    ],
+)
+def test_backends_of_the_gpu(branch: Call) -> None:
+    program = captured(host_of(branch), torch.randn(3, N, N, dtype=F64), [])
+    found = found_in(program)
+    assert isinstance(found, Branch), str(getattr(found, "refusal", ""))
+    assert found.kind == "attention"
+    pruned = prune(
+        program.graph_module, [found], STEP, Chosen(indices(3, KEPT)), lambda b: b.out.meta["val"]
+    )
+    (call,) = [node for node in pruned.graph_module.graph.nodes if is_attention(node)]
+    assert sorted(call.meta["val"][0].shape) == sorted((3, KEPT, 2, N // 2))
+    assert N not in call.args
+    assert attention_flops(call) == 4 * 3 * KEPT * KEPT * N
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def flash_with(**options: Any) -> Call:
+    names = ("dropout_p", "softmax_scale", "causal", "left", "right", "softcap", "alibi", "lse")
+    usual = dict(zip(names, (0.0, 0.5, False, -1, -1, 0.0, None, False), strict=True))
+    tail = (usual | options).values()
+    return lambda m, h: thrice(torch.ops.flash_attn._flash_attn_forward, *tail, tokens_first=True)(
+        m, h
+    )
+
+
+def packed_with(order: str = "bl", sequences: int = N, **options: Any) -> Call:
+    def branch(m: Host, h: Tensor) -> Tensor:
+        x = h if order == "bl" else h.transpose(0, 1)
+        x = x.reshape(-1, 2, N // 2)
+        bounds = torch.linspace(0, N * N, sequences + 1, dtype=torch.int32)
+        out = torch.ops.flash_attn._flash_attn_varlen_forward(
+            x, x, x, bounds, bounds, N, N, 0.0, 0.5, False, -1, -1, 0.0, None, False, **options
+        )[0]
+        return (out.view(N, N, N) if order == "bl" else out.view(N, N, N).transpose(0, 1)).clone()
+
+    return branch
+
+
+def cutlass_with(mask: Tensor | None, packed: bool, kind: int) -> Call:
+    def branch(m: Host, h: Tensor) -> Tensor:
+        x = h.view(1 if packed else N, -1, 2, N // 2)
+        bounds = torch.arange(0, N * N + 1, N) if packed else None
+        tail = (bounds, bounds, N, 0.0, False, kind, 0.5, None, None)
+        op = torch.ops.xformers.efficient_attention_forward_cutlass
+        return op(x, x, x, mask, *tail)[0].reshape(N, N, N)
+
+    return branch
+
+
+def with_odd_rows(m: Host, h: Tensor) -> Tensor:
+    """Uses a log-sum-exp that the op pads."""
+    x = h.unflatten(-1, (2, -1)).transpose(1, 2)
+    out, rows, *_ = aten._scaled_dot_product_efficient_attention(x, x, x, None, True)
+    return out.transpose(1, 2).flatten(-2) * rows[0, 0, 0]
+
+
+def mask_from_tokens(m: Host, h: Tensor) -> Tensor:
+    """A mask whose token axis nothing says, for its op has no rule."""
+    mask = torch.cdist(h, h)
+    return F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+
+
+PER_TOKEN = torch.ones(N, dtype=torch.int32)
+REFUSED: list[tuple[Call, str, str]] = [
+    (flash_with(causal=True), "FVX012", "with causal=True it depends on the order"),
+    (flash_with(left=0), "FVX012", "with window_size_left=0 it depends on the order"),
+    (flash_with(right=2), "FVX012", "with window_size_right=2 it depends on the order"),
+    (flash_with(alibi=torch.ones(HEADS)), "FVX012", "`alibi_slopes` may depend on the order"),
+    (flash_with(dropout_p=0.1), "FVX013", "dropout is active"),
+    (packed_with(block_table=PER_TOKEN), "FVX012", "`block_table` may depend on the order"),
+    (packed_with(seqused_k=PER_TOKEN), "FVX012", "`seqused_k` may depend on the order"),
+    (packed_with("lb"), "FVX011", "its sequences are not the samples"),
+    (packed_with(sequences=2 * N), "FVX011", "its sequences are not the samples"),
+    (cutlass_with(None, False, 1), "FVX012", "with custom_mask_type=1 it depends on the order"),
+    (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis cannot be told"),
+    (thrice(aten._scaled_dot_product_flash_attention_for_cpu, 0.0, True), "FVX012", "is_causal"),
+    (thrice(aten._scaled_dot_product_flash_attention, 0.1), "FVX013", "dropout is active"),
+    (with_odd_rows, "FVX010", "nothing says where the tokens are in this result"),
+    (mask_from_tokens, "FVX010", "nothing says that tokens may be dropped"),
+]
+
+
+@pytest.mark.skipif(kernels.INSTALLED, reason="the library registers its ops itself")
+@pytest.mark.parametrize(("branch", "code", "reason"), REFUSED)
+def test_what_depends_on_order_or_place_is_refused(branch: Call, code: str, reason: str) -> None:
+    found = found_in(captured(host_of(branch), torch.randn(N, N, N, dtype=F64), []))
+    assert isinstance(found, RefusedBranch)
+    assert found.refusal.code == code, str(found.refusal)
+    assert reason in found.refusal.reason, str(found.refusal)
+    assert found.refusal.where.partition(".py:")[0].endswith("test_attention_forms")
+
+
+def causal_blocks(m: Host, h: Tensor) -> Tensor:
+    x = h.unsqueeze(1)
+    return flex_attention(x, x, x, block_mask=CAUSAL)[:, 0]
+
+
+def biased_scores(m: Host, h: Tensor) -> Tensor:
+    x = h.unsqueeze(1)
+    return flex_attention(x, x, x, score_mod=lambda score, b, head, i, j: score + i - j)[:, 0]
+
+
+CAUSAL = create_block_mask(lambda b, h, i, j: i >= j, None, None, N, N, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("branch", [causal_blocks, biased_scores])
+def test_flex_attention_that_reads_positions_is_refused(branch: Call) -> None:
+    with pytest.raises(RefusedError) as caught:
+        captured(host_of(branch), torch.randn(2, N, N, dtype=F64), [])
+    refusal = caught.value.refusal
+    assert (refusal.code, refusal.op) == ("FVX012", "flex_attention")
+    assert "score_mod or a block_mask" in refusal.reason
+    assert "scaled_dot_product_attention the mask as a tensor" in refusal.hint
+    assert refusal.where.partition(".py:")[0].endswith("test_attention_forms")
+
+
+# -- how the residual add is written ------------------------------------------------------------
+
+Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
+RESIDUALS: dict[str, Residual] = {
+    "addcmul": torch.addcmul,
+    "addcmul with a value": lambda x, gate, y: x.addcmul(y, gate, value=0.5),
+    "addcmul_": lambda x, gate, y: x.clone().addcmul_(gate, y),
+    "alpha": lambda x, gate, y: torch.add(x, y, alpha=0.5),
+    "alpha in place": lambda x, gate, y: x.clone().add_(y * gate, alpha=2),
+    "sub": lambda x, gate, y: torch.sub(x, y, alpha=2),
+}
+
+
+class Gated(Host):
+    """A residual branch whose add is written in one of these ways."""
+
+    def __init__(self, residual: Residual) -> None:
+        super().__init__(lambda m, h: m.out(h.tanh()))
+        self.gate = nn.Parameter(torch.randn(N))
+        self.residual = residual
+
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        return self.residual(x, self.gate, self.branch(x))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
+def test_residual_adds(residual: Residual) -> None:
+    torch.manual_seed(0)
+    host = Gated(residual).double().eval()
+    x = torch.randn(3, N, N, dtype=F64)
+    program = captured(host, x, [])
+    branch = found_in(program)
+    assert isinstance(branch, Branch), str(getattr(branch, "refusal", ""))
+    index = indices(3, KEPT)
+    (got,) = run_pruned(host, program, branch, [x], index)
+    kept = torch.zeros(3, N, 1, dtype=torch.bool).scatter(1, index.unsqueeze(-1), True)
+    torch.testing.assert_close(got, host(x).where(kept, x), rtol=0, atol=1e-12)
