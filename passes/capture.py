@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from passes.graphs import mutated
+from passes.graphs import memory_owner, written
 from passes.refusal import (
     Refusal,
     RefusedError,
@@ -125,8 +125,8 @@ def capture(
             tracing_mode="real",
             _error_on_data_dependent_ops=False,
         )(*fakes)
+    _drop_dead_code(graph_module.graph)
     _resolve_constants(graph_module, fakes)
-    graph_module.graph.eliminate_dead_code()
     inputs = _drop_unread_inputs(graph_module, list(call.snapshot.tensors))
     graph_module.graph.lint()
     graph_module.recompile()
@@ -330,43 +330,41 @@ def _explained() -> Iterator[None]:
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
 
 
-def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
-    """Maps constants that alias an input (`weight.data`) to it; refuses others made while tracing.
+def _drop_dead_code(graph: Graph) -> None:
+    """Drops what nothing reads, such as the indices of a max or a mask that allows all."""
+    graph.eliminate_dead_code(is_impure_node=_has_effect)
 
-    Constants that lead nowhere go, such as the parts of a mask that nothing reads.
-    """
+
+def _has_effect(node: Node) -> bool:
+    """Whether a node without users matters: an in-place op does if its memory is read later."""
+    targets = written(node)
+    if not targets:
+        return node.is_impure()
+    owners = {memory_owner(target) for target in targets}
+    if any(owner.op != "call_function" for owner in owners):
+        return True
+    aliases = [other for other in node.graph.nodes if memory_owner(other) in owners]
+    return any(node < user for alias in aliases for user in alias.users)
+
+
+def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
+    """Maps constants that alias an input (`weight.data`) to it; refuses any made while tracing."""
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
     by_storage = {_storage_key(fake): node for fake, node in zip(fakes, placeholders, strict=True)}
-    constants = graph.find_nodes(op="get_attr")
-    for node in constants:
+    for node in graph.find_nodes(op="get_attr"):
         constant = getattr(graph_module, str(node.target))
-        if not isinstance(constant, Tensor) or _erase_unread(graph, node):
+        if not isinstance(constant, Tensor):
             continue
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(constant)
-        source = None if wrapped else by_storage.get(_storage_key(constant))
-        if source is not None:
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-        elif wrapped or isinstance(constant, FakeTensor):
+        in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(constant)
+        if not (in_vmap or isinstance(constant, FakeTensor)):
+            continue
+        source = None if in_vmap else by_storage.get(_storage_key(constant))
+        if source is None:
             refuse("FVX001", "it uses a tensor that was made while tracing", node)
-    left = {node.target for node in graph.find_nodes(op="get_attr")}
-    for name in {str(node.target) for node in constants} - left:
-        delattr(graph_module, name)
-
-
-def _erase_unread(graph: Graph, constant: Node) -> bool:
-    """Erases a constant and all that is computed from it, if it leads nowhere."""
-    made = {constant: None}  # in the order of the graph
-    for node in graph.nodes:
-        if any(arg in made for arg in node.all_input_nodes):
-            target = mutated(node)
-            if node.op == "output" or (target is not None and target not in made):
-                return False
-            made[node] = None
-    for node in reversed(made):
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
-    return True
+        delattr(graph_module, str(node.target))
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
