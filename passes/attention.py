@@ -203,8 +203,10 @@ def _sequence(site: Site, packed: Dim, starts: Any) -> Factor:
     """Returns the token factor of packed sequences, which must be the samples in a row."""
     samples = packed[0].size if len(packed) == 2 else 1
     in_a_row = [factor.tag for factor in packed] in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN])
-    if not in_a_row or list(starts.meta["val"].shape) != [samples + 1]:
+    if starts is None or not in_a_row or list(starts.meta["val"].shape) != [samples + 1]:
         site.refuse("FVX011", "its sequences are not the samples")
+    if site.axes(starts) is not None:
+        site.refuse("FVX012", "where its sequences start is computed from the tokens")
     return packed[-1]
 
 
