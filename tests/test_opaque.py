@@ -171,3 +171,39 @@ def test_a_tensor_with_no_entry_per_token_is_fine() -> None:
     found = found_in(captured(host_of(attend), torch.randn(2, N, N, dtype=F64), [side]))
     assert isinstance(found, Branch)
     assert found.kind == "attention"
+
+
+class Rotating(nn.Module):
+    """x + a kernel that takes its table as (L, 1, c) only, not as one per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(N, N)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        h: Tensor = self.fc(x).unflatten(-1, (HEADS, -1))
+        return x + ONE_TABLE(h, angles).flatten(-2)
+
+
+def one_table(x: Tensor, angles: Tensor) -> Tensor:
+    if angles.dim() != 3:
+        raise ValueError("the table is (L, 1, c)")
+    return rotated(x, angles)
+
+
+ONE_TABLE = opaque(one_table, "(Tensor x, Tensor angles) -> Tensor")
+
+
+def test_a_kernel_that_does_not_take_the_gathered_table_is_refused() -> None:
+    net = nn.Module()
+    net.blocks = nn.ModuleList([Rotating()])
+    schedule = fastvar_fx.Schedule(((2, 2), (4, 4)), (0.5,))
+    fast = fastvar_fx.transform(net.eval(), schedule, blocks="blocks", strict=False)
+    for tokens in (4, 16):
+        x, angles = torch.randn(2, tokens, N), torch.randn(tokens, 1, N // HEADS)
+        got = fast.get_submodule("blocks.0")(x, angles)
+        torch.testing.assert_close(got, net.get_submodule("blocks.0")(x, angles))
+    (row,) = fastvar_fx.explain(fast).refusals
+    assert row.refusal is not None
+    assert row.refusal.code == "FVX017"
+    assert "ValueError: the table is (L, 1, c)" in row.refusal.reason
