@@ -205,8 +205,6 @@ def _sequence(site: Site, packed: Dim, starts: Any) -> Factor:
     in_a_row = [factor.tag for factor in packed] in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN])
     if starts is None or not in_a_row or list(starts.meta["val"].shape) != [samples + 1]:
         site.refuse("FVX011", "its sequences are not the samples")
-    if site.axes(starts) is not None:
-        site.refuse("FVX012", "where its sequences start is computed from the tokens")
     return packed[-1]
 
 
