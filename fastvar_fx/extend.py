@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import torch
+from torch import nn
 from torch.fx import Node
 
-from passes.axes import Axes, broadcast, has_tokens
-from passes.branches import register_attention
+from passes.attention import register_attention
+from passes.axes import Axes, broadcast, dim_size, has_tokens, token_dims
 from passes.rules import Rule, Site, attending, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"
@@ -51,18 +53,21 @@ def register_opaque(
 
     Args:
         function: The kernel: takes and returns tensors and plain values, overwrites none of them.
+            Or a module class with such a forward.
         fake: The same signature; returns empty tensors of the shape and dtype of the result.
         axes: "tokenwise": works on every token alone, on a first tensor that has the tokens;
             "attention": softmax attention of the first tensor (queries) over the second and third
             (keys, values), with tokens on the same dim of each; or an axis rule.
         schema: Its schema, such as "(Tensor x, Tensor weight, float eps) -> Tensor". None means
-            that it is read from the annotations of `function`.
+            that it is read from the annotations of `function`. For a module class, the arguments
+            of forward, then the attributes that it reads, under their names.
 
     Returns:
-        A function of the same signature.
+        A function of the same signature, or a subclass: build the model with it.
 
     Raises:
-        ValueError: If `axes` is unknown or the schema cannot be told.
+        ValueError: If `axes` is unknown, the schema cannot be told, or it says that the kernel
+            writes into its arguments.
 
     Example:
         >>> kernels.rms_norm = register_opaque(  # doctest: +SKIP
@@ -72,23 +77,59 @@ def register_opaque(
         ...     schema="(Tensor x, Tensor weight, float eps) -> Tensor",
         ... )
     """
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        return _opaque_class(function, fake=fake, axes=axes, schema=schema)
     rules: dict[str, Rule] = {"tokenwise": _tokenwise, "attention": _attention}
     chosen = axes if callable(axes) else rules.get(axes)
     if chosen is None:
         raise ValueError(f'axes is "tokenwise", "attention" or an axis rule; found {axes!r}')
-    name = f"{_NAMESPACE}::{_free_name(getattr(function, '__name__', 'kernel'))}"
+    kernel = getattr(function, "__name__", "kernel")
     try:
-        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-    except (ValueError, RuntimeError) as error:
+        found = schema or torch.library.infer_schema(function, mutates_args=())
+    except ValueError as error:
         raise ValueError(
             f"the schema of {function!r} cannot be told ({error}); give it as "
             f'schema="(Tensor x, float eps) -> Tensor"'
         ) from error
+    if "!" in found or found.rstrip().endswith("()"):
+        raise ValueError(
+            f"{kernel} writes into an argument: {found}; declare a function that makes the "
+            f"result, lets {kernel} write into it and returns it"
+        )
+    name = f"{_NAMESPACE}::{_free_name(kernel)}"
+    op = torch.library.custom_op(name, function, mutates_args=(), schema=found)
     op.register_fake(fake)
     rule(name)(chosen)
     if chosen is _attention:
         register_attention(name)
     return op
+
+
+def _opaque_class(kind: type[nn.Module], *, schema: str | None, **how: Any) -> type[nn.Module]:
+    """Returns a subclass whose forward is one op of its arguments and own attributes."""
+    if schema is None:
+        raise ValueError(
+            f"give the schema of {kind.__name__}: the arguments of forward, then the attributes "
+            f'that it reads, such as schema="(Tensor x, Tensor weight, float eps) -> Tensor"'
+        )
+    taken = len(inspect.signature(kind.forward).parameters) - 1
+    read = [a.name for a in torch._C.parse_schema(f"forward{schema}").arguments[taken:]]
+
+    def run(*args: Any) -> Any:
+        module = kind.__new__(kind)
+        nn.Module.__init__(module)
+        for name, value in zip(read, args[taken:], strict=True):
+            setattr(module, name, value)
+        return kind.forward(module, *args[:taken])
+
+    run.__name__ = kind.__name__
+    op = register_opaque(run, schema=schema, **how)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return op(*args, **kwargs, **{name: getattr(self, name) for name in read})
+
+    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _free_name(wanted: str) -> str:
@@ -111,14 +152,36 @@ def _tokenwise(site: Site) -> Axes:
         inside = site.axes(site.args[name])
         if inside is not None:
             broadcast([axes, inside])
-        site.meet(name, axes)
+        elif _broadcasts(site.args[name].meta["val"].shape, axes):
+            site.meet(name, axes)
+        else:
+            _refuse_per_token(site, name, axes)
     return axes
 
 
+def _broadcasts(side_shape: Sequence[int], axes: Axes) -> bool:
+    aligned = zip(reversed(side_shape), reversed(axes), strict=False)
+    return all(size in (1, dim_size(dim)) for size, dim in aligned) and len(side_shape) <= len(axes)
+
+
 def _attention(site: Site) -> Axes:
-    query, key, value = _tensors(site)[:3]
+    query, key, value, *more = _tensors(site)
     q = site.axes(site.args[query])
     k, v = (site.axes(site.args[name]) for name in (key, value))
     inside = [axes for axes in (k, v) if axes is not None]
     keys = [tuple(f for dim in axes if has_tokens(dim) for f in dim) for axes in inside]
+    for name in more:
+        _refuse_per_token(site, name, *(axes for axes in (q, *inside) if axes is not None))
     return attending(site, q, keys)
+
+
+def _refuse_per_token(site: Site, name: str, *met: Axes) -> None:
+    """Refuses a tensor such as a mask that may have an entry per token, on an unknown axis."""
+    shape = list(site.args[name].meta["val"].shape)
+    tokens = {dim_size(axes[d]) for axes in met for d in token_dims(axes)}
+    if site.axes(site.args[name]) is not None or tokens & set(shape):
+        site.refuse(
+            "FVX012",
+            f"`{name}` of shape {shape} may have an entry per token, and its token axis cannot be "
+            f"told: declare the kernel with an axis rule of its own",
+        )

@@ -15,7 +15,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.errors import CaptureMismatchError, ModelError, NothingPrunedError, RunError
+from fastvar_fx.errors import (
+    CaptureMismatchError,
+    FastVARError,
+    ModelError,
+    NothingPrunedError,
+    RunError,
+)
 from fastvar_fx.plan import Plan
 from fastvar_fx.programs import Block, BoundProgram, Forward, ProgramStore, StaysDense, token_map
 from fastvar_fx.report import Report
@@ -243,9 +249,22 @@ class BlockRuntime:
         path = self._streams[len(args), tuple(kwargs)]
         call = Call(partial(self._forward, block), block, args, kwargs, path)
         me = Block(self.layer, self.name, self._forward)
-        made = self._store.find_or_make(me, step, call, captured, known)
+        try:
+            made = self._store.find_or_make(me, step, call, captured, known)
+        except (RuntimeError, ValueError) as error:
+            if step in self._plan.pruned_steps[1:] and not isinstance(error, FastVARError):
+                self._note_kept_keys(error)
+            raise
         self._check_anything_pruned(step)
         return made if isinstance(made, BoundProgram) else None
+
+    def _note_kept_keys(self, error: BaseException) -> None:
+        """Adds to an error of the user's code what pruning may have to do with it."""
+        error.add_note(
+            f"since step {self._plan.pruned_steps[0]} the keys cached in {self.name} are those of "
+            f"kept tokens: a mask over all earlier tokens no longer fits them, for its token axis "
+            f'cannot be told. branches=("cross_attention", "ffn") keeps all keys'
+        )
 
     def _check_anything_pruned(self, step: int) -> None:
         """After the last block has met a pruned step, something must have been pruned."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch.fx import Graph, Node
 
+from passes.attention import is_attention, key_operand
 from passes.axes import Axes, has_batch, has_tokens, stream_axes
 from passes.graphs import memory_owner, mutated, op_name, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
@@ -32,12 +33,6 @@ _PRODUCTS: Final = frozenset(
     }
 )  # fmt: skip
 _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
-
-_attention_ops: set[str] = {
-    "aten::scaled_dot_product_attention",
-    "flash_attn::_flash_attn_forward",
-    "flash_attn::_flash_attn_varlen_forward",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,19 +77,9 @@ class RefusedBranch:
 FoundBranch = Branch | RefusedBranch
 
 
-def register_attention(name: str) -> None:
-    """Declares the op `namespace::name` an attention whose keys are its second tensor."""
-    _attention_ops.add(name)
-
-
 def counts_flops(node: Node) -> bool:
     """Whether a call is a matrix product or an attention: what its FLOPs are counted by."""
-    return op_name(node) in _PRODUCTS | _attention_ops
-
-
-def is_attention(node: Node) -> bool:
-    """Whether a call is an op that attends, as a whole."""
-    return op_name(node) in _attention_ops
+    return op_name(node) in _PRODUCTS or is_attention(node)
 
 
 def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]:
@@ -374,11 +359,6 @@ def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:
             return op_name(node) != "aten::linear"
         stack += [user for user in node.users if user in region]
     return False
-
-
-def key_operand(node: Node) -> Any:
-    """Returns the operand that an attention op takes as its keys: the second tensor."""
-    return [arg for arg in node.args if isinstance(arg, Node)][1]
 
 
 def _name(region: tuple[Node, ...], inside: set[Node]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import operator
 import sys
 import warnings
 import weakref
@@ -23,15 +22,24 @@ import torch
 import torch._dynamo.config
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from passes.refusal import Refusal, RefusedError, error_line, innermost_user_frame, refuse
+from passes.graphs import memory_owner, written
+from passes.refusal import (
+    Refusal,
+    RefusedError,
+    error_line,
+    innermost_user_frame,
+    kernel_advice,
+    refuse,
+)
 from passes.sizes import NOTHING_VARIES, Conditions, Symbols, Varying, at_sizes
+from passes.spelling import PlainSpelling
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
 Forward = Callable[..., Any]
@@ -138,9 +146,9 @@ def capture(
     symbols = call.symbols
     conditions = symbols.conditions()
     paths = [*call.snapshot.tensors, *symbols.numbers]
+    _drop_dead_code(graph_module.graph)
     _resolve_constants(graph_module, fakes)
     symbols.read_from_inputs(graph_module, paths)
-    _drop_unused_values(graph_module)
     inputs = _drop_unread_inputs(graph_module, paths)
     graph_module.graph.lint()
     graph_module.recompile()
@@ -268,7 +276,7 @@ class _FakeCall:
 
     def run(self, *_: Any) -> list[Tensor]:
         """Runs the call; the fakes it is given are those already in place."""
-        with _UserLines():
+        with _UserLines(), PlainSpelling():
             result = self._forward(*self._origin["args"], **self._origin["kwargs"])
         leaves, self.result = pytree.tree_flatten(result)
         if any(isinstance(leaf, SymInt) for leaf in leaves):
@@ -356,14 +364,33 @@ def _explained() -> Iterator[None]:
     except (torch.OutOfMemoryError, RefusedError):
         raise
     except Exception as error:
+        where, advice = error_line(error), kernel_advice(error)
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first}"
-        where = error_line(error)
-        raise RefusedError(Refusal("FVX001", reason, where=where)) from error
+        if advice:
+            reason = "it calls a kernel that reads the memory of its tensors"
+        raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
+
+
+def _drop_dead_code(graph: Graph) -> None:
+    """Drops what nothing reads, such as the indices of a max or a mask that allows all."""
+    graph.eliminate_dead_code(is_impure_node=_has_effect)
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether a node without users matters: an in-place op does if its memory is read later."""
+    targets = written(node)
+    if not targets:
+        return node.is_impure()
+    owners = {memory_owner(target) for target in targets}
+    if any(owner.op != "call_function" for owner in owners):
+        return True
+    aliases = [other for other in node.graph.nodes if memory_owner(other) in owners]
+    return any(node < user for alias in aliases for user in alias.users)
 
 
 def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
-    """Maps constants that alias an input (`weight.data`) to it; refuses any other fake constant."""
+    """Maps constants that alias an input (`weight.data`) to it; refuses any made while tracing."""
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
     by_storage = {
@@ -373,28 +400,17 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
     }
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(graph_module, str(node.target))
-        if not isinstance(constant, FakeTensor):
+        if not isinstance(constant, Tensor):
             continue
-        source = by_storage.get(_storage_key(constant))
+        in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(constant)
+        if not (in_vmap or isinstance(constant, FakeTensor)):
+            continue
+        source = None if in_vmap else by_storage.get(_storage_key(constant))
         if source is None:
             refuse("FVX001", "it uses a tensor that was made while tracing", node)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         delattr(graph_module, str(node.target))
-
-
-def _drop_unused_values(graph_module: GraphModule) -> None:
-    """Drops what nobody takes: parts of tuples, and answers that only steered Python code."""
-    for node in reversed(list(graph_module.graph.nodes)):
-        if not node.users and (node.target is operator.getitem or _is_pure(node.target)):
-            graph_module.graph.erase_node(node)
-
-
-def _is_pure(target: Any) -> bool:
-    """Whether a call does nothing but return values."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return bool(target._schema.returns) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

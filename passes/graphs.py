@@ -24,16 +24,18 @@ def op_name(node: Node) -> str:
     return target._schema.name.removesuffix("_")
 
 
-def mutated(node: Node) -> Node | None:
-    """Returns the operand that an in-place op writes into, or None."""
+def written(node: Node) -> list[Node]:
+    """Returns the operands that an in-place op writes into."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return None
-    written = {a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write}
-    for name, value in bind(node).items():
-        if name in written and isinstance(value, Node):
-            return value
-    return None
+        return []
+    names = {a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write}
+    return [v for name, v in bind(node).items() if name in names and isinstance(v, Node)]
+
+
+def mutated(node: Node) -> Node | None:
+    """Returns the operand that an in-place op writes into, the first if there are more, or None."""
+    return next(iter(written(node)), None)
 
 
 def memory_owner(node: Node) -> Node:

@@ -202,7 +202,7 @@ class _BranchEmitter:
             if isinstance(edit, Replace):
                 args[name] = edit.value
             elif isinstance(edit, Recount):
-                args[name] = self._recount(value, edit.compute, node)
+                args[name] = self._recount(value, edit, node)
             elif isinstance(edit, Resize):
                 args[name] = self._resized(value, edit.axes, node)
             elif isinstance(value, (list, tuple)):
@@ -256,10 +256,11 @@ class _BranchEmitter:
                 resized.append(kept)
         return resized
 
-    def _recount(self, value: Any, compute: Callable[[Any, int], Any], like: Node) -> Any:
+    def _recount(self, value: Any, edit: Recount, like: Node) -> Any:
+        count = self._kept + edit.around
         if not isinstance(value, Node):
-            return compute(value, self._kept)
-        return self._call(compute, (self._dense[value], self._kept), {}, like)
+            return edit.compute(value, count)
+        return self._call(edit.compute, (self._dense[value], count), {}, like)
 
     def _kept_index(self, like: Node) -> Node:
         """The kept tokens, ranked by the trunk as this branch reads it."""
@@ -298,7 +299,7 @@ class _BranchEmitter:
         """A shape that the axes do not predict means that a rule is wrong."""
         axes = self.branch.axes[node]
         made = self.emitted[node].meta["val"]
-        pairs = zip(axes, made, strict=True) if isinstance(axes, list) else [(axes, made)]
+        pairs = zip(axes, made, strict=False) if isinstance(axes, list) else [(axes, made)]
         for expected, value in pairs:
             wanted = shape_of(expected, self._kept)
             if isinstance(value, Tensor) and list(value.shape) != wanted:

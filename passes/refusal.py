@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import re
 import sys
 import traceback
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -50,6 +52,9 @@ _HINTS: Final[dict[str, str]] = {
 }
 
 _NOT_USERS: Final = frozenset({"torch", "einops", "passes"})
+_NOT_KERNELS: Final = _NOT_USERS | {"numpy", "triton"} | sys.stdlib_module_names
+_READS_MEMORY: Final = ("data pointer", ".numpy() is not supported", "custom kernel")
+"""What an error says if something reached for the memory of a tensor that has none."""
 _FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -62,12 +67,14 @@ class Refusal:
         reason: The case at hand, in words.
         op: The op at fault, such as `aten.conv1d.default`; empty if there is none.
         where: The user's `file:line` that called it; empty if unknown.
+        advice: What the user can do about this case, if it is more than about any of this code.
     """
 
     code: str
     reason: str
     op: str = ""
     where: str = ""
+    advice: str = ""
 
     @property
     def title(self) -> str:
@@ -77,7 +84,7 @@ class Refusal:
     @property
     def hint(self) -> str:
         """What the user can do about it."""
-        return _HINTS[self.code]
+        return self.advice or _HINTS[self.code]
 
     def __str__(self) -> str:
         at = f" at {self.where}" if self.where else ""
@@ -102,7 +109,12 @@ def refuse(code: str, reason: str, node: Node | None = None) -> NoReturn:
 
 def where(node: Node) -> str:
     """Returns the `file:line` of the user's code that made `node`, or an empty string."""
-    match = _FRAME.search(node.stack_trace or "")
+    return line_of(node.stack_trace or "")
+
+
+def line_of(frame: str) -> str:
+    """Returns the `file:line` of a line of a stack trace, or an empty string."""
+    match = _FRAME.search(frame)
     return f"{match['file']}:{match['line']}" if match else ""
 
 
@@ -125,6 +137,61 @@ def error_line(error: BaseException) -> str:
         if _package(frame) not in _NOT_USERS
     ]
     return lines[-1] if lines else ""
+
+
+def kernel_advice(error: BaseException) -> str:
+    """Returns how to declare the kernel that an error comes from; empty if it is not a kernel's.
+
+    A kernel that reads the memory of its tensors cannot be traced, for stand-ins have none.
+    """
+    if not any(sign in str(error) for sign in _READS_MEMORY):
+        return ""
+    calls = [_called(*place) for place in _places(error)]
+    name = next((call for call in reversed(calls) if call), "kernel")
+    line = f'{name} = fastvar_fx.register_opaque({name}, fake=..., axes="tokenwise")'
+    return f"declare the kernel before the model runs: {line}"
+
+
+def _places(error: BaseException) -> list[tuple[FrameType, int]]:
+    """Returns the frames that an error passed outside torch, each with its instruction."""
+    places = []
+    passed = error.__traceback__
+    while passed is not None:
+        if _package(passed.tb_frame) not in _NOT_USERS:
+            places.append((passed.tb_frame, passed.tb_lasti))
+        passed = passed.tb_next
+    return places
+
+
+def _called(frame: FrameType, instruction: int) -> str:
+    """Returns the dotted name of the function that a frame was calling, if it may be a kernel."""
+    code = frame.f_code
+    line, end, start, stop = list(code.co_positions())[instruction // 2]
+    if line is None or line != end:
+        return ""
+    text = linecache.getline(code.co_filename, line).encode()[start:stop].decode()
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return ""
+    name = ast.unparse(tree.func) if isinstance(tree, ast.Call) else ""
+    return name if _may_be_kernel(_resolved(name, frame)) else ""
+
+
+def _resolved(name: str, frame: FrameType) -> Any:
+    """Returns what a dotted name stands for in a frame, or None."""
+    first, *rest = name.split(".")
+    value = frame.f_locals.get(first, frame.f_globals.get(first))
+    for part in rest:
+        value = getattr(value, part, None)
+    return value
+
+
+def _may_be_kernel(function: Any) -> bool:
+    owner = (
+        getattr(function, "__module__", None) or type(getattr(function, "__self__", "")).__module__
+    )
+    return callable(function) and str(owner).partition(".")[0] not in _NOT_KERNELS
 
 
 def _package(frame: FrameType) -> str:

@@ -62,9 +62,13 @@ class Replace:
 
 @dataclass(frozen=True)
 class Recount:
-    """An argument that depends on the token count is computed anew, as compute(value, kept)."""
+    """An argument that depends on the token count is computed anew, as compute(value, count).
+
+    The count is that of the kept tokens and of `around` entries that stay.
+    """
 
     compute: Callable[[Any, int], Any]
+    around: int = 0
 
 
 Edit = Gather | Resize | Replace | Recount
@@ -140,13 +144,14 @@ class Site:
         """Notes that the argument `name` takes another value when tokens are dropped."""
         self.edits[name, None] = Replace(value)
 
-    def recount(self, name: str, compute: Callable[[Any, int], Any]) -> None:
+    def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
         """Notes that `compute(value, kept)` takes the place of an argument when tokens are dropped.
 
         For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
         packed attention. A tensor is computed in the graph, by a named function; a number now.
+        Entries `around` the tokens, such as cached keys, are counted with the kept ones.
         """
-        self.edits[name, None] = Recount(compute)
+        self.edits[name, None] = Recount(compute, around)
 
     def keep_tokens_whole(self, axes: Axes, dims: Sequence[int], what: str) -> None:
         """Refuses if `dims` hold the samples or the tokens."""
@@ -244,12 +249,11 @@ def _broadcast_operands(site: Site, names: Sequence[str]) -> Axes:
     result = broadcast(inside)
     for name in names:
         site.meet(name, result)
-    return _fill(site, result)
+    return filled(result, site.out_shape)
 
 
-def _fill(site: Site, axes: Axes, shape: Sequence[int] | None = None) -> Axes:
+def filled(axes: Axes, shape: Sequence[int]) -> Axes:
     """Adds what side inputs broadcast: dims that the operands from inside the branch lack."""
-    shape = site.out_shape if shape is None else shape
     padded = ((),) * (len(shape) - len(axes)) + axes
     return tuple(dim or other(size) for dim, size in zip(padded, shape, strict=True))
 
@@ -428,7 +432,7 @@ def _product(site: Site, left: str, right: str) -> Axes:
         if axes is None:  # its batch dims may be indexed by token; its last two never are
             site.meet(name, (*batched, (), ()))
     lead = out[: len(out) - len(rows) - len(columns)]
-    return (*_fill(site, batched[len(batched) - len(lead) :], lead), *rows, *columns)
+    return (*filled(batched[len(batched) - len(lead) :], lead), *rows, *columns)
 
 
 @rule("aten::einsum")
@@ -488,75 +492,6 @@ def attending(site: Site, query: Axes | None, keys: Sequence[Dim]) -> Axes:
     return query
 
 
-@rule("aten::scaled_dot_product_attention")
-def _attention(site: Site) -> Axes:
-    if site.args["is_causal"]:
-        site.refuse("FVX012", "its causal mask depends on the order of the tokens")
-    if site.args["dropout_p"]:
-        site.refuse("FVX013", "dropout is active: random masks differ per token")
-    return attend(site, "query", "key", "value", "attn_mask")
-
-
-def attend(site: Site, query: str, key: str, value: str, mask: str | None = None) -> Axes:
-    """Axes of softmax attention over operands of shape (..., tokens, features)."""
-    q, k, v = (site.axes(site.args[name]) for name in (query, key, value))
-    keys = [axes[-2] for axes in (k, v) if axes is not None]
-    q = attending(site, q, keys)
-    if any(has_tokens(dim) for axes in (q, k, v) if axes is not None for dim in axes[-1:]):
-        site.refuse("FVX013", "it sums over the token axis as if it were features")
-    lead = [axes[:-2] for axes in (q, k, v) if axes is not None]
-    if not site.args.get("enable_gqa", False):  # with grouped queries, the heads differ
-        broadcast(lead)
-    if mask is not None and site.args[mask] is not None:
-        over_keys = keys[0] if keys else ()
-        site.meet(mask, (*q[:-2], q[-2], over_keys))
-    features = v[-1] if v is not None else other(site.out_shape[-1])
-    return (*_fill(site, q[:-2], site.out_shape[:-2]), q[-2], features)
-
-
-@rule("flash_attn::_flash_attn_forward")
-def _flash_attention(site: Site) -> list[Axes]:
-    """Operands of shape (B, L, H, c)."""
-    _refuse_order(site)
-    q, k, v = (site.axes(site.args[name]) for name in ("q", "k", "v"))
-    q = attending(site, q, [axes[1] for axes in (k, v) if axes is not None])
-    if any(has_tokens(dim) for dim in q[2:]):
-        site.refuse("FVX013", "it attends over heads or features that hold the tokens")
-    return [q, (q[0], q[2], q[1]), *_unrelated(site, 2)]
-
-
-@rule("flash_attn::_flash_attn_varlen_forward")
-def _flash_attention_packed(site: Site) -> list[Axes]:
-    """Queries of shape (B * L, H, c), one sequence per sample; keys from outside the branch."""
-    _refuse_order(site)
-    q = site.stream("q")
-    if any(site.axes(site.args[n]) is not None for n in ("k", "v", "cu_seqlens_q")):
-        site.refuse("FVX010", "its keys are packed tokens of the map")
-    if [factor.tag for factor in q[0]] not in ([Tag.BATCH, Tag.TOKEN], [Tag.TOKEN]):
-        site.refuse("FVX011", "its sequences are not the samples")
-    site.recount("cu_seqlens_q", _sequence_starts)
-    site.recount("max_seqlen_q", lambda value, kept: kept)
-    return [q, (q[1], q[0]), *_unrelated(site, 2)]
-
-
-def _sequence_starts(starts: torch.Tensor, kept: int) -> torch.Tensor:
-    """Where each sample's queries begin when every sample keeps as many."""
-    return torch.arange(starts.shape[0], dtype=starts.dtype, device=starts.device) * kept
-
-
-def _refuse_order(site: Site) -> None:
-    windowed = max(site.args.get("window_size_left", -1), site.args.get("window_size_right", -1))
-    if site.args["causal"] or site.args.get("alibi_slopes") is not None or windowed >= 0:
-        site.refuse("FVX012", "its mask or bias depends on the order of the tokens")
-    if site.args["dropout_p"]:
-        site.refuse("FVX013", "dropout is active: random masks differ per token")
-
-
-def _unrelated(site: Site, first: int) -> list[Axes]:
-    """Axes of the results from `first` on, which hold no tokens."""
-    return [tuple(map(other, value.shape)) for value in site.node.meta["val"][first:]]
-
-
 # --- views -------------------------------------------------------------------------------------
 
 
@@ -601,7 +536,7 @@ def _permuted(site: Site) -> Axes:
 
 @rule("aten::expand", "aten::broadcast_to")
 def _expand(site: Site) -> Axes:
-    axes = _fill(site, site.stream("self"))
+    axes = filled(site.stream("self"), site.out_shape)
     site.resize("size", axes)
     return axes
 
@@ -681,7 +616,10 @@ def _getitem(site: Site) -> Axes:
     parts = site.tuple_axes(site.args["0"])
     if parts is None:
         site.refuse("FVX010", "it indexes a tensor")
-    return parts[int(site.args["1"])]
+    index = int(site.args["1"])
+    if index >= len(parts):
+        site.refuse("FVX010", "nothing says where the tokens are in this result of the op")
+    return parts[index]
 
 
 @rule("aten::glu")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
 import torch
+import torch._functorch.config
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -94,7 +95,9 @@ class Symbols:
 
     def __init__(self, varying: Varying) -> None:
         shapes = ShapeEnv(allow_scalar_outputs=True, duck_shape=False)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+        # A kernel that is handed a stand-in must fail rather than read memory that is not there.
+        with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+            self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
         self.numbers: dict[Path, SymInt] = {}
         self._varying = varying
         self._shapes = shapes

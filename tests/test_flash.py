@@ -1,8 +1,6 @@
-"""Flash-attention's registered ops, stood in for by exact attention on the CPU."""
+"""Flash-attention in self-attention, and in cross-attention to texts of different lengths."""
 
 from __future__ import annotations
-
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,76 +9,13 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import Schedule
+from tests import kernels
 
 SCALES = ((2, 2), (3, 3), (4, 4))
 WIDTH, HEADS, TEXT = 8, 2, (3, 5)
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
-if find_spec("flash_attn") is not None:
+if kernels.INSTALLED:
     pytest.skip("the real ops are registered", allow_module_level=True)
-
-
-def _outputs(q: Tensor, lse: tuple[int, ...]) -> Outputs:
-    state = torch.empty(2, dtype=torch.int64, device=q.device)
-    return torch.empty_like(q), q.new_empty(lse), q.new_empty(0), state
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
-) -> Outputs:
-    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(a, b, c, scale=softmax_scale, is_causal=causal)
-    _, *rest = _outputs(q, (q.shape[0], q.shape[2], q.shape[1]))
-    return (out.transpose(1, 2).contiguous(), *rest)  # type: ignore[return-value]
-
-
-@_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
-) -> Outputs:
-    return _outputs(q, (q.shape[0], q.shape[2], q.shape[1]))
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-) -> Outputs:
-    assert int(cu_seqlens_q[-1]) == q.shape[0]
-    assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
-    starts = zip(cu_seqlens_q.tolist()[:-1], cu_seqlens_k.tolist()[:-1], strict=True)
-    ends = zip(cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist()[1:], strict=True)
-    out, *rest = _outputs(q, (q.shape[1], q.shape[0]))
-    for (a, c), (b, d) in zip(starts, ends, strict=True):
-        x, y, z = (t.transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
-        attended = F.scaled_dot_product_attention(x, y, z, scale=softmax_scale)
-        out[a:b] = attended.transpose(0, 1)
-    return (out, *rest)  # type: ignore[return-value]
-
-
-@_varlen.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-) -> Outputs:
-    return _outputs(q, (q.shape[1], q.shape[0]))
 
 
 class Block(nn.Module):
@@ -100,13 +35,15 @@ class Block(nn.Module):
         return x + self.cross(q, k, v, starts, L).reshape(B, L, WIDTH)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        out: Tensor = torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.5, causal)[0]
+        out: Tensor = torch.ops.flash_attn._flash_attn_forward(
+            q, k, v, 0.0, 0.5, causal, -1, -1, 0.0, None, False
+        )[0]
         return out
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, L: int) -> Tensor:
         queries = torch.arange(0, (len(TEXT) + 1) * L, L, dtype=torch.int32)
         out: Tensor = torch.ops.flash_attn._flash_attn_varlen_forward(
-            q, k, v, queries, starts, L, max(TEXT), 0.0, 0.5, False
+            q, k, v, queries, starts, L, max(TEXT), 0.0, 0.5, False, -1, -1, 0.0, None, False
         )[0]
         return out
 
