@@ -34,6 +34,11 @@ class _Group:
         found = {id(p): p.numel() for m in self.modules for p in m.parameters() if p.dim() == 2}
         return sum(found.values())
 
+    @property
+    def size(self) -> int:
+        """How many modules they hold, themselves included."""
+        return sum(1 for m in self.modules for _ in m.modules())
+
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> dict[str, nn.Module]:
     """Returns the transformer blocks by module path, in order.
@@ -94,7 +99,7 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
     best = max(group.weight for group in groups)
     # Chunks that only wrap blocks weigh the same as their blocks: the innermost such list counts.
     heaviest = [group for group in groups if group.weight >= 0.99 * best]
-    found = max(heaviest, key=lambda group: len(group.modules))
+    found = max(heaviest, key=lambda group: (len(group.modules), -group.size))
     return dict(zip(found.names, found.modules, strict=True))
 
 
