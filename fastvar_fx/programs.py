@@ -276,6 +276,28 @@ class BoundProgram:
                 return False
         return True
 
+    def misses_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tensor that it reads from the block, or from a cache it is given, is gone."""
+        kept = [reader for reader in self._reads if not _is_argument(reader)]
+        return not all(isinstance(_read(reader, args, kwargs), Tensor) for reader in kept)
+
+    def first_rows(
+        self, batch: int, live: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> set[int]:
+        """Returns which of `batch` samples comes first now, by the inputs cut to `live` samples.
+
+        An input of `batch` samples that was sliced lies in memory that still holds all of them, and
+        its offset tells its place there. One that was computed anew tells nothing.
+        """
+        tensors = [_read(reader, args, kwargs) for reader in self._reads]
+        return {
+            tensor.storage_offset() // tensor.stride(0)
+            for tensor, (shape, *_) in zip(tensors, self._metas, strict=True)
+            if isinstance(tensor, Tensor)
+            and (shape[:1], tensor.shape[:1]) == ((batch,), (live,))
+            and 0 < batch * tensor.stride(0) * tensor.element_size() == _bytes_held(tensor)
+        }
+
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], features: Sequence[Tensor]
     ) -> tuple[Any, Sequence[Tensor]]:
@@ -296,6 +318,11 @@ class BoundProgram:
             return outputs[0]
         leaves = _fill_tensors(self._result_leaves, outputs, 0)
         return pytree.tree_unflatten(leaves, self._result_spec)
+
+
+def _bytes_held(tensor: Tensor) -> int:
+    """The size of the memory that a tensor, perhaps a view, lies in."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _fill_tensors(leaves: Sequence[Any], outputs: Sequence[Tensor], place: int) -> list[Any]:
@@ -352,6 +379,11 @@ def _reader(block: nn.Module, path: Path) -> Reader:
     return (block, tuple(rest))
 
 
+def _is_argument(reader: Reader) -> bool:
+    """Whether it reads an argument itself; one such as a mask is not there at every step."""
+    return reader[0] in ("args", "kwargs") and len(reader[1]) == 1
+
+
 def _read(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _value(reader[0], reader[1], args, kwargs)
 
@@ -362,7 +394,7 @@ def _value(holder: Any, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     origin = args if holder == "args" else kwargs if holder == "kwargs" else holder
     try:
         return get(origin, key)
-    except (AttributeError, LookupError):
+    except (AttributeError, LookupError, TypeError):
         return None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
-from fastvar_fx.plan import Plan, StepOf
+from fastvar_fx.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
 from fastvar_fx.runtime import BlockRuntime
@@ -32,6 +32,7 @@ def transform(
     blocks: str | Sequence[nn.Module] | None = None,
     branches: Iterable[str] | None = None,
     step_of: StepOf | None = None,
+    live_rows: LiveRows | None = None,
     strict: bool = True,
     dump_dir: str | Path | None = None,
     select: ops.Select = ops.pivotal_token_selection,
@@ -49,6 +50,9 @@ def transform(
         branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
         step_of: Tells the step of a block call, (block, args, kwargs) -> int or None. Needed
             only where the token count does not tell it.
+        live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
+            after the cache step, as when it switches guidance off. None tells it from the slices
+            that the loop makes of the block's caches and other inputs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
@@ -58,7 +62,7 @@ def transform(
     Raises:
         ModelError: No blocks found, training mode, or already transformed.
         ScheduleError: Token counts that do not tell the step, or layers beyond the model's.
-        ValueError: Unknown kinds in `branches`.
+        ValueError: Unknown kinds in `branches`, or another `live_rows`.
 
     Example:
         >>> fast = transform(model, Schedule.preset("var-256"))  # doctest: +SKIP
@@ -66,13 +70,15 @@ def transform(
     """
     _check_model(model)
     kinds = _check_kinds(branches)
+    if live_rows not in (None, *LIVE_ROWS):
+        raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
     found = find_blocks(model, blocks)
     _check_schedule(schedule, len(found), step_of)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
     operators = ops.Operators(_named(select), _named(restore), anew)
-    plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators)
+    plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators, live_rows)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):
