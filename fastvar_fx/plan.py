@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from torch import nn
 
@@ -21,6 +21,10 @@ from passes.refusal import Refusal
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
 """Tells the step of a block call, (block, args, kwargs) -> index; None if it is no step."""
+
+LiveRows = Literal["first", "last"]
+"""Which samples of a batch go on where a loop drops the others."""
+LIVE_ROWS: Final[tuple[LiveRows, ...]] = ("first", "last")
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Plan:
     strict: bool
     dump_dir: Path | None
     operators: ops.Operators
+    live_rows: LiveRows | None = None
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
     early_calls: Counter[int] = field(default_factory=Counter)
@@ -113,15 +118,19 @@ class GenerationWatch:
         self._schedule = schedule
         self._pruned_steps = pruned_steps
         self._known = {schedule.tokens(step) for step in range(schedule.steps)}
+        self._structure = {schedule.tokens(step) for step in range(schedule.cache_step)}
         self._current: list[int] = []
         self._ended: list[list[int]] = []
 
-    def fits(self) -> None:
-        """The cache step or a pruned step was met."""
+    def pruned(self) -> None:
+        """A pruned step was met: whatever else this generation ran belongs to the loop."""
+        self._known.update(self._current, *self._ended)
         self._current, self._ended = [], []
 
     def saw(self, tokens: int) -> None:
-        """A dense call was met; a length that comes back means that another generation began.
+        """A dense call or the cache step was met.
+
+        A length that comes back means that another generation began.
 
         Raises:
             RunError: If generations end without a pruned step: at once if their lengths are not
@@ -134,12 +143,21 @@ class GenerationWatch:
             return
         self._ended = [*self._ended[-2:], self._current]
         self._current = [tokens]
-        strange = [length for length in self._ended[-1] if length not in self._known]
-        alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
-        if len(strange) >= 2 or alike:
+        if self._misfit():
             seen = self._current = self._ended[-1]  # so that the next run is told too
             wanted = [self._schedule.tokens(step) for step in self._pruned_steps]
             raise RunError(
                 f"the schedule prunes steps of {wanted} tokens, but the last generation had none: "
                 f"its blocks saw {seen} tokens. Give the schedule that the loop runs"
             )
+
+    def _misfit(self) -> bool:
+        """Whether the generations that ended did not run the schedule."""
+        ended = self._ended[-1]
+        begun = [i for i, length in enumerate(ended) if length in self._structure]
+        drawn = ended[begun[0] :] if begun else ended  # source tokens come before
+        strange = [length for length in drawn if length not in self._known]
+        if begun and self._schedule.tokens(self._schedule.cache_step) in drawn:
+            return bool(strange)  # without one, it was cut off after the cache step
+        alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
+        return len(strange) >= 2 or alike

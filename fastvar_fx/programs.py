@@ -311,7 +311,7 @@ def _size(value: Any, dim: int | None) -> int | None:
 def _find(origin: Any, path: Path) -> Any:
     try:
         return get(origin, path)
-    except (AttributeError, LookupError):
+    except (AttributeError, LookupError, TypeError):
         return None
 
 
@@ -388,6 +388,31 @@ class BoundProgram:
                 earlier[path, dim] = meta[0][dim]
         return Varying(earlier) if earlier else None
 
+    def misses_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tensor that it reads from the block, or from a cache it is given, is gone."""
+        return any(
+            not isinstance(_read(reader, args, kwargs), Tensor)
+            for reader, meta in zip(self._reads, self._metas, strict=True)
+            if len(meta) > 1 and not _is_argument(reader)
+        )
+
+    def first_rows(
+        self, batch: int, live: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> set[int]:
+        """Returns which of `batch` samples comes first now, by the inputs cut to `live` samples.
+
+        An input of `batch` samples that was sliced lies in memory that still holds all of them, and
+        its offset tells its place there. One that was computed anew tells nothing.
+        """
+        tensors = [_read(reader, args, kwargs) for reader in self._reads]
+        return {
+            tensor.storage_offset() // tensor.stride(0)
+            for tensor, (shape, *_) in zip(tensors, self._metas, strict=True)
+            if isinstance(tensor, Tensor)
+            and (shape[:1], tensor.shape[:1]) == ((batch,), (live,))
+            and 0 < batch * tensor.stride(0) * tensor.element_size() == _bytes_held(tensor)
+        }
+
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], features: Sequence[Tensor]
     ) -> tuple[Any, Sequence[Tensor]]:
@@ -408,6 +433,11 @@ class BoundProgram:
             return outputs[0]
         leaves = _fill_tensors(self._result_leaves, outputs, 0)
         return pytree.tree_unflatten(leaves, self._result_spec)
+
+
+def _bytes_held(tensor: Tensor) -> int:
+    """The size of the memory that a tensor, perhaps a view, lies in."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _fill_tensors(leaves: Sequence[Any], outputs: Sequence[Tensor], place: int) -> list[Any]:
@@ -462,6 +492,11 @@ def _reader(block: nn.Module, path: Path) -> Reader:
         if isinstance(holder, nn.Module):
             return (holder, rest[-1][1])
     return (block, tuple(rest))
+
+
+def _is_argument(reader: Reader) -> bool:
+    """Whether it reads an argument itself; one such as a mask is not there at every step."""
+    return reader[0] in ("args", "kwargs") and len(reader[1]) == 1
 
 
 def _read(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

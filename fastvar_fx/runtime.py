@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -141,14 +142,16 @@ class BlockRuntime:
 
     def _capture(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         repeated = self._features is not None and self._position == _CAPTURED and self._began
-        program = self._program(self._cache_step, block, args, kwargs, {})
-        if program is None:
+        program = self._known(self._cache_step, args, kwargs)
+        program = program or self._make(self._cache_step, block, args, kwargs, {})
+        ends_step = not torch.compiler.is_compiling() and self.layer == self._plan.last_layer
+        if ends_step:
+            self._plan.watch.saw(self._plan.cache_tokens)
+        if isinstance(program, StaysDense):
             result, features = self._dense(block, args, kwargs), {}
         else:
             result, made = program.run(args, kwargs, ())
             features = dict(zip(program.features, made, strict=True))
-        if not torch.compiler.is_compiling():
-            self._plan.watch.fits()
         self._position = _CAPTURED
         self._call = 0
         self._dtype = self._stream(block, args, kwargs).dtype
@@ -156,7 +159,7 @@ class BlockRuntime:
             self._features = [*self._features, features]
         else:
             self._features = [features]
-        if not torch.compiler.is_compiling() and self.layer == self._plan.last_layer:
+        if ends_step:
             self._plan.note_captured()
         return result
 
@@ -166,19 +169,25 @@ class BlockRuntime:
         self, step: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         position = self._positions[step]
-        if self._features is None or position not in (self._position, self._position + 1):
+        program = self._known(step, args, kwargs)
+        next_up = position in (self._position, self._position + 1)
+        if (
+            self._features is None
+            or not next_up
+            or (program is None and self._emptied(args, kwargs))
+        ):
             return self._out_of_order(step, block, args, kwargs)
         self._call = self._call + 1 if position == self._position else 0
         self._position = position
         if not torch.compiler.is_compiling():
-            self._plan.watch.fits()
+            self._plan.watch.pruned()
         captured = self._captured(step, block, args, kwargs)
-        program = self._program(step, block, args, kwargs, captured)
+        program = program or self._make(step, block, args, kwargs, captured)
         last = position == len(self._positions) - 1 and self._call == len(self._features) - 1
         if last:
             self._forget()
             self._began = False
-        if program is None:
+        if isinstance(program, StaysDense):
             return self._dense(block, args, kwargs)
         return program.run(args, kwargs, [captured[i] for i in program.features])[0]
 
@@ -193,8 +202,10 @@ class BlockRuntime:
                 f"{len(self._features)} times in the cache step {self._cache_step}; give a "
                 f"cache_step at which every block runs as often as in the pruned steps"
             )
-        captured = self._features[self._call]
         x = self._stream(block, args, kwargs)
+        if any(x.shape[0] < feature.shape[0] for feature in self._features[self._call].values()):
+            self._drop_samples(step, x.shape[0], args, kwargs)
+        captured = self._features[self._call]
         live = (x.shape[0], x.device, x.dtype)
         for feature in captured.values():
             was = (feature.shape[0], feature.device, self._dtype)
@@ -207,14 +218,42 @@ class BlockRuntime:
                 )
         return captured
 
+    def _drop_samples(
+        self, step: int, live: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keeps the features of the `live` samples that the loop still runs, such as a half."""
+        assert self._features is not None
+        batch = next(iter(self._features[self._call].values())).shape[0]
+        found: set[int] = set()
+        if self._plan.live_rows is not None:
+            found = {0 if self._plan.live_rows == "first" else batch - live}
+        elif not torch.compiler.is_compiling():
+            for program in chain.from_iterable(self._programs.values()):
+                if isinstance(program, BoundProgram):
+                    found |= program.first_rows(batch, live, args, kwargs)
+        if len(found) != 1:
+            self._forget()
+            raise CaptureMismatchError(
+                f"{self.name} at step {step}: the cache step {self._cache_step} captured batch "
+                f"{batch}, of which {live} are left; which ones cannot be told: "
+                f"{_no_evidence(found, batch)}. Pass live_rows='first' or 'last' to "
+                f"fastvar_fx.transform"
+            )
+        (first,) = found
+        self._features = [
+            {branch: feature[first : first + live] for branch, feature in features.items()}
+            for features in self._features
+        ]
+
     def _out_of_order(
         self, step: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A pruned step's length without this generation's capture: source tokens, or a mistake."""
         self._forget()
-        if self._began:
+        schedule = self._plan.schedule
+        expected = schedule.tokens(step) in self._plan.early_calls or self._emptied(args, kwargs)
+        if self._began and not expected:
             self._began = False
-            schedule = self._plan.schedule
             raise RunError(
                 f"{self.name}: step {step} ({schedule.tokens(step)} tokens) came without the steps "
                 f"before it: the features of cache step {self._cache_step} "
@@ -223,24 +262,36 @@ class BlockRuntime:
                 f"schedule that the loop runs: scales {schedule.scales}"
             )
         if not torch.compiler.is_compiling():
-            self._plan.early_calls[self._plan.schedule.tokens(step)] += 1
+            self._plan.early_calls[schedule.tokens(step)] += 1
         return self._dense(block, args, kwargs)
+
+    def _emptied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether caches that the block reads at the cache step are empty: a generation begins."""
+        return any(
+            isinstance(program, BoundProgram) and program.misses_state(args, kwargs)
+            for program in self._programs.get(self._cache_step, ())
+        )
 
     # --- programs ------------------------------------------------------------------------------
 
-    def _program(
+    def _known(
+        self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BoundProgram | StaysDense | None:
+        """Returns the program of this step that stands for this call, if there is one."""
+        for program in self._programs.get(step, ()):
+            if program.matches(args, kwargs):
+                return program
+        return None
+
+    def _make(
         self,
         step: int,
         block: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         captured: dict[int, Tensor],
-    ) -> BoundProgram | None:
-        """Returns the program of this step that stands for this call, making it if need be."""
-        known = self._programs.setdefault(step, [])
-        for program in known:
-            if program.matches(args, kwargs):
-                return program if isinstance(program, BoundProgram) else None
+    ) -> BoundProgram | StaysDense:
+        """Makes the program of this step that stands for this call."""
         if torch.compiler.is_compiling():
             raise RunError(
                 f"{self.name} has no program for this call of step {step}; run "
@@ -249,6 +300,7 @@ class BlockRuntime:
         path = self._streams[len(args), tuple(kwargs)]
         call = Call(partial(self._forward, block), block, args, kwargs, path)
         me = Block(self.layer, self.name, self._forward)
+        known = self._programs.setdefault(step, [])
         try:
             made = self._store.find_or_make(me, step, call, captured, known)
         except (RuntimeError, ValueError) as error:
@@ -256,7 +308,7 @@ class BlockRuntime:
                 self._note_kept_keys(error)
             raise
         self._check_anything_pruned(step)
-        return made if isinstance(made, BoundProgram) else None
+        return made
 
     def _note_kept_keys(self, error: BaseException) -> None:
         """Adds to an error of the user's code what pruning may have to do with it."""
@@ -322,3 +374,11 @@ class SkippingRuntime:
 
 def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:
     return f"batch {size} on {device}, {str(dtype).removeprefix('torch.')}"
+
+
+def _no_evidence(found: set[int], batch: int) -> str:
+    if torch.compiler.is_compiling():
+        return "torch.compile hides whether the block's caches are views of the earlier ones"
+    if found:
+        return f"its inputs are cut at different samples, {sorted(found)}"
+    return f"none of the tensors it reads, such as its caches, is a slice of one of batch {batch}"

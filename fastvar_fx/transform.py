@@ -13,7 +13,7 @@ from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
 from fastvar_fx.loops import OnFull, Skipped, install
-from fastvar_fx.plan import Plan, StepOf
+from fastvar_fx.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
 from fastvar_fx.runtime import BlockRuntime, SkippingRuntime
@@ -34,6 +34,7 @@ def transform(
     branches: Iterable[str] | None = None,
     step_of: StepOf | None = None,
     on_full: OnFull = "skip",
+    live_rows: LiveRows | None = None,
     strict: bool = True,
     dump_dir: str | Path | None = None,
     select: ops.Select = ops.pivotal_token_selection,
@@ -54,6 +55,9 @@ def transform(
         on_full: What the last steps do whose ratio is 1. "skip", the paper's: the loop leaves
             them out, and what was drawn before is interpolated; "cache": they run, and every
             branch is its resized cache; or a rule (`fastvar_fx.loops`) that makes the loop skip.
+        live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
+            after the cache step, as when it switches guidance off. None tells it from the slices
+            that the loop makes of the block's caches and other inputs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
@@ -65,7 +69,7 @@ def transform(
             skip steps.
         ScheduleError: Token counts that do not tell the step, layers beyond the model's, or a
             skipped step in the middle.
-        ValueError: Unknown kinds in `branches`, or an unknown `on_full`.
+        ValueError: Unknown kinds in `branches`, an unknown `on_full`, or another `live_rows`.
 
     Example:
         >>> fast = transform(model, Schedule.preset("var-256"))  # doctest: +SKIP
@@ -73,13 +77,15 @@ def transform(
     """
     _check_model(model)
     kinds = _check_kinds(branches)
+    if live_rows not in (None, *LIVE_ROWS):
+        raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
     found = find_blocks(model, blocks)
     skipped = _check_schedule(schedule, len(found), step_of, on_full)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
     operators = ops.Operators(_named(select), _named(restore), anew)
-    plan = Plan(schedule, skipped, len(found), kinds, step_of, strict, folder, operators)
+    plan = Plan(schedule, skipped, len(found), kinds, step_of, strict, folder, operators, live_rows)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):

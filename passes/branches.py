@@ -258,14 +258,14 @@ def _examine(
     try:
         entries = _entries(ordered, trunk)
         axes |= {entry: stream_axes(entry.meta["val"].shape) for entry in entries}
-        _check_owned(ordered, add, regions, region)
+        _check_owned(ordered, add, trunk, regions, region)
         edits = _propagate(ordered, axes)
         _check_output(out, axes)
         _check_returned(ordered, axes, states)
     except RefusedError as error:
-        kind = _kind(ordered, axes)
+        kind = _kind(ordered, axes, inside)
         return RefusedBranch(index, kind, name or kind, out, ordered, error.refusal)
-    kind = _kind(ordered, axes)
+    kind = _kind(ordered, axes, inside)
     return Branch(index, kind, name or kind, add, out, entries, ordered, axes, edits)
 
 
@@ -281,6 +281,7 @@ def _entries(region: tuple[Node, ...], trunk: set[Node]) -> tuple[Node, ...]:
 def _check_owned(
     ordered: tuple[Node, ...],
     add: Node,
+    trunk: set[Node],
     regions: list[set[Node]],
     region: set[Node],
 ) -> None:
@@ -290,13 +291,28 @@ def _check_owned(
         for user in node.users:
             if user.op == "output" or user is add or user in known:
                 continue
-            target = mutated(user)
-            if target is not None and memory_owner(target) not in known:
-                refuse("FVX015", f"{user.target} writes tokens into a value from outside", user)
-            refuse("FVX014", f"it is used by {user.target} outside the branch", node)
+            if not _fills_a_cache(user, known | trunk):
+                refuse("FVX014", f"it is used by {user.target} outside the branch", node)
         target = mutated(node)
         if target is not None and memory_owner(target) not in region:
             refuse("FVX015", f"{node.target} overwrites a value from outside", node)
+
+
+def _fills_a_cache(node: Node, known: set[Node]) -> bool:
+    """Whether a value goes into an input of the block by an in-place op.
+
+    A preallocated cache is filled with all tokens, pruned or not: where a step's tokens stand in it
+    is a number in the model's code. So keys and values are computed densely, and queries pruned.
+    """
+    stack, seen = [node], set(known)
+    while stack:
+        current = stack.pop()
+        target = mutated(current)
+        if target is not None and memory_owner(target).op == "placeholder":
+            return True
+        seen.add(current)
+        stack += [user for user in current.users if user not in seen]
+    return False
 
 
 def _propagate(
@@ -329,12 +345,22 @@ def _check_returned(
             refuse("FVX014", "the block returns it", node)
 
 
-def _kind(region: tuple[Node, ...], axes: Mapping[Node, Axes | list[Axes]]) -> Kind:
+def _kind(
+    region: tuple[Node, ...], axes: Mapping[Node, Axes | list[Axes]], inside: set[Node]
+) -> Kind:
     """Attention attends to tokens of the map, cross-attention to something else."""
     keys = [key for node in region for key in _attended(node, axes, region)]
     if not keys:
         return "ffn"
-    return "attention" if any(keys) else "cross_attention"
+    return "attention" if any(keys) or _reads_filled(region, inside) else "cross_attention"
+
+
+def _reads_filled(region: tuple[Node, ...], inside: set[Node]) -> bool:
+    """Whether it reads an input of the block that tokens were written into, such as a cache."""
+    written = (target for node in inside if (target := mutated(node)) is not None)
+    filled = {memory_owner(target) for target in written} - inside
+    read = {arg for node in region for arg in node.all_input_nodes} - inside
+    return not filled.isdisjoint(map(memory_owner, read))
 
 
 def _attended(

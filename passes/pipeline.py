@@ -379,10 +379,11 @@ def _pruned_report(
 ) -> BranchReport:
     if branch not in wanted:
         return _dense_report(branch)
+    dense = {id(node.meta["val"]) for node in branch.region}  # a copy of a node has its value
     nodes = [
         n
         for n in graph_module.graph.nodes
-        if n.meta.get("fastvar", {}).get("branch") == branch.index
+        if n.meta.get("fastvar", {}).get("branch") == branch.index or id(n.meta.get("val")) in dense
     ]
     return replace(_dense_report(branch), kept=kept, pruned_flops=count_flops(nodes))
 
