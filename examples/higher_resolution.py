@@ -34,15 +34,20 @@ import fastvar_fx
 from fastvar_fx.models.infinity import CONFIGS, Infinity, build
 from fastvar_fx.models.maps import template
 
-SIDES = (*(side for side, _ in template(1.0)), 84, 128)
+TRAINED, APPENDED = tuple(side for side, _ in template(1.0)), (84, 128)
+SIDES = TRAINED + APPENDED
 FIRST, LAST_DENSE, PER_ROW = 16, 24, 20
 PIXELS = 16  # along the side of a token
 
 
 def schedule_of(side: int) -> fastvar_fx.Schedule:
     """The schedule of an image whose last map is side x side."""
-    sides = [n for n in SIDES if n <= side]
-    return fastvar_fx.Schedule(sides, [1 - PER_ROW / n for n in sides if n > LAST_DENSE])
+    sides = [n for n in TRAINED if n <= side]
+    schedule = fastvar_fx.Schedule(sides, [1 - PER_ROW / n for n in sides if n > LAST_DENSE])
+    for n in APPENDED:
+        if n <= side:
+            schedule = schedule.extend((n, n), ratio=1 - PER_ROW / n)
+    return schedule
 
 
 # ------------------------------------------------------------------------------------- measurements
