@@ -25,6 +25,7 @@ _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)
 class _Group:
     """Modules that stand in lists together: a candidate for the blocks."""
 
+    owner: Any
     names: list[str]
     modules: list[nn.Module]
 
@@ -33,6 +34,11 @@ class _Group:
         """How many elements the matrices of its linear layers hold."""
         found = {id(p): p.numel() for m in self.modules for p in m.parameters() if p.dim() == 2}
         return sum(found.values())
+
+    def is_sister_of(self, other: _Group) -> bool:
+        """Whether it holds blocks of the same classes in another list of the same owner."""
+        classes, others = ({type(m) for m in group.modules} for group in (self, other))
+        return self.owner == other.owner and classes == others
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> dict[str, nn.Module]:
@@ -49,7 +55,7 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> d
         return _look(model)
     if isinstance(blocks, str):
         return _by_path(model, blocks)
-    names = {id(m): n for n, m in _reachable(model)}
+    names = {id(m): n for n, m in reachable(model)}
     if not blocks or any(id(b) not in names for b in blocks):
         raise ModelError(
             f"blocks= must name modules of the model; found {len(blocks)} modules, of which "
@@ -95,7 +101,13 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
     # Chunks that only wrap blocks weigh the same as their blocks: the innermost such list counts.
     heaviest = [group for group in groups if group.weight >= 0.99 * best]
     found = max(heaviest, key=lambda group: len(group.modules))
-    return dict(zip(found.names, found.modules, strict=True))
+    names: dict[int, str] = {}
+    modules = {}
+    for group in groups:
+        if group.is_sister_of(found):
+            for name, module in zip(group.names, group.modules, strict=True):
+                modules[names.setdefault(id(module), name)] = module
+    return modules
 
 
 def _groups(model: nn.Module) -> list[_Group]:
@@ -104,7 +116,7 @@ def _groups(model: nn.Module) -> list[_Group]:
     lists: dict[int, Any] = {}  # which list a module stands in
     for owner_name, owner, key, items in _lists(model):
         if isinstance(owner, _NO_FORWARD):
-            place: Any = ("lists in a list", id(owner))
+            place: Any = (id(owner), "")
         else:
             place = (lists.get(id(owner), id(owner)), key)
         for _, item in items:
@@ -114,7 +126,7 @@ def _groups(model: nn.Module) -> list[_Group]:
             continue  # sub-layers of a block that is no module: their owner's owner adds them up
         if any(isinstance(item, _NO_FORWARD) and _mixed(item.children()) for _, item in items):
             candidates = [(owner_name, owner)]
-        group = groups.setdefault(place, _Group([], []))
+        group = groups.setdefault(place, _Group(place[0], [], []))
         for name, item in candidates:
             if not isinstance(item, _NO_FORWARD) and not any(item is m for m in group.modules):
                 group.names.append(name)
@@ -136,7 +148,7 @@ def _lists(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, str, list[tuple[str, nn.Module]]]]:
     """Yields the lists of modules in a model: the owner's name, the owner, the key, the items."""
-    for name, module in _reachable(model):
+    for name, module in reachable(model):
         held: list[tuple[str, Any]] = list(module.named_children())
         held += [(k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple))]
         for key, value in held:
@@ -151,7 +163,7 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields modules by path: registered ones, then those kept in plain lists and tuples."""
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -208,10 +220,33 @@ class _Copier:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.module(value.__self__))
+        if isinstance(value, types.FunctionType) and value.__closure__:
+            return self._closure(value)
         if isinstance(value, partial):
             keywords = {k: self._value(v) for k, v in value.keywords.items()}
             return partial(self._value(value.func), *map(self._value, value.args), **keywords)
         return value
+
+    def _closure(self, value: types.FunctionType) -> Any:
+        """Copies a function that holds modules, such as a patched forward that calls the old."""
+        if id(value) not in self._memo:
+            self._memo[id(value)] = value  # a function that holds itself is left as it is
+            cells = tuple(map(self._cell, value.__closure__ or ()))
+            if not all(a is b for a, b in zip(cells, value.__closure__ or (), strict=True)):
+                made = types.FunctionType(
+                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+                )
+                made.__kwdefaults__ = value.__kwdefaults__
+                made.__dict__.update(vars(value))
+                self._memo[id(value)] = made
+        return self._memo[id(value)]
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        held = cell.cell_contents
+        if not isinstance(held, (nn.Module, types.MethodType, types.FunctionType, partial)):
+            return cell
+        copied = self._value(held)
+        return cell if copied is held else types.CellType(copied)
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, torch.Generator):

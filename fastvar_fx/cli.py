@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from enum import Enum
 from functools import partial
 from importlib.util import find_spec
 from math import inf
@@ -63,6 +64,12 @@ _DEMO_SIZES: Final[dict[str, Any]] = {
 }
 _NAMES: Final = ", ".join((_DEMO, *CONFIGS))
 
+
+class _OnFull(Enum):
+    SKIP = "skip"
+    CACHE = "cache"
+
+
 try:
     import typer
 except ImportError:
@@ -94,6 +101,10 @@ else:
     Blocks = Annotated[
         str | None,
         typer.Option("--blocks", help="Module path of the transformer blocks; else found."),
+    ]
+    OnFullName = Annotated[
+        _OnFull,
+        typer.Option("--on-full", help="Whether the last steps of ratio 1 are left out, or run."),
     ]
     Run = Annotated[
         str | None,
@@ -186,12 +197,13 @@ def _explain(
     blocks: Blocks = None,
     run: Run = None,
     batch: Batch = None,
+    on_full: OnFullName = _OnFull.SKIP,
     as_json: Json = False,
 ) -> None:
     """Say what every branch does at the cache step and the pruned steps, and why."""
     asked = _Asked(model, preset, schedule, ratios, blocks, run, batch)
     subject = asked.subject()
-    fast = transform(subject.model, subject.schedule, blocks=blocks)
+    fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)
     report = trace(fast, subject.generate)
     print(report.to_json() if as_json else f"{_headline(subject)}\n\n{report}")
 

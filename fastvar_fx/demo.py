@@ -230,7 +230,8 @@ def measure(
 ) -> Measurement:
     """Returns times, FLOPs, images and kept tokens of a model, dense and pruned.
 
-    Untimed runs come first: one dense and one pruned that count FLOPs, and the one that traces.
+    Steps of ratio 1 are not skipped but run on no tokens, so that each step has a time. Untimed
+    runs come first: one dense and one pruned that count FLOPs, and the one that traces.
     Then dense and pruned runs take turns, all from the same seed.
 
     Args:
@@ -251,7 +252,7 @@ def measure(
         )
     deadline = perf_counter() + patience
     select = _Recorder()
-    fast = transform(subject.model, schedule, blocks=subject.blocks, select=select)
+    fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache", select=select)
     dense_bench, pruned_bench = _Bench(subject, subject.model), _Bench(subject, fast)
 
     progress("warm-up and FLOPs, dense")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from fastvar_fx import ops
 from fastvar_fx.errors import RunError
+from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
 from passes.pipeline import BranchReport
@@ -34,11 +36,21 @@ class StepRecord:
     refusal: Refusal | None = None
 
 
+class Holder(Protocol):
+    """What holds captured features."""
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes it holds now."""
+
+
 @dataclass
 class Plan:
     """What is fixed for all blocks of a transformed model, and what they noted."""
 
     schedule: Schedule
+    skipped: Skipped
+    blocks: int
     kinds: tuple[Kind, ...]
     step_of: StepOf | None
     strict: bool
@@ -49,19 +61,29 @@ class Plan:
     dense_calls: Counter[int] = field(default_factory=Counter)
     early_calls: Counter[int] = field(default_factory=Counter)
     trace_seconds: float = 0.0
+    holders: list[Holder] = field(default_factory=list)
+    peak_captured_bytes: int = 0
 
     def __post_init__(self) -> None:
         schedule = self.schedule
-        self.pruned_steps = schedule.pruned_steps
+        skipped = self.skipped.steps
+        self.pruned_steps = tuple(s for s in schedule.pruned_steps if s not in skipped)
         self.cache_tokens = schedule.tokens(schedule.cache_step)
         steps = (schedule.cache_step, *self.pruned_steps) if self.pruned_steps else ()
         self.step_of_tokens = {schedule.tokens(step): step for step in steps}
-        self.watch = GenerationWatch(schedule)
+        self.watch = GenerationWatch(schedule, self.pruned_steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """A copy has met no step yet."""
         memo[id(self)] = made = replace(
-            self, records={}, dense_calls=Counter(), early_calls=Counter(), trace_seconds=0.0
+            self,
+            skipped=copy.deepcopy(self.skipped, memo),
+            records={},
+            dense_calls=Counter(),
+            early_calls=Counter(),
+            trace_seconds=0.0,
+            holders=[],
+            peak_captured_bytes=0,
         )
         return made
 
@@ -70,12 +92,22 @@ class Plan:
         """Whether any branch of any block prunes at a step that was met."""
         return any(b.kept is not None for r in self.records.values() for b in r.branches)
 
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of captured features that the blocks hold now."""
+        return sum(holder.captured_bytes for holder in self.holders)
+
+    def note_captured(self) -> None:
+        """Notes, after the last block has captured, what is held: the most of a generation."""
+        self.peak_captured_bytes = max(self.peak_captured_bytes, self.captured_bytes)
+
 
 class GenerationWatch:
     """Notices whole generations that pass without a pruned step, where the schedule has some."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, pruned_steps: tuple[int, ...]) -> None:
         self._schedule = schedule
+        self._pruned_steps = pruned_steps
         self._known = {schedule.tokens(step) for step in range(schedule.steps)}
         self._current: list[int] = []
         self._ended: list[list[int]] = []
@@ -102,7 +134,7 @@ class GenerationWatch:
         alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
         if len(strange) >= 2 or alike:
             seen = self._current = self._ended[-1]  # so that the next run is told too
-            wanted = [self._schedule.tokens(step) for step in self._schedule.pruned_steps]
+            wanted = [self._schedule.tokens(step) for step in self._pruned_steps]
             raise RunError(
                 f"the schedule prunes steps of {wanted} tokens, but the last generation had none: "
                 f"its blocks saw {seen} tokens. Give the schedule that the loop runs"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,8 @@ from passes.pipeline import (
 )
 from passes.prune import Step
 from passes.refusal import Refusal, RefusedError
-from passes.state import Path, Write, apply, get
+from passes.sizes import Place, Varying
+from passes.state import Path, Write, apply, get, roots
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +80,31 @@ class ProgramStore:
         self._plan = plan
         self._entries: list[_Entry] = []
         self._met: set[tuple[Any, ...]] = set()
+        self._fixed: set[tuple[Any, ...]] = set()
         self._streams: dict[tuple[Forward, int, tuple[str, ...]], Path | Refusal] = {}
 
     def find_or_make(
-        self, block: Block, step: int, call: Call, captured: dict[int, Tensor]
+        self,
+        block: Block,
+        step: int,
+        call: Call,
+        captured: dict[int, Tensor],
+        known: list[BoundProgram | StaysDense],
     ) -> BoundProgram | StaysDense:
-        """Returns the program for a live call."""
+        """Returns the program for a live call, and adds it to those known.
+
+        Args:
+            block: The block that is called.
+            step: The step it is at.
+            call: The call.
+            captured: Its features by branch index, at a pruned step.
+            known: Its programs of this step, none of which stands for the call. Where one differs
+                from the call in sizes alone, a program that leaves these open takes its place.
+        """
         started = time.perf_counter()
         try:
-            entry = self._find_or_make(block, step, call, captured)
+            entry = self._with_open_sizes(block, step, call, captured, known)
+            entry = entry or self._find_or_make(block, step, call, captured)
         except RefusedError as error:
             entry = _Entry(-1, step, (), error.refusal)
         except LeakedTensorError as error:
@@ -109,9 +126,40 @@ class ProgramStore:
         )
         if refused:
             log.info("%s stays dense at step %d: %s", block.name, step, program)
-            return StaysDense.of(call)
-        assert isinstance(program, StepProgram)
-        return BoundProgram(program, call)
+        bound = BoundProgram(program, call) if isinstance(program, StepProgram) else None
+        known.append(bound or StaysDense.of(call))
+        return known[-1]
+
+    def _with_open_sizes(
+        self,
+        block: Block,
+        step: int,
+        call: Call,
+        captured: dict[int, Tensor],
+        known: list[BoundProgram | StaysDense],
+    ) -> _Entry | None:
+        """Returns a program that stands for other sizes too and prunes as much, if there is one."""
+        for program in reversed(known):
+            if not isinstance(program, BoundProgram):
+                continue
+            varying = program.differs(call)
+            if varying is None:
+                continue
+            place = (block.forward, step, *varying.earlier)
+            if place in self._fixed:
+                return None
+            try:
+                entry = self._find_or_make(block, step, replace(call, varying=varying), captured)
+            except RefusedError as error:
+                entry = _Entry(-1, step, (), error.refusal)
+            made = entry.program
+            if isinstance(made, StepProgram) and made.prunes == program.prunes:
+                known.remove(program)
+                return entry
+            log.info("%s at step %d: sizes stay fixed: %s", block.name, step, made)
+            self._fixed.add(place)
+            return None
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramStore:
         """Programs are bound to live modules: a copy of the model makes its own."""
@@ -137,7 +185,7 @@ class ProgramStore:
     @staticmethod
     def _fingerprint(call: Call, real: Reference | None) -> tuple[Any, ...]:
         try:
-            return fingerprint(call.forward, call.module, call.args, call.kwargs)
+            return fingerprint(call.forward, call.module, call.args, call.kwargs, call.varying)
         except RefusedError:
             if real is None:
                 reference(call)  # if the real call fails too, that is the error to raise
@@ -235,8 +283,36 @@ def _meta_text(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _meta(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.shape, tensor.dtype, tensor.device)
+def _meta(value: Any, open_dims: Collection[int] = ()) -> tuple[Any, ...]:
+    """Returns what a program needs of an input; None stands for a size that it leaves open."""
+    if not isinstance(value, Tensor):
+        return (type(value),)
+    shape: tuple[int | None, ...] = value.shape
+    if open_dims:
+        shape = tuple(None if d in open_dims else size for d, size in enumerate(shape))
+    return (shape, value.dtype, value.device)
+
+
+def _changed_dims(was: tuple[Any, ...], now: tuple[Any, ...]) -> set[int] | None:
+    """Returns the dims in which two inputs differ; None if they differ in more than that."""
+    if was[1:] != now[1:] or len(was) == 1:
+        return set() if was == now else None
+    if len(was[0]) != len(now[0]):
+        return None
+    return {d for d, (a, b) in enumerate(zip(was[0], now[0], strict=True)) if a != b}
+
+
+def _size(value: Any, dim: int | None) -> int | None:
+    if dim is None:
+        return value if type(value) is int else None
+    return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
+
+
+def _find(origin: Any, path: Path) -> Any:
+    try:
+        return get(origin, path)
+    except (AttributeError, LookupError):
+        return None
 
 
 class BoundProgram:
@@ -244,17 +320,26 @@ class BoundProgram:
 
     Attributes:
         features: The branches whose features it makes or takes.
+        prunes: The branches that prune.
     """
 
     def __init__(self, program: StepProgram, call: Call) -> None:
         captured_call = program.captured
         block = call.module
+        self._conditions = captured_call.conditions
+        self._places = [(_reader(block, path), dim) for path, dim in self._conditions.places]
         self.features = program.features
+        self.prunes = program.prunes
         self._graph = program.graph_module
         self._reads = [_reader(block, path) for path in program.inputs]
-        self._metas = [_meta(_read(r, call.args, call.kwargs)) for r in self._reads]
+        values = [_read(r, call.args, call.kwargs) for r in self._reads]
+        self._made_at = dict(zip(program.inputs, map(_meta, values), strict=True))
+        self._open = [self._conditions.dims(path) for path in program.inputs]
+        self._metas = [_meta(v, dims) for v, dims in zip(values, self._open, strict=True)]
         self._form = (len(call.args), tuple(call.kwargs))
-        self._constants = _constant_guards(block, captured_call.constants, call)
+        origin = roots(block, call.args, call.kwargs)
+        self._plain = {path: _find(origin, path) for path in captured_call.constants}
+        self._constants = _constant_guards(block, captured_call, call)
         self._results = captured_call.result_count
         self._single = captured_call.result.is_leaf()
         self._result_spec = captured_call.result
@@ -270,11 +355,38 @@ class BoundProgram:
         for (holder, key), expected in self._constants:
             if _value(holder, key, args, kwargs) != expected:
                 return False
-        for reader, meta in zip(self._reads, self._metas, strict=True):
-            tensor = _read(reader, args, kwargs)
-            if not isinstance(tensor, Tensor) or _meta(tensor) != meta:
+        for reader, meta, dims in zip(self._reads, self._metas, self._open, strict=True):
+            if _meta(_read(reader, args, kwargs), dims) != meta:
                 return False
-        return True
+        return not self._places or self._sizes_fit(args, kwargs)
+
+    def _sizes_fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        sizes = [_size(_read(r, args, kwargs), dim) for r, dim in self._places]
+        return None not in sizes and self._conditions.hold(*sizes)
+
+    def differs(self, call: Call) -> Varying | None:
+        """Returns the sizes in which a call differs from its own, if it differs in nothing else.
+
+        Sizes that it leaves open already are among them.
+        """
+        if (len(call.args), tuple(call.kwargs)) != self._form or _autocast() != self._autocast:
+            return None
+        origin = roots(call.module, call.args, call.kwargs)
+        earlier: dict[Place, int] = {}
+        for path, was in self._plain.items():
+            now = _find(origin, path)
+            if type(now) is int and type(was) is int:
+                if now != was or (path, None) in self._conditions.places:
+                    earlier[path, None] = was
+            elif now != was:
+                return None
+        for path, meta in self._made_at.items():
+            dims = _changed_dims(meta, _meta(_find(origin, path)))
+            if dims is None or (dims and path == call.stream):
+                return None
+            for dim in dims | self._conditions.dims(path):
+                earlier[path, dim] = meta[0][dim]
+        return Varying(earlier) if earlier else None
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], features: Sequence[Tensor]
@@ -359,20 +471,18 @@ def _read(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _value(holder: Any, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(key, str):
         return getattr(holder, key, None)
-    origin = args if holder == "args" else kwargs if holder == "kwargs" else holder
-    try:
-        return get(origin, key)
-    except (AttributeError, LookupError):
-        return None
+    return _find(args if holder == "args" else kwargs if holder == "kwargs" else holder, key)
 
 
 def _constant_guards(
-    block: nn.Module, constants: Iterable[Path], call: Call
+    block: nn.Module, program: BlockProgram, call: Call
 ) -> list[tuple[Reader, Any]]:
     """Guards of the plain values a call could read; a container of plain values counts as one."""
     guards: dict[Any, tuple[Reader, Any]] = {}
-    for path in constants:
-        if path[0][1] == "module":
+    open_numbers = {path for path, dim in program.conditions.places if dim is None}
+    mixed = {path[:2] for path in open_numbers}
+    for path in program.constants.keys() - open_numbers:
+        if path[0][1] == "module" or path[:2] in mixed:
             guards[path] = _guard(_reader(block, path), call)
             continue
         top = path[:2]

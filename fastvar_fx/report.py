@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
-    from fastvar_fx.plan import Plan
+    from fastvar_fx.plan import Plan, StepRecord
+    from fastvar_fx.schedule import Schedule
+    from passes.pipeline import BranchReport
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,91 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Skipping:
+    """What is saved by leaving steps out of the loop.
+
+    Attributes:
+        steps: The skipped steps.
+        tokens: Their tokens, of one image.
+        all_tokens: The tokens of all steps.
+        flops: FLOPs of matrix products and attention, for the whole batch, that the steps would
+            take with every step dense. A skipped step is never traced, so these are scaled from
+            the cache step: by tokens, and in self-attention by tokens times keys, where keys
+            beyond the step's own are taken for a cache that grows by every step. None if the
+            cache step was not traced.
+        blocks: How many blocks `flops` is of: those that prune and could be traced.
+        all_blocks: How many there are.
+    """
+
+    steps: tuple[int, ...]
+    tokens: int
+    all_tokens: int
+    flops: int | None
+    blocks: int
+    all_blocks: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Skipping:
+        """Returns what a plan skips."""
+        schedule, steps = plan.schedule, plan.skipped.steps
+        tokens = [schedule.tokens(step) for step in range(schedule.steps)]
+        records = [r for r in plan.records.values() if r.step == schedule.cache_step and r.branches]
+        caching = {
+            (r.layer, b.index)
+            for r in plan.records.values()
+            for b in r.branches
+            if b.keys is not None and b.keys > r.tokens
+        }
+        flops = sum(
+            _dense_flops(schedule, step, record, branch, (record.layer, branch.index) in caching)
+            for step in steps
+            for record in records
+            for branch in record.branches
+        )
+        return cls(
+            steps,
+            sum(tokens[step] for step in steps),
+            sum(tokens),
+            flops if records else None,
+            len(records),
+            plan.blocks,
+        )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is saved by dropping tokens from steps that the loop draws.
+
+    Attributes:
+        steps: The pruned steps.
+        tokens: Their tokens, of one image.
+        dropped: How many of them a branch that prunes leaves out.
+        flops: FLOPs of the branches at these steps as met so far, dense.
+        pruned_flops: The same as they run.
+    """
+
+    steps: tuple[int, ...]
+    tokens: int
+    dropped: int
+    flops: int
+    pruned_flops: int
+
+    @classmethod
+    def of(cls, plan: Plan, rows: Iterable[Row]) -> Pruning:
+        """Returns what a plan prunes."""
+        schedule, steps = plan.schedule, plan.pruned_steps
+        late = [row for row in rows if row.step in steps]
+        tokens = sum(schedule.tokens(step) for step in steps)
+        return cls(
+            steps,
+            tokens,
+            tokens - sum(schedule.kept(step) for step in steps),
+            sum(row.flops for row in late),
+            sum(row.pruned_flops for row in late),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What every block and branch does at the cache step and the pruned steps met so far.
 
@@ -64,6 +151,10 @@ class Report:
         early_calls: Calls with a pruned step's token count that came before the capture of their
             generation, such as source tokens of an editing model; they ran dense.
         trace_seconds: Time spent on tracing, analysis, rewriting and checking.
+        skipping: What is saved by leaving steps out.
+        pruning: What is saved by dropping tokens.
+        captured_bytes: Bytes of captured features held now.
+        peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +164,10 @@ class Report:
     dense_calls: dict[int, int]
     early_calls: dict[int, int]
     trace_seconds: float
+    skipping: Skipping
+    pruning: Pruning
+    captured_bytes: int
+    peak_captured_bytes: int
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -96,6 +191,10 @@ class Report:
             dict(sorted(plan.dense_calls.items())),
             dict(sorted(plan.early_calls.items())),
             plan.trace_seconds,
+            Skipping.of(plan),
+            Pruning.of(plan, rows),
+            plan.captured_bytes,
+            plan.peak_captured_bytes,
         )
 
     @property
@@ -111,12 +210,13 @@ class Report:
     def to_json(self) -> str:
         """Returns the report as a JSON object with the keys of its attributes."""
         data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
+        data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
         return json.dumps(data)
 
     def __str__(self) -> str:
         """A table; blocks that do the same share a line."""
         if not self.rows:
-            return _empty(self)
+            return "\n".join([_empty(self), *_savings(self)])
         lines = [_HEADER, *(_line(group) for group in _grouped(self.rows))]
         for step in sorted({row.step for row in self.rows}):
             dense, pruned = self.flops(step)
@@ -125,7 +225,7 @@ class Report:
                     f"step {step}: {_flops(dense)} -> {_flops(pruned)} FLOPs, "
                     f"limit {dense / max(pruned, 1):.2f}x"
                 )
-        lines += _notes(self)
+        lines += [*_savings(self), *_notes(self)]
         return "\n".join(lines)
 
 
@@ -189,6 +289,9 @@ def _notes(report: Report) -> list[str]:
         f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
         for step, tokens in report.unmet.items()
     ]
+    if report.peak_captured_bytes:
+        held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
+        notes.append(f"captured features: {held} held now, {peak} at most")
     if report.early_calls:
         counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
         notes.append(f"dense, before their generation's capture: {counts}")
@@ -196,9 +299,59 @@ def _notes(report: Report) -> list[str]:
     return notes
 
 
+def _savings(report: Report) -> list[str]:
+    return [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+
+
+def _skipping_line(skipping: Skipping) -> str:
+    if not skipping.steps:
+        return "step skipping: none"
+    share = 100 * skipping.tokens / skipping.all_tokens
+    text = (
+        f"step skipping: {_steps(skipping.steps)} left out, {skipping.tokens} of "
+        f"{skipping.all_tokens} tokens ({share:.1f} %)"
+    )
+    if skipping.flops is None:
+        return f"{text}, FLOPs not traced"
+    text += f", {_flops(skipping.flops)} FLOPs"
+    whole = skipping.blocks == skipping.all_blocks
+    return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
+
+
+def _pruning_line(pruning: Pruning) -> str:
+    if not pruning.steps:
+        return "token pruning: none"
+    text = (
+        f"token pruning: {_steps(pruning.steps)} drop {pruning.dropped} of {pruning.tokens} tokens"
+    )
+    if not pruning.flops:
+        return text
+    return (
+        f"{text}, {_flops(pruning.flops)} -> {_flops(pruning.pruned_flops)} FLOPs, "
+        f"limit {pruning.flops / max(pruning.pruned_flops, 1):.2f}x"
+    )
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def _dense_flops(
+    schedule: Schedule, step: int, traced: StepRecord, branch: BranchReport, caches: bool
+) -> int:
+    """Returns a branch's FLOPs at a step, dense, scaled from a traced one where all was dense."""
+    now, then = traced.tokens, schedule.tokens(step)
+    keys = max(branch.keys or 0, now)
+    since = sum(schedule.tokens(s) for s in range(traced.step + 1, step + 1))
+    later = keys + since if caches else then
+    alone = (branch.flops - branch.attended_flops) * then // now
+    return alone + branch.attended_flops * then * later // (now * keys)
+
+
 def _empty(report: Report) -> str:
     if not report.prunes:
-        return "the schedule prunes nothing: the model runs as it is"
+        skips = "only skips steps" if report.skipping.steps else "prunes nothing"
+        return f"the schedule {skips}: what is drawn runs as it is"
     if not report.dense_calls:
         return "no step of the schedule was run yet; run a generation, or fastvar_fx.trace"
     seen = ", ".join(map(str, report.dense_calls))
@@ -212,6 +365,15 @@ def _flops(count: int) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}P"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
 
 
 def _refusal_dict(refusal: Refusal | None) -> dict[str, str] | None:

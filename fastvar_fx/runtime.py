@@ -61,6 +61,7 @@ class BlockRuntime:
         self._dtype: torch.dtype | None = None
         self._position = _CAPTURED
         self._call = 0
+        plan.holders.append(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRuntime:
         """A copy starts anew: no features, no programs."""
@@ -79,6 +80,12 @@ class BlockRuntime:
         if step == self._cache_step:
             return self._capture(block, args, kwargs)
         return self._pruned(step, block, args, kwargs)
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of the captured features it holds."""
+        features = [feature for call in self._features or () for feature in call.values()]
+        return sum(feature.nbytes for feature in features)
 
     # --- steps ---------------------------------------------------------------------------------
 
@@ -150,6 +157,8 @@ class BlockRuntime:
             self._features = [*self._features, features]
         else:
             self._features = [features]
+        if self.layer == self._plan.last_layer and not torch.compiler.is_compiling():
+            self._plan.note_captured()
         return result
 
     # --- pruned steps --------------------------------------------------------------------------
@@ -242,12 +251,11 @@ class BlockRuntime:
         call = Call(partial(self._forward, block), block, args, kwargs, path)
         me = Block(self.layer, self.name, self._forward)
         try:
-            made = self._store.find_or_make(me, step, call, captured)
+            made = self._store.find_or_make(me, step, call, captured, known)
         except (RuntimeError, ValueError) as error:
             if step in self._plan.pruned_steps[1:] and not isinstance(error, FastVARError):
                 self._note_kept_keys(error)
             raise
-        known.append(made)
         self._check_anything_pruned(step)
         return made if isinstance(made, BoundProgram) else None
 
@@ -271,6 +279,46 @@ class BlockRuntime:
         if plan.strict:
             raise NothingPrunedError(message)
         log.warning("%s", message)
+
+
+class SkippingRuntime:
+    """Lets a block pass on its input at skipped steps; else the block runs, pruned or dense."""
+
+    def __init__(
+        self,
+        name: str,
+        forward: Forward,
+        plan: Plan,
+        store: ProgramStore,
+        pruning: BlockRuntime | None,
+    ) -> None:
+        self._name = name
+        self._forward = forward
+        self._skipped = plan.skipped
+        self._store = store
+        self._pruning = pruning
+        self._streams: dict[tuple[int, tuple[str, ...]], Path] = {}
+        self._returns_map = True
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs or passes one call of the block."""
+        form = (len(args), tuple(kwargs))
+        if form not in self._streams:
+            self._streams[form] = self._store.stream_of(self._forward, block, args, kwargs)
+        x = token_map(self._streams[form], args, kwargs)
+        if self._skipped.passes(x.shape[1]):
+            if not self._returns_map:
+                raise RunError(
+                    f"{self._name} returns more than its token map, so it cannot pass its input "
+                    f'on at a skipped step; pass on_full="cache" to transform'
+                )
+            return x
+        if self._pruning is None:
+            result = self._forward(block, *args, **kwargs)
+        else:
+            result = self._pruning(block, args, kwargs)
+        self._returns_map = isinstance(result, Tensor)
+        return result
 
 
 def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:

@@ -20,7 +20,8 @@ class Schedule:
 
     Attributes:
         scales: The K token maps, coarse to fine, as (h, w), or (m, h, w) for m joint maps.
-        ratios: Pruning ratios in [0, 1] of the last N = len(ratios) steps; 0 leaves a step dense.
+        ratios: Pruning ratios in [0, 1] of the last N = len(ratios) steps; 0 leaves a step dense,
+            1 on the last steps skips them (see `transform`).
         cache_step: 0-based index of the step whose branch outputs are captured (the paper's K-N).
         layers: Indices of the blocks that prune, ascending; None means all.
 
@@ -116,9 +117,58 @@ class Schedule:
         """The steps with a ratio above 0 that drops at least one token."""
         return tuple(s for s in range(self.steps) if self.kept(s) < self.tokens(s))
 
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The last steps, as far as their ratio is 1: those that a loop may skip."""
+        steps = range(self.steps)
+        first = next((s + 1 for s in reversed(steps) if self.ratio(s) < 1), 0)
+        return tuple(steps[first:])
+
     def prunes_layer(self, layer: int) -> bool:
         """Whether the block of index `layer` prunes."""
         return self.layers is None or layer in self.layers
+
+    def extend(self, *scales: int | Sequence[int], ratio: float | None = None) -> Schedule:
+        """Returns a schedule with steps appended, for a higher resolution without training.
+
+        The cache step and the layers stay. For Infinity, whose tokens are 16 x 16 pixels,
+        `extend((84, 84))` is 1344 x 1344 and `extend((84, 84), (128, 128))` 2048 x 2048.
+
+        Args:
+            scales: Token maps of the form that the others have, each larger than the one before.
+            ratio: Pruning ratio in [0, 1] of the new steps; None means that of the last step.
+
+        Raises:
+            ScheduleError: If no scale is given, a map does not grow, or the schedule ends in
+                steps of ratio 1 and `ratio` is lower.
+
+        Example:
+            >>> Schedule((1, 2, 3, 4), (0.5,)).extend((6, 6), (9, 9)).ratios
+            (0.5, 0.5, 0.5)
+        """
+        if not scales:
+            raise ScheduleError("extend takes the scales to append, such as (84, 84); found none")
+        last = self.ratio(self.steps - 1)
+        added = last if ratio is None else _ratio(ratio)
+        if self.full_steps and added < 1:
+            raise ScheduleError(
+                f"steps {list(self.full_steps)} have ratio 1 and are skipped, so new ones of ratio "
+                f"{added:g} would leave a step skipped in the middle of the schedule. Give the "
+                f"steps before them ratios below 1 first, or extend with ratio=1"
+            )
+        made = Schedule(
+            (*self.scales, *scales),
+            (*self.ratios, *[added] * len(scales)),
+            cache_step=self.cache_step,
+            layers=self.layers,
+        )
+        for step in range(self.steps, made.steps):
+            if made.tokens(step) <= made.tokens(step - 1):
+                raise ScheduleError(
+                    f"an extension grows: each map has more tokens than the one before; found "
+                    f"{made.scales[step]} after {made.scales[step - 1]}"
+                )
+        return made
 
     # --- as data -------------------------------------------------------------------------------
 

@@ -12,10 +12,11 @@ from torch import nn
 from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.loops import OnFull, Skipped, install
 from fastvar_fx.plan import Plan, StepOf
 from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
-from fastvar_fx.runtime import BlockRuntime
+from fastvar_fx.runtime import BlockRuntime, SkippingRuntime
 from fastvar_fx.schedule import Schedule
 from passes.branches import KINDS, Kind
 
@@ -32,6 +33,7 @@ def transform(
     blocks: str | Sequence[nn.Module] | None = None,
     branches: Iterable[str] | None = None,
     step_of: StepOf | None = None,
+    on_full: OnFull = "skip",
     strict: bool = True,
     dump_dir: str | Path | None = None,
     select: ops.Select = ops.pivotal_token_selection,
@@ -49,6 +51,9 @@ def transform(
         branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
         step_of: Tells the step of a block call, (block, args, kwargs) -> int or None. Needed
             only where the token count does not tell it.
+        on_full: What the last steps do whose ratio is 1. "skip", the paper's: the loop leaves
+            them out, and what was drawn before is interpolated; "cache": they run, and every
+            branch is its resized cache; or a rule (`fastvar_fx.loops`) that makes the loop skip.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
@@ -56,9 +61,11 @@ def transform(
             (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
 
     Raises:
-        ModelError: No blocks found, training mode, or already transformed.
-        ScheduleError: Token counts that do not tell the step, or layers beyond the model's.
-        ValueError: Unknown kinds in `branches`.
+        ModelError: No blocks found, training mode, already transformed, or a loop that cannot
+            skip steps.
+        ScheduleError: Token counts that do not tell the step, layers beyond the model's, or a
+            skipped step in the middle.
+        ValueError: Unknown kinds in `branches`, or an unknown `on_full`.
 
     Example:
         >>> fast = transform(model, Schedule.preset("var-256"))  # doctest: +SKIP
@@ -67,18 +74,29 @@ def transform(
     _check_model(model)
     kinds = _check_kinds(branches)
     found = find_blocks(model, blocks)
-    _check_schedule(schedule, len(found), step_of)
+    skipped = _check_schedule(schedule, len(found), step_of, on_full)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
     operators = ops.Operators(_named(select), _named(restore), anew)
-    plan = Plan(schedule, kinds, step_of, strict, folder, max(layers), operators)
+    plan = Plan(
+        schedule, skipped, len(found), kinds, step_of, strict, folder, max(layers), operators
+    )
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):
-        runtime = (layer, name, plan, store)
-        if layer in layers and plan.pruned_steps:
-            _attach(copies[id(block)], *runtime)
+        prunes = layer in layers and bool(plan.pruned_steps)
+        if not (prunes or skipped.steps):
+            continue
+        copied = copies[id(block)]
+        forward = _take_forward(name, copied)
+        pruning = BlockRuntime(layer, name, forward, plan, store) if prunes else None
+        if skipped.steps:
+            _attach(copied, SkippingRuntime(name, forward, plan, store, pruning))
+        elif pruning is not None:
+            _attach(copied, pruning)
+    if skipped.steps:
+        install(fast, skipped, on_full)
     object.__setattr__(fast, _PLAN, plan)
     return cast("Model", fast)
 
@@ -92,12 +110,14 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
 
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
+        RunError: If the loop drew a step that is to be skipped.
 
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
     plan = _plan(fast)
     run(fast)
+    plan.skipped.check()
     report = Report.of(plan)
     if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in plan.records):
         wanted = [plan.schedule.tokens(step) for step in plan.pruned_steps]
@@ -115,10 +135,9 @@ def explain(fast: nn.Module) -> Report:
     return Report.of(_plan(fast))
 
 
-def _attach(block: nn.Module, layer: int, name: str, plan: Plan, store: ProgramStore) -> None:
+def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime) -> None:
     """Gives a copied block a subclass of its own class whose forward is the runtime's."""
     kind = type(block)
-    runtime = BlockRuntime(layer, name, kind.forward, plan, store)
     object.__setattr__(block, _RUNTIME, runtime)
     members = {
         "forward": _own_forward(kind),
@@ -127,6 +146,22 @@ def _attach(block: nn.Module, layer: int, name: str, plan: Plan, store: ProgramS
         "__doc__": kind.__doc__,
     }
     block.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _take_forward(name: str, block: nn.Module) -> Callable[..., Any]:
+    """Returns the forward that a call of the block runs, as a function of the block and its input.
+
+    One set on the block itself, as patches do, is taken off, for it would hide the runtime's.
+    """
+    own = vars(block).pop("forward", None)
+    if own is None:
+        return type(block).forward
+    if isinstance(own, types.MethodType) and own.__self__ is block:
+        return own.__func__
+    raise ModelError(
+        f"{name} has a forward of its own that is a {type(own).__name__}, not a method of it; set "
+        f"it as block.forward = types.MethodType(function, block), with the block as first argument"
+    )
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +221,10 @@ def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:
     return cast("tuple[Kind, ...]", wanted)
 
 
-def _check_schedule(schedule: Schedule, blocks: int, step_of: StepOf | None) -> None:
+def _check_schedule(
+    schedule: Schedule, blocks: int, step_of: StepOf | None, on_full: OnFull
+) -> Skipped:
+    """Returns the steps that are skipped."""
     if not isinstance(schedule, Schedule):
         raise ScheduleError(
             f"transform takes a fastvar_fx.Schedule; found {type(schedule).__name__}. Named ones "
@@ -198,13 +236,31 @@ def _check_schedule(schedule: Schedule, blocks: int, step_of: StepOf | None) -> 
             f"the schedule prunes layers {beyond}, but the model has {blocks} blocks, 0 to "
             f"{blocks - 1}"
         )
-    if step_of is not None or not schedule.pruned_steps:
-        return
-    late = range(schedule.cache_step, schedule.steps)
-    counts = [schedule.tokens(step) for step in range(schedule.steps)]
-    shared = [step for step in late if counts.count(counts[step]) > 1]
+    skipped = Skipped(schedule.scales, _skipped_steps(schedule, on_full))
+    steps = range(schedule.steps - len(skipped.steps))
+    if step_of is not None or not any(step in schedule.pruned_steps for step in steps):
+        return skipped
+    counts = [schedule.tokens(step) for step in steps]
+    shared = [step for step in steps[schedule.cache_step :] if counts.count(counts[step]) > 1]
     if shared:
         raise ScheduleError(
             f"from the cache step on, the token count must tell the step, but steps {shared} share "
             f"theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
+    return skipped
+
+
+def _skipped_steps(schedule: Schedule, on_full: OnFull) -> tuple[int, ...]:
+    if on_full == "cache":
+        return ()
+    if on_full != "skip" and not callable(on_full):
+        raise ValueError(f'on_full is "skip", "cache" or a loop rule; found {on_full!r}')
+    full = schedule.full_steps
+    middle = [s for s in range(schedule.steps) if schedule.ratio(s) == 1 and s not in full]
+    if middle:
+        raise ScheduleError(
+            f"ratio 1 skips a step, but steps {middle} are in the middle of the schedule: only the "
+            f'last steps can be skipped. Give them a lower ratio, or pass on_full="cache", so that '
+            f"every branch of these steps is its resized cache"
+        )
+    return full

@@ -90,6 +90,12 @@ def key_operand(node: Node) -> Any:
     return [arg for arg in node.args if isinstance(arg, Node)][1]
 
 
+def key_count(node: Node) -> int:
+    """Returns how many keys an attention op reads; an op of the user's counts as heads first."""
+    layout = _LAYOUTS.get(op_name(node), _HEADS_FIRST)
+    return int(key_operand(node).meta["val"].shape[layout.tokens])
+
+
 def attention_flops(node: Node) -> int:
     """Returns the FLOPs of an attention op's two products, masked scores included.
 

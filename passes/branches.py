@@ -200,7 +200,8 @@ def _predecessor(node: Node, inside: set[Node], heavy: set[Node]) -> Node | None
     if node in heavy and op_name(node) != "aten::linear":
         if counts_flops(node):
             return None
-    return next((arg for arg in node.all_input_nodes if arg in inside), None)
+    sources = [arg for arg in node.all_input_nodes if arg in inside]
+    return next((arg for arg in sources if _shape(arg) == _shape(node)), next(iter(sources), None))
 
 
 def _region(graph: Graph, out: Node, trunk: set[Node], inside: set[Node]) -> set[Node]:

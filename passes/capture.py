@@ -15,17 +15,15 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 import torch._dynamo.config
-import torch._functorch.config
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -40,6 +38,7 @@ from passes.refusal import (
     kernel_advice,
     refuse,
 )
+from passes.sizes import NOTHING_VARIES, Conditions, Symbols, Varying, at_sizes
 from passes.spelling import PlainSpelling
 from passes.state import Path, Roots, Snapshot, Write, roots, show
 
@@ -64,6 +63,8 @@ class BlockProgram:
         result_leaves: Its leaves; a tensor's place holds `...`, other leaves are as returned.
         writes: What the call changed; a tensor's place among the leaves holds `...`.
         constants: The plain values the call could read, by path; it holds only while they do.
+        conditions: For which values of the sizes that vary it holds.
+        earlier: The same program at the sizes of an earlier call, if some vary.
     """
 
     graph_module: GraphModule
@@ -72,6 +73,8 @@ class BlockProgram:
     result_leaves: tuple[Any, ...]
     writes: tuple[Write, ...]
     constants: dict[Path, Any] = field(repr=False)
+    conditions: Conditions = field(default_factory=Conditions)
+    earlier: BlockProgram | None = field(default=None, repr=False)
 
     @property
     def result_count(self) -> int:
@@ -92,11 +95,15 @@ def run_eagerly(
     origin = roots(module, args, kwargs)
     snapshot = Snapshot(origin)
     clones = {id(t): _private(t) for t in snapshot.tensors.values()}
+
+    def private(_: Path, value: Any) -> Any:
+        return clones.get(id(value), value)
+
     try:
-        snapshot.substitute(lambda t: clones[id(t)])
+        snapshot.substitute(private)
         with torch.compiler.set_stance("force_eager"):
             result = forward(*origin["args"], **origin["kwargs"])
-        writes = list(snapshot.writes(lambda t: clones[id(t)]))
+        writes = list(snapshot.writes(private))
     finally:
         snapshot.restore()
     written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
@@ -108,14 +115,25 @@ def _private(tensor: Tensor) -> Tensor:
 
 
 def capture(
-    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Forward,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    varying: Varying = NOTHING_VARIES,
 ) -> BlockProgram:
     """Traces one call into a block program; the module and the arguments stay as they are.
+
+    Args:
+        forward: The block's own forward, bound to it.
+        module: The block.
+        args: The call's arguments.
+        kwargs: The call's keyword arguments.
+        varying: Sizes that become symbols of the graph, so that it stands for others too.
 
     Raises:
         RefusedError: FVX001, if the call cannot be traced, naming the user's line.
     """
-    call = _FakeCall(forward, module, args, kwargs)
+    call = _FakeCall(forward, module, args, kwargs, varying)
     # A forward that calls compiled functions is traced through them.
     nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
     with call.stand_ins() as fakes, _explained(), preserve_node_meta(), nested:
@@ -125,24 +143,39 @@ def capture(
             tracing_mode="real",
             _error_on_data_dependent_ops=False,
         )(*fakes)
+    symbols = call.symbols
+    conditions = symbols.conditions()
+    paths = [*call.snapshot.tensors, *symbols.numbers]
     _drop_dead_code(graph_module.graph)
     _resolve_constants(graph_module, fakes)
-    inputs = _drop_unread_inputs(graph_module, list(call.snapshot.tensors))
+    symbols.read_from_inputs(graph_module, paths)
+    inputs = _drop_unread_inputs(graph_module, paths)
     graph_module.graph.lint()
     graph_module.recompile()
     assert call.result is not None
-    return BlockProgram(
+    program = BlockProgram(
         graph_module,
         tuple(inputs),
         call.result,
         tuple(call.result_leaves),
         tuple(call.writes),
         call.snapshot.constants,
+        conditions,
     )
+    if not conditions.places:
+        return program
+    if not conditions.hold(*symbols.earlier().values()):
+        refuse("FVX019", f"an earlier call took another way, for it needs {conditions.text}")
+    now, earlier = (at_sizes(graph_module, v) for v in (symbols.now(), symbols.earlier()))
+    return replace(program, graph_module=now, earlier=replace(program, graph_module=earlier))
 
 
 def fingerprint(
-    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Forward,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    varying: Varying = NOTHING_VARIES,
 ) -> tuple[Any, ...]:
     """Returns the ops that a call runs, with all their arguments and where their inputs stand.
 
@@ -154,7 +187,7 @@ def fingerprint(
         LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
     made: list[weakref.ref[Tensor]] = []
-    mark = _record(_FakeCall(forward, module, args, kwargs), made)
+    mark = _record(_FakeCall(forward, module, args, kwargs, varying), made)
     if _alive(made):
         _clear_memos()
     left = _alive(made)
@@ -183,13 +216,15 @@ def _clear_memos() -> None:
 
 def _record(call: _FakeCall, made: list[weakref.ref[Tensor]]) -> tuple[Any, ...]:
     with call.stand_ins() as fakes, _explained():
-        recorder = _Recorder(dict(zip(call.snapshot.tensors, fakes, strict=True)))
+        paths = [*call.snapshot.tensors, *call.symbols.numbers]
+        recorder = _Recorder(dict(zip(paths, fakes, strict=True)))
         with recorder:
             outputs = call.run(*fakes)
         named = [recorder.name(t) for t in outputs]
         structure = (call.result, tuple(call.result_leaves), _write_keys(call.writes))
+        conditions = call.symbols.conditions().text
         made += [weakref.ref(tensor) for tensor in recorder.made]
-    return (tuple(recorder.records), tuple(named), structure)
+    return (tuple(recorder.records), tuple(named), structure, conditions)
 
 
 def _write_keys(writes: list[Write]) -> tuple[Any, ...]:
@@ -200,46 +235,52 @@ class _FakeCall:
     """A call that runs on fake tensors; afterwards it knows its result's and writes' structure."""
 
     def __init__(
-        self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        forward: Forward,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        varying: Varying,
     ) -> None:
         self._forward = forward
+        self._varying = varying
         self._origin: Roots = roots(module, args, kwargs)
         self.snapshot = Snapshot(self._origin)
+        self.symbols = Symbols(varying)
         self.result: pytree.TreeSpec | None = None
         self.result_leaves: list[Any] = []
         self.writes: list[Write] = []
         self._fakes: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
-    def stand_ins(self) -> Iterator[list[Tensor]]:
-        """Puts fake tensors in the place of all tensors, and puts everything back at the end."""
-        # A kernel that is handed a stand-in must fail rather than read memory that is not there.
-        with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-            mode = FakeTensorMode(
-                allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_scalar_outputs=True)
-            )
+    def stand_ins(self) -> Iterator[list[Any]]:
+        """Puts fakes in the place of all tensors and of the numbers that vary, for a while."""
+        symbols, snapshot = self.symbols, self.snapshot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
-            self._fakes = {
-                id(t): mode.from_tensor(t, static_shapes=True)
-                for t in self.snapshot.tensors.values()
-            }
+            self._fakes = {id(t): symbols.tensor(p, t) for p, t in snapshot.tensors.items()}
+        for path in self._varying.numbers:
+            symbols.number(path, snapshot.constants[path])
         try:
-            self.snapshot.substitute(self._fake)
-            with mode, torch.compiler.set_stance("force_eager"):
-                yield list(self._fakes.values())
+            snapshot.substitute(self._fake)
+            with symbols.mode, torch.compiler.set_stance("force_eager"):
+                yield [*self._fakes.values(), *symbols.numbers.values()]
         finally:
             self.snapshot.restore()
             torch.clear_autocast_cache()
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        return self._fakes[id(tensor)]
+    def _fake(self, path: Path, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._fakes[id(value)]
+        return self.symbols.numbers.get(path, value)
 
-    def run(self, *_: Tensor) -> list[Tensor]:
+    def run(self, *_: Any) -> list[Tensor]:
         """Runs the call; the fakes it is given are those already in place."""
         with _UserLines(), PlainSpelling():
             result = self._forward(*self._origin["args"], **self._origin["kwargs"])
         leaves, self.result = pytree.tree_flatten(result)
+        if any(isinstance(leaf, SymInt) for leaf in leaves):
+            refuse("FVX001", "it returns a number that depends on a size that varies")
         self.result_leaves = _mark_tensors(leaves)
         writes = list(self.snapshot.writes(self._fake))
         self.writes = [
@@ -264,13 +305,14 @@ class _UserLines(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every op below autograd and autocast, naming tensors by origin."""
 
-    def __init__(self, inputs: dict[Path, Tensor]) -> None:
+    def __init__(self, inputs: dict[Path, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.records: list[Any] = []
+        tensors = {path: t for path, t in inputs.items() if isinstance(t, Tensor)}
         self._names: dict[int, Any] = {
-            id(t): (path, tuple(t.shape), t.dtype, t.device) for path, t in inputs.items()
+            id(t): (path, str(t.shape), t.dtype, t.device) for path, t in tensors.items()
         }
-        self._paths = {t.untyped_storage()._cdata: path for path, t in inputs.items()}
+        self._paths = {t.untyped_storage()._cdata: path for path, t in tensors.items()}
         self.made: list[Tensor] = []  # kept alive, for their ids are their names
 
     def name(self, value: Any) -> Any:
@@ -280,7 +322,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, value: Tensor) -> Any:
         """Names a tensor that came from nowhere: an alias of an input, or one of the user's."""
-        meta = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
+        meta = _layout(value)
         if isinstance(value, FakeTensor):
             return ("alias", self._paths.get(value.untyped_storage()._cdata), meta)
         if value.numel() > _SMALL:
@@ -347,11 +389,15 @@ def _has_effect(node: Node) -> bool:
     return any(node < user for alias in aliases for user in alias.users)
 
 
-def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
+def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
     """Maps constants that alias an input (`weight.data`) to it; refuses any made while tracing."""
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
-    by_storage = {_storage_key(fake): node for fake, node in zip(fakes, placeholders, strict=True)}
+    by_storage = {
+        _storage_key(fake): node
+        for fake, node in zip(fakes, placeholders, strict=True)
+        if isinstance(fake, Tensor)
+    }
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(graph_module, str(node.target))
         if not isinstance(constant, Tensor):
@@ -368,8 +414,13 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Tensor]) -> None:
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
-    storage = tensor.untyped_storage()._cdata
-    return (storage, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    return (tensor.untyped_storage()._cdata, *_layout(tensor))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in its storage; sizes as text, for symbols compare by what they mean."""
+    offset = str(tensor.storage_offset())
+    return (str(tuple(tensor.shape)), str(tensor.stride()), offset, tensor.dtype)
 
 
 def _drop_unread_inputs(graph_module: GraphModule, paths: list[Path]) -> list[Path]:

@@ -6,20 +6,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.attention import attention_flops, is_attention
+from passes.attention import attention_flops, is_attention, key_count
+from passes.axes import Axes, Tag
 from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops, find_branches
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
 from passes.features import capture_features
 from passes.graphs import example_values, outputs_of
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse
+from passes.sizes import NOTHING_VARIES, Varying
 from passes.state import Path, get, roots
 from passes.validate import PermutedTokens, SomeTokens, check_permutation, check_translation
 
@@ -36,6 +38,8 @@ class Call:
     kwargs: dict[str, Any]
     stream: Path
     """Where its (B, L, C) input is, from the roots."""
+    varying: Varying = NOTHING_VARIES
+    """The sizes that its program shall leave open."""
 
 
 Reference = tuple[list[Tensor], list[Tensor]]
@@ -54,6 +58,9 @@ class BranchReport:
         flops: Matrix-product FLOPs of its dense form.
         pruned_flops: The same of the form it runs in.
         refusal: Why it stays dense, if it was refused.
+        attended_flops: The part of `flops` that grows with tokens times keys, products of two
+            values of the stream as in self-attention; the rest grows with tokens alone.
+        keys: How many keys its self-attention reads, cached ones included; None if unknown.
     """
 
     index: int
@@ -63,6 +70,8 @@ class BranchReport:
     flops: int
     pruned_flops: int
     refusal: Refusal | None = None
+    attended_flops: int = 0
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,11 @@ class StepProgram:
     inputs: tuple[Path, ...] = field(repr=False)
     features: tuple[int, ...]
     branches: tuple[BranchReport, ...]
+
+    @property
+    def prunes(self) -> tuple[int, ...]:
+        """The branches that prune."""
+        return tuple(branch.index for branch in self.branches if branch.kept is not None)
 
 
 @dataclass(frozen=True)
@@ -116,11 +130,8 @@ def analyse(call: Call, real: Reference) -> _Analysed:
         RefusedError: If the block as a whole stays dense.
     """
     results, written = real
-    program = capture(call.forward, call.module, call.args, call.kwargs)
-    stream = placeholder_of(program, call.stream)
-    if stream is None:
-        refuse("FVX003", "its (B, L, C) input is not read")
-    found = find_branches(program.graph_module.graph, stream, program.result_count)
+    program = capture(call.forward, call.module, call.args, call.kwargs, call.varying)
+    found = branches_of(program, call.stream)
     features = capture_features(program.graph_module, found)
     inputs = live_inputs(call, program.inputs)
     outputs = features(*inputs)
@@ -131,6 +142,14 @@ def analyse(call: Call, real: Reference) -> _Analysed:
     return _Analysed(program, found, results, outputs[count:], inputs)
 
 
+def branches_of(program: BlockProgram, stream: Path) -> list[FoundBranch]:
+    """Finds the residual branches of a captured call whose (B, L, C) input is at `stream`."""
+    node = placeholder_of(program, stream)
+    if node is None:
+        refuse("FVX003", "its (B, L, C) input is not read")
+    return find_branches(program.graph_module.graph, node, program.result_count)
+
+
 def make_capture(
     call: Call, real: Reference, kinds: Sequence[Kind], dump: Dump | None
 ) -> StepProgram:
@@ -139,6 +158,9 @@ def make_capture(
     program = analysed.program
     wanted = [branch for branch in analysed.found if branch.kind in kinds]
     graph_module = capture_features(program.graph_module, wanted)
+    if program.earlier is not None:
+        others = _same_branches(call, program.earlier, wanted)
+        _check_sizes(graph_module, capture_features(program.earlier.graph_module, others))
     if dump is not None:
         dump("captured", program.graph_module)
         dump("features", graph_module)
@@ -170,23 +192,25 @@ def make_pruned(
     analysed = analyse(call, real)
     program = analysed.program
     found = [_with_feature(branch, captured) for branch in analysed.found]
+
+    def feature_of(branch: Branch) -> Tensor:
+        return _fake_like(branch, captured[branch.index])
+
     while True:
         wanted = [b for b in found if isinstance(b, Branch) and b.kind in kinds]
         try:
             _check_permuted(call, analysed, wanted)
             _check_subset(call, analysed, wanted, step.kept)
-            pruned = prune(
-                program.graph_module,
-                wanted,
-                step,
-                operators,
-                lambda branch: _fake_like(branch, captured[branch.index]),
-            )
+            pruned = prune(program.graph_module, wanted, step, operators, feature_of)
         except PruneRefusedError as error:
             log.info("branch %d refused: %s", error.branch, error.refusal)
             found = [_refuse(b, error.refusal) if b.index == error.branch else b for b in found]
         else:
             break
+    if program.earlier is not None:
+        others = _same_branches(call, program.earlier, wanted)
+        other = prune(program.earlier.graph_module, others, step, operators, feature_of)
+        _check_sizes(pruned.graph_module, other.graph_module)
     if dump is not None:
         dump("captured", program.graph_module)
         dump("pruned", pruned.graph_module)
@@ -194,6 +218,23 @@ def make_pruned(
     inputs = tuple(program.inputs[i] for i in pruned.inputs)
     features = tuple(branch.index for branch in wanted)
     return StepProgram(program, pruned.graph_module, inputs, features, reports)
+
+
+def _same_branches(call: Call, earlier: BlockProgram, wanted: Sequence[FoundBranch]) -> Any:
+    """Finds the wanted branches again in the graph at the sizes of an earlier call."""
+    found = branches_of(earlier, call.stream)
+    indices = [branch.index for branch in wanted]
+    return [branch for branch in found if branch.index in indices]
+
+
+def _check_sizes(made: GraphModule, at_earlier_sizes: GraphModule) -> None:
+    """Nothing in a graph may depend on the sizes that vary but what is computed in it."""
+    pairs = zip(made.graph.nodes, at_earlier_sizes.graph.nodes, strict=False)
+    for node, other in pairs:
+        if node.format_node() != other.format_node():
+            refuse("FVX019", f"`{node.format_node()}` has been `{other.format_node()}`", node)
+    if len(made.graph.nodes) != len(at_earlier_sizes.graph.nodes):
+        refuse("FVX019", "other branches prune at other sizes")
 
 
 def _with_feature(branch: FoundBranch, captured: dict[int, Tensor]) -> FoundBranch:
@@ -291,20 +332,46 @@ def _fake_like(branch: Branch, feature: Tensor) -> Tensor:
     return example.new_empty(feature.shape)
 
 
-def live_inputs(call: Call, paths: Sequence[Path]) -> list[Tensor]:
+def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
     """Reads a program's inputs from a live call; those that it might overwrite are copies."""
     origin = roots(call.module, call.args, call.kwargs)
-    tensors = [get(origin, path) for path in paths]
-    return [t if isinstance(t, nn.Parameter) else t.clone() for t in tensors]
+    values = [get(origin, path) for path in paths]
+    return [v if isinstance(v, (nn.Parameter, int)) else v.clone() for v in values]
 
 
 # --- reports -----------------------------------------------------------------------------------
 
 
 def _dense_report(branch: FoundBranch) -> BranchReport:
-    flops = count_flops(branch.region)
+    attending = [node for node in branch.region if _attends(node, branch)]
+    attended = count_flops(attending)
+    flops = attended + count_flops([node for node in branch.region if node not in attending])
     refusal = branch.refusal if isinstance(branch, RefusedBranch) else None
-    return BranchReport(branch.index, branch.kind, branch.name, None, flops, flops, refusal)
+    named = (branch.index, branch.kind, branch.name)
+    return BranchReport(*named, None, flops, flops, refusal, attended, _keys(attending, branch))
+
+
+def _attends(node: Node, branch: FoundBranch) -> bool:
+    """Whether a call is a product of values that the branch makes, not of one and a weight."""
+    operands = [arg for arg in node.all_input_nodes if arg in branch.region]
+    return counts_flops(node) and len(operands) > 1
+
+
+def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
+    """Returns the longest token axis that the attention of a branch reads.
+
+    A refused branch has no axes: there it is the last dim of the first product, the scores, or of
+    the keys that an attention op reads.
+    """
+    if isinstance(branch, RefusedBranch):
+        if not attending:
+            return None
+        if is_attention(attending[0]):
+            return key_count(attending[0])
+        return int(attending[0].meta["val"].shape[-1])
+    operands = {arg for node in attending for arg in node.all_input_nodes if arg in branch.axes}
+    factors = (f for arg in operands for dim in cast("Axes", branch.axes[arg]) for f in dim)
+    return max((f.size for f in factors if f.tag is Tag.TOKEN), default=None)
 
 
 def _pruned_report(
@@ -317,14 +384,7 @@ def _pruned_report(
         for n in graph_module.graph.nodes
         if n.meta.get("fastvar", {}).get("branch") == branch.index
     ]
-    return BranchReport(
-        branch.index,
-        branch.kind,
-        branch.name,
-        kept,
-        count_flops(branch.region),
-        count_flops(nodes),
-    )
+    return replace(_dense_report(branch), kept=kept, pruned_flops=count_flops(nodes))
 
 
 def count_flops(nodes: Sequence[Node]) -> int:

@@ -6,6 +6,7 @@ the kept tokens; its dense form is left out unless something else still needs it
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -203,7 +204,7 @@ class _BranchEmitter:
             elif isinstance(edit, Recount):
                 args[name] = self._recount(value, edit, node)
             elif isinstance(edit, Resize):
-                args[name] = shape_of(edit.axes, self._kept)
+                args[name] = self._resized(value, edit.axes, node)
             elif isinstance(value, (list, tuple)):
                 args[name] = [
                     self._operand(item, edits.get((name, i))) for i, item in enumerate(value)
@@ -240,6 +241,20 @@ class _BranchEmitter:
         if isinstance(edit, Gather):
             return self._gather(value, edit.axes)
         return self._dense[value]
+
+    def _resized(self, sizes: Iterable[Any], axes: Axes, like: Node) -> list[Any]:
+        """The size argument of these axes; one that is computed loses the dropped tokens."""
+        resized: list[Any] = []
+        for size, dim in zip(sizes, axes, strict=True):
+            kept = dim_size(dim, self._kept)
+            if isinstance(size, Node):
+                dropped, dense = dim_size(dim) - kept, self._dense[size]
+                resized.append(self._call(operator.sub, (dense, dropped), {}, like))
+            elif size == -1 and self._kept:
+                resized.append(-1)
+            else:
+                resized.append(kept)
+        return resized
 
     def _recount(self, value: Any, edit: Recount, like: Node) -> Any:
         count = self._kept + edit.around
@@ -358,18 +373,18 @@ class SideLayout(NamedTuple):
     """How a side input is gathered at the kept tokens of the value it meets.
 
     Attributes:
-        factored: The side input's shape with merged dims taken apart; 1 where it broadcasts.
-        full: The same after the gather, with every dim that it changed at its full size.
-        tokens: The dims of `factored` to gather, with what stands before and after the tokens.
-        batch: The dim of `factored` that ranges over the samples, or -1 if there is one sample.
-        shape: The shape of the result.
+        splits: Per dim, aligned from the right, the sizes of the factors it is taken apart into;
+            None leaves it as it is.
+        tokens: Dims to gather, counted after the split: their number of tokens, and how many
+            entries stand behind these.
+        batch: The dim, after the split, that ranges over the samples; -1 if there is one sample.
+        full: The sizes, after the split and the gather, to expand to; -1 leaves one as it is.
     """
 
-    factored: tuple[int, ...]
-    full: tuple[int, ...]
+    splits: tuple[tuple[int, ...] | None, ...]
     tokens: tuple[tuple[int, int, int], ...]
     batch: int
-    shape: tuple[int, ...]
+    full: tuple[int, ...]
 
     @staticmethod
     def of(side_shape: Iterable[int], axes: Axes, kept: int) -> SideLayout:
@@ -377,26 +392,23 @@ class SideLayout(NamedTuple):
         sizes = list(side_shape)
         rank = max(len(axes), len(sizes))
         sizes = [1] * (rank - len(sizes)) + sizes
-        factored: list[int] = []
-        full: list[int] = []
-        shape: list[int] = []
+        splits: list[tuple[int, ...] | None] = []
         tokens: list[tuple[int, int, int]] = []
+        full: list[int] = []
         batch = -1
         for size, dim in zip(sizes, ((),) * (rank - len(axes)) + axes, strict=True):
             if not (has_batch(dim) or (has_tokens(dim) and size != 1)):
-                factored.append(size)
-                full.append(size)
-                shape.append(size)
+                splits.append(None)
+                full.append(-1)
                 continue
+            splits.append(tuple(1 if size == 1 else f.size for f in dim) if len(dim) > 1 else None)
             for factor in dim:
                 if factor.tag is Tag.BATCH:
-                    batch = len(factored)
-                elif factor.tag is Tag.TOKEN:
-                    tokens.append((len(factored), factor.before, factor.after))
-                factored.append(1 if size == 1 else factor.size)
-                full.append(factor.kept_size(kept))
-            shape.append(dim_size(dim, kept))
-        return SideLayout(tuple(factored), tuple(full), tuple(tokens), batch, tuple(shape))
+                    batch = len(full)
+                elif factor.tag is Tag.TOKEN and size != 1:
+                    tokens.append((len(full), factor.tokens, factor.after))
+                full.append(factor.kept_size(kept) if size == 1 or factor.tag is Tag.BATCH else -1)
+        return SideLayout(tuple(splits), tuple(tokens), batch, tuple(full))
 
 
 def _no_tokens(cached: Tensor) -> Tensor:
@@ -407,37 +419,41 @@ def _no_tokens(cached: Tensor) -> Tensor:
 def take_side(
     side: Tensor,
     index: Tensor,
-    factored: tuple[int, ...],
-    full: tuple[int, ...],
+    splits: tuple[tuple[int, ...] | None, ...],
     tokens: tuple[tuple[int, int, int], ...],
     batch: int,
-    shape: tuple[int, ...],
+    full: tuple[int, ...],
 ) -> Tensor:
     """Gathers a side input per sample at the kept tokens.
 
     Args:
         side: A tensor with an entry per token on one or more dims, such as a RoPE table.
         index: Kept tokens (B, kept), int64.
-        factored: This and the rest: see `SideLayout`.
-        full: Shape after the gather, before dims are merged again.
-        tokens: Dims to gather, with what stands before and after the tokens.
+        splits: This and the rest: see `SideLayout`.
+        tokens: Dims to gather, with their number of tokens and what stands behind them.
         batch: Dim of the samples, or -1.
-        shape: Shape of the result.
+        full: Sizes to expand to.
     """
-    value = side.reshape(factored)
-    for dim, before, after in tokens:
-        keys = _keys(index, value.shape[dim], before, after)
+    shape = (1,) * (len(splits) - side.dim()) + tuple(side.shape)
+    parts = [split or (size,) for split, size in zip(splits, shape, strict=True)]
+    value = side.reshape([size for part in parts for size in part])
+    for dim, count, after in tokens:
+        keys = _keys(index, value.shape[dim], count, after)
         place = [1] * value.dim()
         place[dim] = keys.shape[1]
         if batch >= 0:
             place[batch] = index.shape[0]
         keys = keys.mT if batch > dim else keys
         value = torch.take_along_dim(value, keys.reshape(place), dim)
-    return value.expand(full).reshape(shape)
+    value = value.expand(full)
+    for dim, part in enumerate(parts):  # merged again, from the left
+        value = value.flatten(dim, dim + len(part) - 1)
+    return value
 
 
-def _keys(index: Tensor, size: int, before: int, after: int) -> Tensor:
-    """Extends the kept tokens by the entries that stand before and after all tokens."""
+def _keys(index: Tensor, size: int, tokens: int, after: int) -> Tensor:
+    """Extends the kept tokens by the entries that stand before and behind all tokens."""
+    before = size - tokens - after
     if not (before or after):
         return index
     samples = index.shape[0]

@@ -28,6 +28,7 @@ CODES: Final[dict[str, str]] = {
     "FVX016": "the branch has no captured output",
     "FVX017": "the rewritten graph does not reproduce the block",
     "FVX018": "the rewritten op does not run on the kept tokens",
+    "FVX019": "the graph depends on a size that varies",
     "FVX020": "the compiler failed on the block",
 }
 """Stable refusal codes and what each means; the reason of a refusal adds the case at hand."""
@@ -45,6 +46,7 @@ _HINTS: Final[dict[str, str]] = {
     "FVX015": "assign the updated tensor to the attribute instead of writing into it",
     "FVX016": "capture a step at which the block runs the same branches (cache_step=)",
     "FVX017": "check the axis rules and opaque kernels you declared: one leaves something out",
+    "FVX019": "none needed: every such size gets a graph of its own",
     "FVX020": "please report it with the logged traceback",
     "FVX018": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
 }

@@ -87,7 +87,7 @@ class Site:
 
     def __init__(self, node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
         self.node = node
-        self.args = bind(node)
+        self.args = {name: _plain(value) for name, value in bind(node).items()}
         self.edits: dict[Slot, Edit] = {}
         self._axes = axes
 
@@ -164,6 +164,15 @@ class Site:
     def refuse(self, code: str, reason: str) -> NoReturn:
         """Refuses this call."""
         refuse(code, reason, self.node)
+
+
+def _plain(value: Any) -> Any:
+    """Puts the value of a size that is computed in the graph in its place."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
+        return value.meta["val"]
+    return value
 
 
 def bind(node: Node) -> dict[str, Any]:

@@ -27,6 +27,8 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 Roots = dict[str, Any]
 """What paths start from: {"module": ..., "args": [...], "kwargs": {...}}."""
+StandIn = Callable[[Path, Any], Any]
+"""(path, tensor or plain value) -> what stands in its place."""
 
 _MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_fastvar"}
 _CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -89,7 +91,7 @@ class Snapshot:
             self._visit((("item", name),), value)
 
     def _visit(self, path: Path, value: Any) -> None:
-        if isinstance(value, _CONSTANTS):
+        if _is_constant(value):
             self.constants[path] = value
             return
         if id(value) in self._seen:
@@ -107,13 +109,14 @@ class Snapshot:
                 self.constants[*path, ("attr", "training")] = value.training
                 self._registries += [(r, dict(r)) for r in _registries(value)]
             for step, item in _entries(value):
-                if not (_is_torch_layer(value) and isinstance(item, (*_CONSTANTS, tuple))):
+                setting = isinstance(item, tuple) or _is_constant(item)
+                if not (_is_torch_layer(value) and setting):
                     self._visit((*path, step), item)
 
-    def substitute(self, stand_in: Callable[[Tensor], Tensor]) -> None:
-        """Puts `stand_in(tensor)` in the place of every tensor."""
-        for _, container, contents in self._containers:
-            _fill(container, _map_tensors(contents, stand_in))
+    def substitute(self, stand_in: StandIn) -> None:
+        """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
+        for path, container, contents in self._containers:
+            _fill(container, _map_contents(path, container, contents, stand_in))
 
     def restore(self) -> None:
         """Puts everything back as it was."""
@@ -123,14 +126,15 @@ class Snapshot:
         for _, container, contents in self._containers:
             _fill(container, contents)
 
-    def writes(self, since: Callable[[Tensor], Tensor]) -> Iterator[Write]:
+    def writes(self, since: StandIn) -> Iterator[Write]:
         """Yields what changed since `substitute(since)`.
 
         Raises:
             RefusedError: FVX001, if a change is of a form that cannot be replayed.
         """
         for path, container, contents in self._containers:
-            before = dict(_contents_entries(container, _map_tensors(contents, since)))
+            mapped = _map_contents(path, container, contents, since)
+            before = dict(_contents_entries(container, mapped))
             after = dict(_entries(container))
             if isinstance(container, (list, deque)) and len(after) < len(before):
                 refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
@@ -139,6 +143,12 @@ class Snapshot:
                     yield _write(path, step, value)
             for step in before.keys() - after.keys():
                 yield Write(path, step, None, (), deleted=True)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
+    numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return numpy_scalar or isinstance(value, _CONSTANTS)
 
 
 def is_container(value: Any) -> bool:
@@ -187,7 +197,7 @@ def apply(write: Write, container: Any, leaves: list[Any]) -> None:
 def _write(path: Path, step: Step, value: Any) -> Write:
     leaves, spec = pytree.tree_flatten(value)
     for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+        if not (isinstance(leaf, Tensor) or _is_constant(leaf)):
             where = show((*path[1:], step))
             refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
     return Write(path, step, spec, tuple(leaves))
@@ -198,22 +208,24 @@ def _same(before: Any, after: Any) -> bool:
         return True
     if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
         return all(map(_same, before, after))
-    plain = isinstance(before, _CONSTANTS) and isinstance(after, _CONSTANTS)
-    return plain and type(before) is type(after) and before == after
+    plain = _is_constant(before) and _is_constant(after)
+    return plain and type(before) is type(after) and bool(before == after)
 
 
-def _map_tensors(contents: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
-    """Replaces tensors, also inside tuples; nested containers keep their identity."""
+def _map_contents(path: Path, container: Any, contents: Any, stand_in: StandIn) -> Any:
+    """Replaces tensors and plain values, also inside tuples; containers keep their identity."""
+    entries = _contents_entries(container, contents)
+    mapped = {step: _map_value((*path, step), value, stand_in) for step, value in entries}
     if isinstance(contents, dict):
-        return {key: _map_value(value, stand_in) for key, value in contents.items()}
-    return [_map_value(value, stand_in) for value in contents]
+        return {key: value for (_, key), value in mapped.items()}
+    return list(mapped.values())
 
 
-def _map_value(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return stand_in(value)
+def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
+    if isinstance(value, (Tensor, *_CONSTANTS)):
+        return stand_in(path, value)
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        items = [_map_value(item, stand_in) for item in value]
+        items = [_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value)]
         if all(map(_is, items, value)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -1,6 +1,7 @@
 """Which modules count as a model's blocks, and the copy that shares their parameters."""
 
 import copy
+import functools
 from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
@@ -137,6 +138,13 @@ def test_layers_that_are_no_modules_belong_to_their_owner() -> None:
 
 def test_owners_of_such_layers_in_a_list() -> None:
     assert_found(Model(stages=nn.ModuleList([Pair(2), Pair(2)])), paths("stages", 2))
+
+
+def test_lists_of_one_owner_with_blocks_of_one_class() -> None:
+    model = Model(first=nn.ModuleList(blocks(2)), second=nn.ModuleList(blocks(3)))
+    model.other = nn.ModuleList([CrossBlock()])
+    assert_found(model, [*paths("first", 2), *paths("second", 3)])
+    assert_found(model, paths("second", 3), blocks="second")
 
 
 def test_a_vae_beside_them() -> None:
@@ -311,6 +319,23 @@ def test_references_lead_into_the_copy() -> None:
     assert made.same is made.by_name
     assert model.hidden[0] is model
     assert model.method(1) == (model, 1, 1.0)
+
+
+def test_closures_lead_into_the_copy() -> None:
+    def patched(block: Any) -> Any:
+        old = block.scaled
+        return lambda x: (old(x), block)
+
+    model: Any = Owner()
+    model.patched = patched(model)
+    model.wrapped = functools.wraps(model.patched)(lambda x: model.patched(x))
+    model.plain_function = len
+    made: Any = copy_structure(model)[0]
+    assert made.patched(1) == ((made, 1, 1.0), made)
+    assert made.wrapped(1) == ((made, 1, 1.0), made)
+    assert made.wrapped.__name__ == model.wrapped.__name__
+    assert made.plain_function is len
+    assert model.patched(1) == ((model, 1, 1.0), model)
 
 
 def test_generators_are_copied_with_their_state() -> None:

@@ -266,6 +266,15 @@ def test_additions_without_real_work_are_part_of_the_trunk() -> None:
     assert names(find(program_of(body))) == [("attention", "attn")]
 
 
+def test_work_of_another_shape_that_is_added_stays_in_the_trunk() -> None:
+    def body(m: Block, x: Tensor) -> Tensor:
+        x = x + m.attn(m.norm1(x))
+        x = m.cross(m.norm2(x), m.text)[0] + x
+        return x + m.ffn(m.norm3(x))
+
+    assert names(find(program_of(body))) == [("attention", "attn"), ("ffn", "ffn")]
+
+
 def test_a_long_skip_is_no_branch_of_its_own() -> None:
     def body(m: Block, x: Tensor) -> Tensor:
         y = x + m.attn(m.norm1(x))

@@ -128,13 +128,24 @@ def test_explain_a_model_of_the_current_directory(cli: Cli, folder: Path) -> Non
 
 
 def test_ratios_replace_those_of_the_schedule(cli: Cli, folder: Path) -> None:
-    options = ("--ratios", "0.25,0.5,1", "--blocks", "blocks", "--json")
+    options = ("--ratios", "0.25,0.5,1", "--blocks", "blocks", "--on-full", "cache", "--json")
     code, out, _ = cli("explain", *OWN, *options)
     assert code == 0
     data = json.loads(out)
     kept = {(r["step"], r["tokens"], r["kept"]) for r in data["rows"]}
     assert kept == {(2, 9, 9), (3, 16, 12), (4, 36, 18), (5, 64, 0)}
     assert data["cache_step"] == 2
+
+
+def test_steps_of_ratio_one_are_skipped(cli: Cli, folder: Path) -> None:
+    code, out, _ = cli("explain", *OWN, "--ratios", "0.25,0.5,1", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert {row["step"] for row in data["rows"]} == {2, 3, 4}
+    skipping, pruning = data["skipping"], data["pruning"]
+    assert (skipping["steps"], skipping["tokens"], skipping["all_tokens"]) == ([5], 64, 130)
+    assert (pruning["steps"], pruning["tokens"], pruning["dropped"]) == ([3, 4], 52, 22)
+    assert pruning["pruned_flops"] < pruning["flops"] < skipping["flops"]
 
 
 # --- demo -------------------------------------------------------------------------------------

@@ -562,9 +562,17 @@ def test_residual_is_an_upsampled_map_half_convolved(var: VAR) -> None:
     torch.testing.assert_close(quantize.residual(tokens, 0, 4, 5), expected)
 
 
-def test_next_input_averages_areas(var: VAR) -> None:
-    f_hat = torch.arange(16.0).view(1, 1, 4, 4)
-    assert var.vae.quantize.next_input(f_hat, 2).tolist() == [[[2.5], [4.5], [10.5], [12.5]]]
+def test_the_next_input_averages_areas_of_the_new_sum(var: VAR) -> None:
+    quantize, scales = var.vae.quantize, (1, 2, 3, 4)
+    tokens, f_hat = torch.tensor([[7]]), torch.randn(1, 8, 4, 4)
+    new, average = quantize.get_next_autoregressive_input(0, 4, f_hat, tokens, scales)
+    torch.testing.assert_close(new, f_hat + quantize.residual(tokens, 0, 4, 4))
+    areas = new.view(1, 8, 2, 2, 2, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(average, areas)
+    tokens = torch.arange(16)[None]
+    new, same = quantize.get_next_autoregressive_input(3, 4, f_hat, tokens, scales)
+    torch.testing.assert_close(new, f_hat + quantize.residual(tokens, 3, 4, 4))
+    assert same is new
 
 
 # ------------------------------------------------------------------------------------- checkpoints

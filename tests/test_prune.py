@@ -146,7 +146,7 @@ def forward(self, arg0_1, arg1_1, arg2_1, arg3_1, arg4_1, arg5_1, arg6_1, arg7_1
     take = take(mul, select)
     layer_norm_default = aten.layer_norm.default(take, [4], arg0_1, arg1_1)
     linear_default = aten.linear.default(layer_norm_default, arg2_1, arg3_1)
-    take_side = take_side(arg7_1, select, (1, 6, 1), (2, 3, 1), ((1, 0, 0),), 0, (2, 3, 1))
+    take_side = take_side(arg7_1, select, (None, None, None), ((1, 6, 0),), 0, (2, -1, -1))
     mul_tensor = aten.mul.Tensor(linear_default, take_side)
     relu_default = aten.relu.default(mul_tensor)
     linear_default_1 = aten.linear.default(relu_default, arg4_1, arg5_1)
@@ -429,9 +429,7 @@ def test_side_layout() -> None:
     axes = branch.axes[branch.out]
     assert isinstance(axes, tuple)
     layout = SideLayout.of((L, 1), axes, KEPT)
-    assert layout.tokens == ((1, 0, 0),)
-    assert layout.batch == 0
-    assert layout.shape == (B, KEPT, 1)
+    assert layout == ((None, None, None), ((1, L, 0),), 0, (B, -1, -1))
     side, index = torch.randn(L, 1), select(torch.empty(B, L, C), KEPT)
     gathered = take_side(side, index, *layout)
     assert torch.equal(gathered, torch.stack([side[row] for row in index]))
@@ -440,7 +438,7 @@ def test_side_layout() -> None:
 def test_keys_before_and_behind_the_tokens_stay() -> None:
     side = torch.arange(2 + L + 1.0)
     index = select(torch.empty(B, L, C), KEPT)
-    gathered = take_side(side, index, (1, 9), (B, 2 + KEPT + 1), ((1, 2, 1),), 0, (B, 6))
+    gathered = take_side(side, index, (None, None), ((1, L, 1),), 0, (B, -1))
     assert gathered.tolist() == [[0, 1, 6, 2, 5, 8], [0, 1, 3, 7, 4, 8]]
 
 

@@ -94,6 +94,14 @@ def test_cache_step_may_lie_earlier() -> None:
     assert Schedule([1, 2, 3, 4], [0.5], cache_step=1).cache_step == 1
 
 
+@pytest.mark.parametrize(
+    ("ratios", "full"),
+    [([], ()), ([0.5], ()), ([1], (3,)), ([0.5, 1, 1], (2, 3)), ([1, 0.5], ()), ([1, 0, 1], (3,))],
+)
+def test_full_steps_are_the_last_ones_of_ratio_one(ratios: list[float], full: Any) -> None:
+    assert Schedule([1, 2, 3, 4], ratios).full_steps == full
+
+
 @FAST
 @given(schedules())
 def test_kept_counts(schedule: Schedule) -> None:
@@ -159,6 +167,56 @@ def test_json_that_is_no_schedule(text: str, message: str) -> None:
 def test_json_is_an_object_of_plain_values() -> None:
     data = json.loads(Schedule([1, 2], [0.5], layers=[1]).to_json())
     assert data == {"scales": [[1, 1], [2, 2]], "ratios": [0.5], "cache_step": 0, "layers": [1]}
+
+
+# -- longer schedules ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [None, 0.75, 1])
+def test_extend_appends_steps(ratio: float | None) -> None:
+    schedule = Schedule([1, 2, 3, 4], [0.25, 0.5], cache_step=0, layers=[2])
+    longer = schedule.extend((5, 6), [6, 7], ratio=ratio)
+    assert longer.scales == (*schedule.scales, (5, 6), (6, 7))
+    added = 0.5 if ratio is None else ratio
+    assert longer.ratios == (0.25, 0.5, added, added)
+    assert (longer.cache_step, longer.layers) == (0, (2,))
+    assert schedule == Schedule([1, 2, 3, 4], [0.25, 0.5], cache_step=0, layers=[2])
+    assert Schedule.from_json(longer.to_json()) == longer
+
+
+def test_extend_keeps_what_was_the_default_cache_step() -> None:
+    assert Schedule([1, 2, 3], [0.5]).extend(4).cache_step == 1
+    assert Schedule([1, 2, 3], []).extend(4) == Schedule([1, 2, 3, 4], [0.0])
+    longer = Schedule([(2, 1, 1), (2, 2, 2)], [0.5]).extend((2, 3, 3))
+    assert (longer.tokens(2), longer.cache_step) == (18, 0)
+
+
+def test_infinity_extends_to_2048() -> None:
+    longer = Schedule.preset("infinity-1024").extend((84, 84), (128, 128))
+    assert [longer.tokens(step) for step in longer.full_steps] == [2304, 4096, 7056, 16384]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "scales", "ratio", "message"),
+    [
+        ([0.5], [], None, "scales to append.*found none"),
+        ([0.5], [(4, 4)], None, r"grows: .* found \(4, 4\) after \(4, 4\)"),
+        ([0.5], [(2, 8)], None, r"grows: .* found \(2, 8\) after \(4, 4\)"),
+        ([0.5], [84, 84], None, r"grows: .* found \(84, 84\) after \(84, 84\)"),
+        ([0.5], [(3, 5)], None, r"found \(3, 5\) after \(4, 4\)"),
+        ([0.5], [(1, 8, 8)], None, r"mix \(h, w\) and \(m, h, w\)"),
+        ([0.5], ["8"], None, "an int n"),
+        ([0.5], [8], 1.5, r"lies in \[0, 1\].*found 1.5"),
+        ([0.5], [8], "1", r"number in \[0, 1\]; found '1'"),
+        ([0.5, 1], [8], 0.5, r"steps \[3\] have ratio 1 and are skipped.*in the middle"),
+        ([1, 1], [8], 0, r"steps \[2, 3\] have ratio 1 and are skipped.*in the middle"),
+    ],
+)
+def test_extensions_that_are_refused(
+    ratios: list[float], scales: list[Any], ratio: Any, message: str
+) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule([1, 2, 3, 4], ratios).extend(*scales, ratio=ratio)
 
 
 # -- what is refused ----------------------------------------------------------------------------
@@ -242,6 +300,7 @@ def test_infinity_preset() -> None:
     assert infinity.scales[infinity.cache_step] == (24, 24)
     assert infinity.layers == tuple(range(3, 28))
     assert [infinity.kept(step) for step in range(9, 13)] == [615, 800, 0, 0]
+    assert infinity.full_steps == (11, 12)
 
 
 @pytest.mark.parametrize("name", ["var-256", "var-512"])

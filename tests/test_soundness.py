@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,6 +318,25 @@ def test_blocks_with_different_constants_do_not_share_a_program() -> None:
     assert not torch.equal(fast.run()[1], got[1])
 
 
+def test_programs_hold_for_the_numpy_scalars_they_were_made_for_only() -> None:
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = np.int64(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + np.int64(1)
+            out: Tensor = x + self.fc(x) * float(self.calls)
+            return out
+
+    model = _same(Block)
+    fast = fastvar_fx.transform(model, SCHEDULE, restore=_only_cached)
+    for dense, got in [(model.run(), fast.run()) for _ in range(3)]:
+        assert torch.equal(got[1], dense[1])
+    assert first(fast).calls == first(model).calls == 9
+    assert not fastvar_fx.explain(fast).refusals
+
+
 def _only_cached(
     kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Any, scale: Any
 ) -> Tensor:
@@ -448,8 +468,6 @@ def test_an_op_can_be_declared_an_attention_and_selections_may_be_partial() -> N
 
 
 def test_a_kernel_that_cannot_be_traced_is_declared() -> None:
-    import numpy as np
-
     def kernel(x: Tensor) -> Tensor:
         return torch.from_numpy(np.tanh(x.numpy()))
 

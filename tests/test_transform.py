@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import fastvar_fx
-from fastvar_fx import Schedule
+from fastvar_fx import ModelError, Schedule
 from tests import reference, zoo
 
 
@@ -45,7 +46,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
     before = fingerprint_of(model)
     want = reference.reference_of(case, model)
-    fast = fastvar_fx.transform(model, schedule_of(case))
+    fast = fastvar_fx.transform(model, schedule_of(case), on_full="cache")
     got = fast.generate(case.batch, case.seed, keep_cache=True)
     assert not fastvar_fx.explain(fast).refusals
     torch.testing.assert_close(got, want.hidden, rtol=0, atol=1e-9)
@@ -61,7 +62,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
 def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     model = case.model(torch.float32)
     dense = model.generate(case.batch, case.seed)
-    fast = fastvar_fx.transform(model, schedule_of(case))
+    fast = fastvar_fx.transform(model, schedule_of(case), on_full="cache")
     pruned = fast.generate(case.batch, case.seed)
     assert (pruned.shape, pruned.dtype) == (dense.shape, dense.dtype)
     start = sum(h * w for h, w in case.schedule.scales[: case.schedule.texture_start])
@@ -80,7 +81,7 @@ def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
 @settings(max_examples=15)
 @given(zoo.cases())
 def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
-    fast = fastvar_fx.transform(case.model(), schedule_of(case))
+    fast = fastvar_fx.transform(case.model(), schedule_of(case), on_full="cache")
     together = fast.generate(case.batch, case.seed)
     for sample in range(case.batch):
         alone = fast.generate(1, case.seed, first=sample)
@@ -96,6 +97,7 @@ def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None
     fast = fastvar_fx.transform(
         model,
         Schedule(drawn.scales, drawn.ratios, cache_step=drawn.cache_step, layers=case.layers),
+        on_full="cache",
         select=_last_tokens,
         restore=_kept_or_cached,
     )
@@ -156,6 +158,28 @@ def test_a_transformed_model_is_a_model_of_its_class() -> None:
     ):
         assert name == other
         assert ours is theirs
+
+
+def test_a_forward_set_on_a_block_is_the_one_that_prunes() -> None:
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.old_forward(*args, **kwargs)
+        return result.mul(2.0)
+
+    model: Any = zoo.ZooModel(zoo.complete_spec({}), 2, ((1, 1), (2, 3), (4, 4)))
+    schedule = Schedule(model.scales, (0.5,))
+    plain = fastvar_fx.transform(model, schedule).generate(2, 0)
+    for block in model.blocks:
+        block.old_forward = block.forward
+        block.forward = types.MethodType(doubled, block)
+    dense = model.generate(2, 0)
+    fast: Any = fastvar_fx.transform(model, schedule)
+    report = fastvar_fx.trace(fast, lambda m: m.generate(2, 0))
+    assert any(row.kept == 8 for row in report.rows)
+    assert not torch.equal(fast.generate(2, 0), plain)
+    assert torch.equal(model.generate(2, 0), dense)
+    model.blocks[1].forward = lambda x: x
+    with pytest.raises(ModelError, match=r"blocks\.1 has a forward of its own .*MethodType"):
+        fastvar_fx.transform(model, schedule)
 
 
 def test_weights_can_change_after_the_transform() -> None:

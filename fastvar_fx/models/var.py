@@ -18,7 +18,6 @@ Source: VAR, arXiv 2404.02905, section 3.
 """
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx.models.cache import KVCache, kv_caching
+from fastvar_fx.models.named import check_heads, check_sizes, configured
 from fastvar_fx.models.vqvae import VQVAEDecoder
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -49,7 +50,7 @@ _MAX_LOG_SCALE = math.log(100)
 # --------------------------------------------------------------------------------------------------
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(KVCache):
     """Multi-head self-attention with an optional cache of keys and values.
 
     While caching is on, each call appends its keys and values to those of the calls before, so
@@ -61,8 +62,6 @@ class SelfAttention(nn.Module):
         l2_norm: whether queries and keys are unit vectors with a learned scale per head.
     """
 
-    cached_k: Tensor | None
-    cached_v: Tensor | None
     zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int, *, l2_norm: bool) -> None:
@@ -79,13 +78,6 @@ class SelfAttention(nn.Module):
         # A key bias shifts all scores of a query alike and softmax drops it: hence fixed at zero.
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        self.kv_caching(False)
-
-    def kv_caching(self, enable: bool) -> None:
-        """Turn the cache on or off; either way it is emptied."""
-        self.caching = enable
-        self.cached_k = None
-        self.cached_v = None
 
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """Return (B, L, C) for ``x`` (B, L, C).
@@ -103,11 +95,7 @@ class SelfAttention(nn.Module):
             scale = self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
             q = F.normalize(q, dim=-1).mul(scale)
             k = F.normalize(k, dim=-1)
-        if self.caching:
-            if self.cached_k is not None and self.cached_v is not None:
-                k = torch.cat((self.cached_k, k), dim=2)  # (B, H, all tokens so far, c)
-                v = torch.cat((self.cached_v, v), dim=2)
-            self.cached_k, self.cached_v = k, v
+        k, v = self.with_cached(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
         out = out.transpose(1, 2).reshape(B, L, C)  # (B, H, L, c) -> (B, L, C)
         projected: Tensor = self.proj(out)
@@ -322,8 +310,8 @@ class VAR(nn.Module):
         super().__init__()
         width = 64 * depth if width is None else width
         heads = depth if heads is None else heads
-        _check_sizes(num_classes=num_classes, depth=depth, width=width, heads=heads)
-        _check_heads(width, heads)
+        check_sizes(num_classes=num_classes, depth=depth, width=width, heads=heads)
+        check_heads(width, heads)
         _check_scales(scales)
         self._vae = (vae,)  # a tuple hides the module from nn.Module's registration
         self.num_classes, self.depth, self.width, self.heads = num_classes, depth, width, heads
@@ -375,7 +363,7 @@ class VAR(nn.Module):
     def kv_caching(self, enable: bool) -> None:
         """Turn the key/value caches of all blocks on or off; either way they are emptied."""
         for module in self.modules():
-            if isinstance(module, SelfAttention):
+            if isinstance(module, KVCache):
                 module.kv_caching(enable)
 
     def get_logits(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -504,8 +492,7 @@ class VAR(nn.Module):
         x = self._start(cond) + positions[:, : self.first_l]  # (2B, first_l, C)
         end = self.first_l
 
-        self.kv_caching(True)
-        try:
+        with kv_caching(self):
             for step in range(len(self.scales)):
                 for block in self.blocks:
                     x = block(x, ada)
@@ -513,16 +500,16 @@ class VAR(nn.Module):
                 t = cfg * (step / last)
                 logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
                 tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
-                f_hat = f_hat + quantize.residual(tokens, step, len(self.scales), side)
+                f_hat, average = quantize.get_next_autoregressive_input(
+                    step, len(self.scales), f_hat, tokens, self.scales
+                )
                 if step < last:
                     begin, end = end, end + self.scales[step + 1] ** 2
-                    x = quantize.next_input(f_hat, self.scales[step + 1])  # (B, l, Cvae)
+                    x = average.flatten(2).transpose(1, 2)  # (B, l, Cvae)
                     x = self.word_embed(x.to(self.word_embed.weight.dtype))
                     x = (x + positions[:, begin:end]).repeat(2, 1, 1)  # (2B, l, C)
                 if on_step is not None:
                     on_step(step, f_hat)
-        finally:
-            self.kv_caching(False)
         return f_hat
 
     @torch.no_grad()
@@ -656,7 +643,7 @@ class VAR(nn.Module):
 
     def _check_sampling(self, B: int, cfg: float, top_k: int, top_p: float) -> None:
         """Raise on a batch size, guidance or truncation out of range, or a VQ-VAE elsewhere."""
-        _check_sizes(B=B)
+        check_sizes(B=B)
         if not (math.isfinite(cfg) and cfg >= 0):
             raise ValueError(f"cfg={cfg}: guidance is finite and at least 0; 1.5 is usual")
         V = self.head.out_features
@@ -691,21 +678,6 @@ def _levels_and_mask(scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     sees = level.unsqueeze(1) >= level.unsqueeze(0)  # (L queries, L keys)
     mask = torch.where(sees, 0.0, -math.inf)
     return level.unsqueeze(0), mask.unsqueeze(0).unsqueeze(0)
-
-
-def _check_sizes(**sizes: object) -> None:
-    """Raise unless each size is an int of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name}={size!r}: must be an int, not {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name}={size}: must be at least 1")
-
-
-def _check_heads(width: int, heads: int) -> None:
-    """Raise unless the heads split the width evenly."""
-    if width % heads:
-        raise ValueError(f"width={width}, heads={heads}: heads must divide width")
 
 
 def _check_scales(scales: Sequence[object]) -> None:
@@ -769,9 +741,9 @@ class VARConfig:
     def __post_init__(self) -> None:
         width = 64 * self.depth if self.width is None else self.width
         heads = self.depth if self.heads is None else self.heads
-        _check_sizes(depth=self.depth, width=width, heads=heads, num_classes=self.num_classes)
-        _check_sizes(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch)
-        _check_heads(width, heads)
+        check_sizes(depth=self.depth, width=width, heads=heads, num_classes=self.num_classes)
+        check_sizes(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch)
+        check_heads(width, heads)
         _check_scales(self.scales)
 
     def new_vae(self) -> VQVAEDecoder:
@@ -829,14 +801,9 @@ def build(
         >>> build("tiny", depth=2).depth
         2
     """
-    config = _config(name)
-    fields = [field.name for field in dataclasses.fields(VARConfig)]
-    for key in overrides:
-        if key not in fields:
-            raise TypeError(f"unknown override {key!r}{_close(key, fields)}")
     if scales is not None:
         overrides["scales"] = scales
-    config = dataclasses.replace(config, **overrides)
+    config = configured(CONFIGS, name, overrides)
     # On the meta device torch's own initialization, soon overwritten, costs neither time nor draws.
     with torch.device("meta"):
         vae = config.new_vae()
@@ -861,7 +828,7 @@ def load(var_path: str | Path, vae_path: str | Path, name: str) -> VAR:
         ValueError: ``name`` is unknown, a file is damaged or no state dict, or its contents do not
             fit the named model.
     """
-    config = _config(name)
+    config = configured(CONFIGS, name, {})
     vae_state, var_state = _read_state(vae_path), _read_state(var_path)
     try:
         vae = VQVAEDecoder.from_state_dict(vae_state)
@@ -876,21 +843,6 @@ def load(var_path: str | Path, vae_path: str | Path, name: str) -> VAR:
             f"asked: model {name!r}\nfound: {var_path} does not hold it\n{error}"
         ) from error
     return var.eval().requires_grad_(False)
-
-
-def _config(name: str) -> VARConfig:
-    """Return the named sizes."""
-    if name not in CONFIGS:
-        raise ValueError(
-            f"unknown model {name!r}{_close(name, list(CONFIGS))}; known: {', '.join(CONFIGS)}"
-        )
-    return CONFIGS[name]
-
-
-def _close(name: str, known: list[str]) -> str:
-    """Return a hint at the names most like ``name``, or nothing."""
-    close = difflib.get_close_matches(name, known, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ Source: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -111,15 +111,29 @@ class Quantizer(nn.Module):
         added: Tensor = self.quant_resi(z, step / (steps - 1))
         return added
 
-    def next_input(self, f_hat: Tensor, side: int) -> Tensor:
-        """Return ``f_hat`` area-averaged to the next token map, (B, side * side, Cvae).
+    def get_next_autoregressive_input(
+        self, si: int, SN: int, f_hat: Tensor, tokens: Tensor, scales: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``f_hat`` with a token map added, and area-averaged to the next token map.
+
+        The name and the first arguments are those of the published code; step skipping finds it
+        by them.
 
         Args:
-            f_hat: sum of the residuals so far, (B, Cvae, H, W).
-            side: side of the next token map.
+            si: index of the scale, 0 to ``SN`` - 1.
+            SN: number of scales K.
+            f_hat: sum of the residuals so far, (B, Cvae, H, W); it is not overwritten.
+            tokens: see :meth:`residual`.
+            scales: sides of the token maps.
+
+        Returns:
+            The new sum, and its average (B, Cvae, h, h); at the last step the sum itself.
         """
-        x = F.interpolate(f_hat, size=(side, side), mode="area")  # (B, Cvae, side, side)
-        return x.flatten(2).transpose(1, 2)  # (B, side * side, Cvae)
+        f_hat = f_hat + self.residual(tokens, si, SN, scales[-1])
+        if si == SN - 1:
+            return f_hat, f_hat
+        side = scales[si + 1]
+        return f_hat, F.interpolate(f_hat, size=(side, side), mode="area")
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

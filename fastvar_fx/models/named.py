@@ -1,0 +1,100 @@
+"""What the in-tree models share: checked sizes, configurations by name, random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise unless each size is an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name}={size!r}: must be an int, not {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+
+
+def check_heads(width: int, heads: int, *, multiple_of: int = 1) -> None:
+    """Raise unless the heads split the width evenly, into a multiple of something."""
+    if width % heads:
+        raise ValueError(f"width={width}, heads={heads}: heads must divide width")
+    if width // heads % multiple_of:
+        raise ValueError(
+            f"width={width}, heads={heads}: a head is {width // heads} wide, which must be a "
+            f"multiple of {multiple_of}"
+        )
+
+
+def close_to(name: str, known: list[str]) -> str:
+    """Return a hint at the names most like ``name``, or nothing."""
+    close = difflib.get_close_matches(name, known, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def configured(configs: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
+    """Return a named configuration, a dataclass, with some of its fields replaced.
+
+    Raises:
+        TypeError: an override is no field.
+        ValueError: ``name`` is unknown, or the configuration refuses the values.
+    """
+    if name not in configs:
+        hint = close_to(name, list(configs))
+        raise ValueError(f"unknown model {name!r}{hint}; known: {', '.join(configs)}")
+    config: Any = configs[name]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for key in overrides:
+        if key not in fields:
+            raise TypeError(f"unknown override {key!r}{close_to(key, fields)}")
+    replaced: Config = dataclasses.replace(config, **overrides)
+    return replaced
+
+
+def with_random_weights(
+    make: Callable[[], Model], fill: Callable[[Model, torch.Generator], None], seed: int
+) -> Model:
+    """Return a model on the CPU, in eval mode, without gradients, filled from ``seed`` alone.
+
+    Args:
+        make: constructs the model; what it draws itself is never computed.
+        fill: sets every parameter and buffer.
+        seed: seed of the generator given to ``fill``.
+    """
+    # On the meta device torch's own initialization, soon overwritten, costs neither time nor draws.
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    fill(model, torch.Generator().manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Fill a model with values that keep its branches alive.
+
+    Linear layers have standard deviation 1 / sqrt(inputs) and no bias, norms are the identity,
+    buffers zero, and all else (embeddings, biases of queries and values) is drawn with 0.5.
+    """
+    for buffer in model.buffers():
+        buffer.zero_()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                parameter.fill_(float(name == "weight"))
+            elif isinstance(module, nn.Linear) and name == "bias":
+                parameter.zero_()
+            elif isinstance(module, nn.Linear):
+                std = 1 / math.sqrt(module.in_features)
+                parameter.normal_(0, std, generator=generator)
+            else:
+                parameter.normal_(0, 0.5, generator=generator)

@@ -1,0 +1,230 @@
+"""Sizes that vary between calls of a block become symbols of its graph.
+
+A prompt of another length changes a dim of some inputs, and perhaps a number. A graph that was
+captured with these as symbols stands for every length, within the conditions that the forward and
+its ops put on them. The analysis and the rewrite see plain sizes: those of a call at hand. That
+nothing of what they do depends on these is checked by doing it again at the sizes of another call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeGuard
+
+import torch
+import torch._functorch.config
+from torch import SymBool, SymFloat, SymInt, Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.fx.proxy import GraphAppendingTracer
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from passes.graphs import example_values
+from passes.refusal import refuse
+from passes.state import Path, show
+
+Symbol = Any
+"""A sympy symbol; torch brings sympy along."""
+Place = tuple[Path, int | None]
+"""A dim of an input tensor, or (with None) an input number."""
+
+
+def _dims(places: Iterable[Place], path: Path) -> frozenset[int]:
+    return frozenset(dim for p, dim in places if p == path and dim is not None)
+
+
+@dataclass(frozen=True)
+class Varying:
+    """The sizes in which a call differs from an earlier one.
+
+    Attributes:
+        earlier: Each such place, with its value in the earlier call.
+    """
+
+    earlier: Mapping[Place, int] = field(default_factory=dict)
+
+    def dims(self, path: Path) -> frozenset[int]:
+        """Returns the dims of the input at `path` that vary."""
+        return _dims(self.earlier, path)
+
+    @property
+    def numbers(self) -> tuple[Path, ...]:
+        """The input numbers that vary."""
+        return tuple(path for path, dim in self.earlier if dim is None)
+
+
+NOTHING_VARIES: Final = Varying()
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """For which values of its symbols a program holds.
+
+    Attributes:
+        places: Where the symbols are read.
+        hold: Takes their values in that order.
+        text: The conditions as text; equal for calls that put the same conditions.
+    """
+
+    places: tuple[Place, ...] = ()
+    hold: Callable[..., bool] = lambda: True
+    text: str = ""
+
+    def dims(self, path: Path) -> frozenset[int]:
+        """Returns the dims of the input at `path` that are symbols."""
+        return _dims(self.places, path)
+
+
+class Symbols:
+    """The symbols of one capture: makes the stand-ins that carry them.
+
+    Attributes:
+        mode: The fake mode of the capture.
+        numbers: The stand-ins of the numbers that vary, by path.
+    """
+
+    def __init__(self, varying: Varying) -> None:
+        shapes = ShapeEnv(allow_scalar_outputs=True, duck_shape=False)
+        # A kernel that is handed a stand-in must fail rather than read memory that is not there.
+        with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+            self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+        self.numbers: dict[Path, SymInt] = {}
+        self._varying = varying
+        self._shapes = shapes
+        self._places: dict[Symbol, tuple[Place, int]] = {}
+
+    def tensor(self, path: Path, tensor: Tensor) -> Tensor:
+        """Returns a fake of an input, with symbols for the dims that vary."""
+        dims = self._varying.dims(path)
+        if not dims:
+            return self.mode.from_tensor(tensor, static_shapes=True)
+        # A view would be rebuilt from its base, whose sizes are nobody's business.
+        plain = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        kinds = [
+            DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.dim())
+        ]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+        source = ConstantSource(show(path))
+        fake = self.mode.from_tensor(plain, source=source, symbolic_context=context)
+        for dim in dims:
+            self._note(fake.shape[dim], (path, dim), tensor.shape[dim])
+        return fake
+
+    def number(self, path: Path, value: int) -> None:
+        """Makes the stand-in of a number that varies."""
+        source = ConstantSource(show(path))
+        symbol = self._shapes.create_symbol(
+            value, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        )
+        made = self._shapes.create_symintnode(symbol, hint=value, source=source)
+        assert isinstance(made, SymInt)
+        self.numbers[path] = made
+        self._note(made, (path, None), value)
+
+    def _note(self, size: Any, place: Place, value: int) -> None:
+        if isinstance(size, SymInt):
+            self._places[size.node.expr] = (place, value)
+        else:
+            refuse("FVX001", f"{show(place[0])} has a size of 0 or 1, which is fixed")
+
+    def conditions(self) -> Conditions:
+        """Returns what the capture so far asks of the sizes."""
+        if not self._places:
+            return Conditions()
+        names = [str(symbol) for symbol in self._places]
+        asked = [guard.expr for guard in self._shapes.guards]
+        # torch takes the size of a dim for at least 2, and says so nowhere.
+        least = [s >= 2 for s, ((_, dim), _) in self._places.items() if dim is not None]
+        text = " and ".join(f"({PythonPrinter().doprint(expr)})" for expr in [*asked, *least])
+        hold = eval(f"lambda {', '.join(names)}: {text or 'True'}")
+        places = tuple(place for place, _ in self._places.values())
+        return Conditions(places, hold, f"{names}: {text}")
+
+    def now(self) -> dict[Symbol, int]:
+        """Returns the symbols' values in the captured call."""
+        return {symbol: value for symbol, (_, value) in self._places.items()}
+
+    def earlier(self) -> dict[Symbol, int]:
+        """Returns the symbols' values in the earlier call."""
+        return {s: self._varying.earlier[place] for s, (place, _) in self._places.items()}
+
+    def read_from_inputs(self, graph_module: GraphModule, paths: Iterable[Path]) -> None:
+        """Computes all sizes in a graph from those of its inputs.
+
+        A size that is read off a value of a branch would change with the kept tokens.
+        """
+        graph = graph_module.graph
+        sized = [n for n in graph.nodes if n.op == "call_function" and self._knows(n)]
+        if not sized:
+            return
+        known = set(graph.nodes)
+        inputs = dict(zip(paths, graph.find_nodes(op="placeholder"), strict=True))
+        tracer = GraphAppendingTracer(graph)
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            symbols = {
+                symbol: Proxy(_read_size(graph, inputs[path], dim), tracer)
+                for symbol, ((path, dim), _) in self._places.items()
+            }
+            for node in sized:
+                made = sympy_interp(PythonReferenceAnalysis, symbols, node.meta["val"].node.expr)
+                node.replace_all_uses_with(made.node if isinstance(made, Proxy) else made)
+        made_here = [node for node in graph.nodes if node not in known]
+        for node in made_here:
+            node.meta["val"] = node.target(*example_values(node.args))
+        for node in reversed([n for n in graph.nodes if n in sized or n in made_here]):
+            if not node.users:
+                graph.erase_node(node)
+
+    def _knows(self, node: Node) -> bool:
+        size = node.meta.get("val")
+        return _is_size(size) and size.node.expr.free_symbols <= self._places.keys()
+
+
+def _is_size(value: Any) -> TypeGuard[Any]:
+    return isinstance(value, (SymInt, SymFloat, SymBool))
+
+
+def _read_size(graph: Graph, node: Node, dim: int | None) -> Node:
+    return node if dim is None else graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+
+def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, int]) -> GraphModule:
+    """Returns a copy of a graph whose example values have plain sizes, `values` for the symbols."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            with mode:
+                shape, stride = (
+                    [_plain_size(size, values) for size in sizes]
+                    for sizes in (value.shape, value.stride())
+                )
+                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return _plain_size(value, values)
+
+    for node in graph_module.graph.nodes:
+        made = copies[node] = graph.node_copy(node, copies.__getitem__)
+        if "val" in node.meta:
+            made.meta["val"] = pytree.tree_map(plain, node.meta["val"])
+    return GraphModule(graph_module, graph)
+
+
+def _plain_size(value: Any, values: Mapping[Symbol, int]) -> Any:
+    if not _is_size(value):
+        return value
+    found = value.node.expr.xreplace(values)
+    return {SymInt: int, SymFloat: float, SymBool: bool}[type(value)](found)
