@@ -319,13 +319,13 @@ class BlockRuntime:
         )
 
     def _check_anything_pruned(self, step: int) -> None:
-        """After the last block has met a pruned step, something must have been pruned."""
+        """After the last block has met the last pruned step, something must have been pruned."""
         plan = self._plan
-        if step == self._cache_step or self.layer != plan.last_layer or plan.pruned_anything:
+        if step != plan.pruned_steps[-1] or self.layer != plan.last_layer or plan.pruned_anything:
             return
         message = (
-            f"the schedule prunes step {step}, but no branch of any block could be pruned:\n"
-            f"{Report.of(plan)}"
+            f"the schedule prunes steps {list(plan.pruned_steps)}, but no branch of any block could "
+            f"be pruned:\n{Report.of(plan)}"
         )
         if plan.strict:
             raise NothingPrunedError(message)

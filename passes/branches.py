@@ -19,7 +19,7 @@ from passes.attention import is_attention, key_operand
 from passes.axes import Axes, has_batch, has_tokens, stream_axes
 from passes.graphs import memory_owner, mutated, op_name, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Edit, Slot, apply_rule, bind
+from passes.rules import Edit, Gather, Slot, apply_rule, bind
 
 Kind = Literal["attention", "cross_attention", "ffn"]
 KINDS: Final[tuple[Kind, ...]] = ("attention", "cross_attention", "ffn")
@@ -75,6 +75,25 @@ class RefusedBranch:
 
 
 FoundBranch = Branch | RefusedBranch
+
+
+def met_at_cached_keys(branch: Branch) -> Node | None:
+    """Returns the op at which a branch that caches its keys meets a value per cached key.
+
+    Such a value, a mask say, has entries for all keys of earlier steps. Where keys were pruned, it
+    would have to be gathered by what every earlier step kept.
+    """
+    if not any(user.op == "output" for node in branch.region for user in node.users):
+        return None
+    for node, edits in branch.edits.items():
+        for (name, item), edit in edits.items():
+            if isinstance(edit, Gather):
+                side = bind(node)[name]
+                sizes = _shape(side if item is None else side[item]) or ()
+                pairs = zip(reversed(sizes), reversed(edit.axes), strict=False)
+                if any(size != 1 and any(f.before for f in dim) for size, dim in pairs):
+                    return node
+    return None
 
 
 def counts_flops(node: Node) -> bool:
