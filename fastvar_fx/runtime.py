@@ -263,6 +263,7 @@ class BlockRuntime:
             )
         if not torch.compiler.is_compiling():
             self._plan.early_calls[schedule.tokens(step)] += 1
+            self._plan.watch.saw(schedule.tokens(step))
         return self._dense(block, args, kwargs)
 
     def _emptied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -324,8 +325,8 @@ class BlockRuntime:
         if step != plan.pruned_steps[-1] or self.layer != plan.last_layer or plan.pruned_anything:
             return
         message = (
-            f"the schedule prunes steps {list(plan.pruned_steps)}, but no branch of any block could "
-            f"be pruned:\n{Report.of(plan)}"
+            f"the schedule prunes steps {list(plan.pruned_steps)}, but no branch of any block "
+            f"could be pruned:\n{Report.of(plan)}"
         )
         if plan.strict:
             raise NothingPrunedError(message)
