@@ -72,6 +72,7 @@ class Plan:
         schedule = self.schedule
         skipped = self.skipped.steps
         self.pruned_steps = tuple(s for s in schedule.pruned_steps if s not in skipped)
+        self.last_step = schedule.steps - len(skipped) - 1
         self.cache_tokens = schedule.tokens(schedule.cache_step)
         steps = (schedule.cache_step, *self.pruned_steps) if self.pruned_steps else ()
         self.step_of_tokens = {schedule.tokens(step): step for step in steps}

@@ -200,7 +200,7 @@ class ProgramStore:
             if step == plan.schedule.cache_step:
                 return make_capture(call, real, plan.kinds, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
-            at = Step(plan.schedule.kept(step), *scales)
+            at = Step(plan.schedule.kept(step), *scales, last=step == plan.last_step)
             return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
         except RefusedError as error:
             return error.refusal

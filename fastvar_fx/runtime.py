@@ -264,6 +264,7 @@ class BlockRuntime:
             )
         if not torch.compiler.is_compiling():
             self._plan.early_calls[schedule.tokens(step)] += 1
+            self._plan.watch.saw(schedule.tokens(step))
         return self._dense(block, args, kwargs)
 
     def _emptied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -320,13 +321,13 @@ class BlockRuntime:
         )
 
     def _check_anything_pruned(self, step: int) -> None:
-        """After the last block has met a pruned step, something must have been pruned."""
+        """After the last block has met the last pruned step, something must have been pruned."""
         plan = self._plan
-        if step == self._cache_step or self.layer != plan.last_layer or plan.pruned_anything:
+        if step != plan.pruned_steps[-1] or self.layer != plan.last_layer or plan.pruned_anything:
             return
         message = (
-            f"the schedule prunes step {step}, but no branch of any block could be pruned:\n"
-            f"{Report.of(plan)}"
+            f"the schedule prunes steps {list(plan.pruned_steps)}, but no branch of any block "
+            f"could be pruned:\n{Report.of(plan)}"
         )
         if plan.strict:
             raise NothingPrunedError(message)

@@ -19,7 +19,7 @@ from passes.attention import is_attention, key_operand
 from passes.axes import Axes, has_batch, has_tokens, stream_axes
 from passes.graphs import memory_owner, mutated, op_name, outputs_of
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Edit, Slot, apply_rule, bind
+from passes.rules import Edit, Gather, Slot, apply_rule, bind
 
 Kind = Literal["attention", "cross_attention", "ffn"]
 KINDS: Final[tuple[Kind, ...]] = ("attention", "cross_attention", "ffn")
@@ -75,6 +75,30 @@ class RefusedBranch:
 
 
 FoundBranch = Branch | RefusedBranch
+
+
+def met_at_cached_keys(branch: Branch) -> Node | None:
+    """Returns the op at which a branch that caches its keys meets a value per cached key.
+
+    Such a value, a mask say, comes from outside and has entries for all keys of earlier steps.
+    Where keys were pruned, it would have to be gathered by what every earlier step kept.
+    """
+    if not any(user.op == "output" for node in branch.region for user in node.users):
+        return None
+    for node, edits in branch.edits.items():
+        for (name, item), edit in edits.items():
+            if isinstance(edit, Gather):
+                side = bind(node)[name] if item is None else bind(node)[name][item]
+                pairs = zip(reversed(_shape(side) or ()), reversed(edit.axes), strict=False)
+                counted = any(size != 1 and any(f.before for f in dim) for size, dim in pairs)
+                if counted and _is_given(side):
+                    return node
+    return None
+
+
+def _is_given(node: Node) -> bool:
+    """Whether a value is not made from sizes alone."""
+    return node.op != "call_function" or any(map(_is_given, node.all_input_nodes))
 
 
 def counts_flops(node: Node) -> bool:

@@ -12,13 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, find_branches
+from passes.branches import (
+    Branch,
+    FoundBranch,
+    Kind,
+    RefusedBranch,
+    find_branches,
+    met_at_cached_keys,
+)
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
 from passes.costs import BranchReport, dense_report, pruned_report
 from passes.features import capture_features
 from passes.graphs import outputs_of
 from passes.prune import Operators, PruneRefusedError, Step, prune
-from passes.refusal import Refusal, RefusedError, refuse
+from passes.refusal import Refusal, RefusedError, refuse, where
 from passes.sizes import NOTHING_VARIES, Varying
 from passes.state import Path, get, roots
 from passes.validate import PermutedTokens, SomeTokens, check_permutation, check_translation
@@ -162,6 +169,8 @@ def make_pruned(
     analysed = analyse(call, real)
     program = analysed.program
     found = [_with_feature(branch, captured) for branch in analysed.found]
+    if not step.last:
+        found = [_with_future(branch) for branch in found]
 
     def feature_of(branch: Branch) -> Tensor:
         return _fake_like(branch, captured[branch.index])
@@ -217,6 +226,15 @@ def _with_feature(branch: FoundBranch, captured: dict[int, Tensor]) -> FoundBran
         found = f"{tuple(feature.shape)} {feature.dtype}, now {tuple(out.shape)} {out.dtype}"
         return _refuse(branch, Refusal("FVX016", f"its output at the cache step was {found}"))
     return branch
+
+
+def _with_future(branch: FoundBranch) -> FoundBranch:
+    """Refuses a branch whose pruned keys a later step could not do with."""
+    met = met_at_cached_keys(branch) if isinstance(branch, Branch) else None
+    if met is None:
+        return branch
+    reason = "what it meets here has an entry per key, those of earlier steps included"
+    return _refuse(branch, Refusal("FVX021", reason, str(met.target), where(met)))
 
 
 def _refuse(branch: FoundBranch, refusal: Refusal) -> RefusedBranch:

@@ -47,11 +47,12 @@ class Operators(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What a pruned step keeps, and the scales it restores from and to."""
+    """What a pruned step keeps, the scales it restores from and to, and whether it is the last."""
 
     kept: int
     cached_scale: Scale
     scale: Scale
+    last: bool = True
 
 
 @dataclass(frozen=True)

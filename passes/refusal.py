@@ -30,6 +30,7 @@ CODES: Final[dict[str, str]] = {
     "FVX018": "the rewritten op does not run on the kept tokens",
     "FVX019": "the graph depends on a size that varies",
     "FVX020": "the compiler failed on the block",
+    "FVX021": "a later step has a value for every key, pruned or not",
 }
 """Stable refusal codes and what each means; the reason of a refusal adds the case at hand."""
 
@@ -48,6 +49,7 @@ _HINTS: Final[dict[str, str]] = {
     "FVX017": "check the axis rules and opaque kernels you declared: one leaves something out",
     "FVX019": "none needed: every such size gets a graph of its own",
     "FVX020": "please report it with the logged traceback",
+    "FVX021": "none needed: it prunes at the last step, whose keys no later step reads",
     "FVX018": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
 }
 

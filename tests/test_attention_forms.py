@@ -506,20 +506,20 @@ def test_what_depends_on_order_or_place_is_refused(branch: Call, code: str, reas
     assert found.refusal.where.partition(".py:")[0].endswith("test_attention_forms")
 
 
-def test_a_mask_that_outlives_its_keys_says_so() -> None:
+def test_a_late_mask_over_keys_that_were_pruned_says_so() -> None:
     net = nn.Module()
     net.blocks = nn.ModuleList([block_of(Form(cached=True))])
     fast = fastvar_fx.transform(net.eval(), Schedule(SCALES, (0.5, 0.5)), blocks="blocks")
     (block,) = fast.get_submodule("blocks").children()
 
-    def step(length: int, past: int) -> None:
+    def step(length: int, columns: int) -> None:
         x, angles = torch.randn(2, length, C, dtype=F64), torch.randn(length, HEAD // 2)
-        block(x, angles, torch.zeros(length, past + length, dtype=F64))
+        block(x, angles, torch.zeros(length, columns, dtype=F64))
 
-    step(4, 0)
-    step(9, 4)
+    step(4, 4)
+    step(9, 1)
     with pytest.raises(RuntimeError, match="must match") as caught:
-        step(16, 13)
+        step(16, 29)
     (note,) = caught.value.__notes__
     assert "since step 1 the keys cached in blocks.0 are those of kept tokens" in note
 

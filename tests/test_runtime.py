@@ -379,6 +379,16 @@ def test_a_schedule_that_does_not_fit_is_an_error_every_time(spare: int) -> None
             run(fast)
 
 
+def test_generations_that_begin_behind_the_cache_step_are_an_error() -> None:
+    fast = fast_net()
+    drafted = torch.randn(2, 39, 8)  # what another model drew, all its scales at once
+    for _ in range(3):
+        fast.step(drafted)
+        run(fast, range(3, 5))
+    with pytest.raises(RunError, match=r"\[20, 30\] tokens.*saw \[39, 20, 30\]"):
+        fast.step(drafted)
+
+
 def test_generations_cut_off_after_the_cache_step_are_fine() -> None:
     fast = fast_net()
     want = run(fast)

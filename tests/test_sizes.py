@@ -29,7 +29,7 @@ def plain(block: Block, attended: Tensor, text: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention with a cache, cross-attention to padded text, feed-forward."""
 
-    def __init__(self, manual: bool, twist: Forward) -> None:
+    def __init__(self, manual: bool, biased: bool, twist: Forward) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
         self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
@@ -37,18 +37,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
         self.k: Tensor | None = None
         self.v: Tensor | None = None
-        self._manual, self._twist = manual, twist
+        self._manual, self._biased, self._twist = manual, biased, twist
 
-    def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, length: int, bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, length: int) -> Tensor:
         B, L, _ = x.shape
         q, k, v = self.qkv(self.norms[0](x)).view(B, L, 3, H, C // H).permute(2, 0, 3, 1, 4)
         if self.k is not None and self.v is not None:
             k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.k, self.v = k, v
+        S, bias = k.shape[2], None
+        if self._biased:
+            bias = torch.sin(torch.arange(L)[:, None] + 0.3 * torch.arange(S))
         if self._manual:
-            S = k.shape[2]
             keys = k.reshape(B * H, -1, C // H)
             scores = (q.reshape(B * H, L, -1) @ keys.transpose(1, 2)).view(B, H, L, S)
             y = (scores if bias is None else scores + bias).softmax(-1) @ v.reshape(B, H, S, -1)
@@ -76,8 +76,8 @@ class Model(nn.Module):
         twist: Forward = plain,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(manual, twist) for _ in range(depth))
-        self._prefix, self._biased = prefix, biased
+        self.blocks = nn.ModuleList(Block(manual, biased, twist) for _ in range(depth))
+        self._prefix = prefix
 
     def draw(self, text: Tensor) -> Tensor:
         B, T, _ = text.shape
@@ -88,15 +88,11 @@ class Model(nn.Module):
         if self._prefix:
             y = text
             for block in blocks:
-                y = block(y, text, mask, T, None)
+                y = block(y, text, mask, T)
         x = text.mean(1, keepdim=True)
         for step, side in enumerate(SCALES):
-            L, bias = side * side, None
             for block in blocks:
-                if self._biased:
-                    seen = L + (0 if block.k is None else block.k.shape[2])
-                    bias = torch.sin(torch.arange(L)[:, None] + 0.3 * torch.arange(seen))
-                x = block(x, text, mask, T, bias)
+                x = block(x, text, mask, T)
             if step + 1 < len(SCALES):
                 size = SCALES[step + 1]
                 x = F.interpolate(x.mT.reshape(B, C, side, side), size, mode="bicubic")

@@ -317,6 +317,42 @@ def test_blocks_with_different_constants_do_not_share_a_program() -> None:
     assert not torch.equal(fast.run()[1], got[1])
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut to the keys"])
+def test_keys_that_a_mask_of_a_later_step_counts_are_not_pruned(cut: bool) -> None:
+    class Block(Attention):
+        keys: Tensor | None = None
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            new = torch.stack((k, v))
+            self.keys = new if self.keys is None else torch.cat((self.keys, new), 2)
+            mask = mask[..., : self.keys.shape[2]] if cut else mask
+            k, v = self.keys
+            x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out: Tensor = x + self.fc(x)
+            return out
+
+    class Masked(Net):
+        def draw(self) -> list[int]:
+            past, keys = 0, []
+            for h, w in ((1, 1), *SCALES):
+                x = torch.randn(2, h * w, WIDTH, dtype=torch.float64)
+                past += h * w
+                for block in self.blocks:
+                    x = block(x, torch.randn(1, h * w, past, dtype=torch.float64))
+                keys.append(first(self).keys.shape[2])
+            return keys
+
+    model = Masked(Block).eval()
+    fast = fastvar_fx.transform(model, Schedule(((1, 1), *SCALES), (0.5, 0.5)))
+    assert fast.draw() == [1, 5, 14, 14 + 8]
+    kept = {(row.step, row.kind): row.kept for row in fastvar_fx.explain(fast).rows}
+    assert [kept[2, "attention"], kept[2, "ffn"]] == [9, 5]
+    assert [kept[3, "attention"], kept[3, "ffn"]] == [8, 8]
+    (refusal,) = {row.refusal.code for row in fastvar_fx.explain(fast).refusals if row.refusal}
+    assert refusal == "FVX021"
+
+
 def test_programs_hold_for_the_numpy_scalars_they_were_made_for_only() -> None:
     class Block(Attention):
         def __init__(self) -> None:
