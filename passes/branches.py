@@ -98,6 +98,8 @@ def met_at_cached_keys(branch: Branch) -> Node | None:
 
 def _is_given(node: Node) -> bool:
     """Whether a value is not made from sizes alone."""
+    if node.target is torch.ops.aten.sym_size.int:
+        return False
     return node.op != "call_function" or any(map(_is_given, node.all_input_nodes))
 
 
