@@ -87,7 +87,8 @@ def load_transformer(args: argparse.Namespace, weights: dict[str, Tensor], vae: 
 def encode(args: argparse.Namespace, device: torch.device, longest: int) -> TextFeatures:
     transformers = load(args.checkout, "transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.text_encoder)
-    encoder = transformers.T5EncoderModel.from_pretrained(args.text_encoder).to(device).eval()
+    encoder = transformers.T5EncoderModel.from_pretrained(args.text_encoder)
+    encoder = encoder.to(device, torch.float16).eval()
     tokens = tokenizer([args.prompt], return_tensors="pt").to(device)
     length = tokens.input_ids.shape[1]
     if length > longest:
@@ -103,6 +104,7 @@ def main() -> None:
     bits = weights["word_embed.weight"].shape[1]
     vae = load_vae(args, bits).to(device)
     model = load_transformer(args, weights, vae).to(device).eval()
+    model.rng = torch.Generator(device)  # made for the CPU, which a CUDA device cannot sample with
     text = encode(args, device, model.text_maxlen)
     schedule = fastvar_fx.Schedule.preset("infinity-1024")
     fast = fastvar_fx.transform(model, schedule)

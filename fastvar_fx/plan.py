@@ -16,7 +16,7 @@ from fastvar_fx.errors import RunError
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
-from passes.pipeline import BranchReport
+from passes.costs import BranchReport
 from passes.refusal import Refusal
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]

@@ -13,7 +13,7 @@ from passes.refusal import Refusal
 if TYPE_CHECKING:
     from fastvar_fx.plan import Plan, StepRecord
     from fastvar_fx.schedule import Schedule
-    from passes.pipeline import BranchReport
+    from passes.costs import BranchReport
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from fastvar_fx.bound import BoundProgram, StaysDense, token_map
 from fastvar_fx.errors import (
     CaptureMismatchError,
     FastVARError,
@@ -24,7 +25,7 @@ from fastvar_fx.errors import (
     RunError,
 )
 from fastvar_fx.plan import Plan
-from fastvar_fx.programs import Block, BoundProgram, Forward, ProgramStore, StaysDense, token_map
+from fastvar_fx.programs import Block, Forward, ProgramStore
 from fastvar_fx.report import Report
 from passes.pipeline import Call
 from passes.state import Path

@@ -7,6 +7,8 @@ A captured call passes, in this order, through
     features    (cache step) the graph also returns what its branches add
     prune       (pruned steps) its branches become PTS -> branch -> CTR
     validate    the graph, unpruned and with permuted tokens, is run against the real call
+
+`pipeline` holds that order; `costs` counts the FLOPs for the report.
 """
 
 from typing import Final

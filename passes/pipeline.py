@@ -6,27 +6,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx import GraphModule
 
-from passes.attention import attention_flops, is_attention, key_count
-from passes.axes import Axes, Tag
 from passes.branches import (
     Branch,
     FoundBranch,
     Kind,
     RefusedBranch,
-    counts_flops,
     find_branches,
     met_at_cached_keys,
 )
 from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_eagerly
+from passes.costs import BranchReport, dense_report, pruned_report
 from passes.features import capture_features
-from passes.graphs import example_values, outputs_of
+from passes.graphs import outputs_of
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse, where
 from passes.sizes import NOTHING_VARIES, Varying
@@ -52,34 +49,6 @@ class Call:
 
 Reference = tuple[list[Tensor], list[Tensor]]
 """What a real call returned, and what it wrote."""
-
-
-@dataclass(frozen=True)
-class BranchReport:
-    """What became of one branch.
-
-    Attributes:
-        index: Its place along the trunk.
-        kind: What it is.
-        name: Its module path in the block.
-        kept: Tokens it runs on; None where it runs dense.
-        flops: Matrix-product FLOPs of its dense form.
-        pruned_flops: The same of the form it runs in.
-        refusal: Why it stays dense, if it was refused.
-        attended_flops: The part of `flops` that grows with tokens times keys, products of two
-            values of the stream as in self-attention; the rest grows with tokens alone.
-        keys: How many keys its self-attention reads, cached ones included; None if unknown.
-    """
-
-    index: int
-    kind: Kind
-    name: str
-    kept: int | None
-    flops: int
-    pruned_flops: int
-    refusal: Refusal | None = None
-    attended_flops: int = 0
-    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +141,7 @@ def make_capture(
     if dump is not None:
         dump("captured", program.graph_module)
         dump("features", graph_module)
-    reports = tuple(replace(_dense_report(b), refusal=None) for b in analysed.found)
+    reports = tuple(replace(dense_report(b), refusal=None) for b in analysed.found)
     features = tuple(branch.index for branch in wanted)
     return StepProgram(program, graph_module, program.inputs, features, reports)
 
@@ -224,7 +193,7 @@ def make_pruned(
     if dump is not None:
         dump("captured", program.graph_module)
         dump("pruned", pruned.graph_module)
-    reports = tuple(_pruned_report(b, wanted, step.kept, pruned.graph_module) for b in found)
+    reports = tuple(pruned_report(b, wanted, step.kept, pruned.graph_module) for b in found)
     inputs = tuple(program.inputs[i] for i in pruned.inputs)
     features = tuple(branch.index for branch in wanted)
     return StepProgram(program, pruned.graph_module, inputs, features, reports)
@@ -356,66 +325,6 @@ def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
     origin = roots(call.module, call.args, call.kwargs)
     values = [get(origin, path) for path in paths]
     return [v if isinstance(v, (nn.Parameter, int)) else v.clone() for v in values]
-
-
-# --- reports -----------------------------------------------------------------------------------
-
-
-def _dense_report(branch: FoundBranch) -> BranchReport:
-    attending = [node for node in branch.region if _attends(node, branch)]
-    attended = count_flops(attending)
-    flops = attended + count_flops([node for node in branch.region if node not in attending])
-    refusal = branch.refusal if isinstance(branch, RefusedBranch) else None
-    named = (branch.index, branch.kind, branch.name)
-    return BranchReport(*named, None, flops, flops, refusal, attended, _keys(attending, branch))
-
-
-def _attends(node: Node, branch: FoundBranch) -> bool:
-    """Whether a call is a product of values that the branch makes, not of one and a weight."""
-    operands = [arg for arg in node.all_input_nodes if arg in branch.region]
-    return counts_flops(node) and len(operands) > 1
-
-
-def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
-    """Returns the longest token axis that the attention of a branch reads.
-
-    A refused branch has no axes: there it is the last dim of the first product, the scores, or of
-    the keys that an attention op reads.
-    """
-    if isinstance(branch, RefusedBranch):
-        if not attending:
-            return None
-        if is_attention(attending[0]):
-            return key_count(attending[0])
-        return int(attending[0].meta["val"].shape[-1])
-    operands = {arg for node in attending for arg in node.all_input_nodes if arg in branch.axes}
-    factors = (f for arg in operands for dim in cast("Axes", branch.axes[arg]) for f in dim)
-    return max((f.size for f in factors if f.tag is Tag.TOKEN), default=None)
-
-
-def _pruned_report(
-    branch: FoundBranch, wanted: list[Branch], kept: int, graph_module: GraphModule
-) -> BranchReport:
-    if branch not in wanted:
-        return _dense_report(branch)
-    dense = {id(node.meta["val"]) for node in branch.region}  # a copy of a node has its value
-    nodes = [
-        n
-        for n in graph_module.graph.nodes
-        if n.meta.get("fastvar", {}).get("branch") == branch.index or id(n.meta.get("val")) in dense
-    ]
-    return replace(_dense_report(branch), kept=kept, pruned_flops=count_flops(nodes))
-
-
-def count_flops(nodes: Sequence[Node]) -> int:
-    """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
-    counter = FlopCounterMode(display=False)
-    attention = sum(attention_flops(node) for node in nodes if is_attention(node))
-    with torch.no_grad(), counter:
-        for node in nodes:
-            if counts_flops(node) and not is_attention(node) and callable(node.target):
-                node.target(*example_values(node.args), **example_values(node.kwargs))
-    return attention + int(counter.get_total_flops())
 
 
 class Dump:

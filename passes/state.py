@@ -30,7 +30,7 @@ Roots = dict[str, Any]
 StandIn = Callable[[Path, Any], Any]
 """(path, tensor or plain value) -> what stands in its place."""
 
-_MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_fastvar"}
+_MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_fastvar", "_compiled_call_impl"}
 _CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _MISSING: Final = object()
 _NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "fastvar_fx", "passes"}

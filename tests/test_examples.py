@@ -20,6 +20,8 @@ sys.path.append(str(EXAMPLES))
 
 import checkouts  # noqa: E402
 
+sys.path.remove(str(EXAMPLES))  # its scripts are no modules for other tests
+
 FILES = {
     "infinity": {
         "--checkout": "infinity/models/infinity.py",
