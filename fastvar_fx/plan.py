@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol
 
 from torch import nn
 
@@ -122,11 +122,12 @@ class GenerationWatch:
         self._structure = {schedule.tokens(step) for step in range(schedule.cache_step)}
         self._current: list[int] = []
         self._ended: list[list[int]] = []
+        self._told = False
 
     def pruned(self) -> None:
         """A pruned step was met: whatever else this generation ran belongs to the loop."""
         self._known.update(self._current, *self._ended)
-        self._current, self._ended = [], []
+        self._current, self._ended, self._told = [], [], False
 
     def saw(self, tokens: int) -> None:
         """A dense call or the cache step was met.
@@ -134,31 +135,43 @@ class GenerationWatch:
         A length that comes back means that another generation began.
 
         Raises:
-            RunError: If generations end without a pruned step: at once if their lengths are not
-                the schedule's, else, for they may have been cut off, after three alike.
+            RunError: If generations end without a pruned step: if their lengths are not the
+                schedule's, at the end of the first and within the next ones; else, for they may
+                have been cut off, after three alike.
         """
         if tokens not in self._current:
             self._current.append(tokens)
+            if self._told and self._strays(self._current):
+                self._tell(self._current)
             return
         if tokens == self._current[-1]:
             return
-        self._ended = [*self._ended[-2:], self._current]
-        self._current = [tokens]
-        if self._misfit():
-            seen = self._current = self._ended[-1]  # so that the next run is told too
-            wanted = [self._schedule.tokens(step) for step in self._pruned_steps]
-            raise RunError(
-                f"the schedule prunes steps of {wanted} tokens, but the last generation had none: "
-                f"its blocks saw {seen} tokens. Give the schedule that the loop runs"
-            )
-
-    def _misfit(self) -> bool:
-        """Whether the generations that ended did not run the schedule."""
-        ended = self._ended[-1]
-        begun = [i for i, length in enumerate(ended) if length in self._structure]
-        drawn = ended[begun[0] :] if begun else ended  # source tokens come before
-        strange = [length for length in drawn if length not in self._known]
-        if begun and self._schedule.tokens(self._schedule.cache_step) in drawn:
-            return bool(strange)  # without one, it was cut off after the cache step
+        ended = self._current
+        self._ended, self._current = [*self._ended[-2:], ended], [tokens]
         alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
-        return len(strange) >= 2 or alike
+        if self._strays(ended) or ((alike or self._told) and not self._captured(ended)):
+            self._tell(ended)
+
+    def _tell(self, seen: list[int]) -> NoReturn:
+        self._current, self._ended, self._told = [], [], True
+        wanted = [self._schedule.tokens(step) for step in self._pruned_steps]
+        raise RunError(
+            f"the schedule prunes steps of {wanted} tokens, but a generation had none: its blocks "
+            f"saw {seen} tokens. Give the schedule that the loop runs"
+        )
+
+    def _strays(self, seen: list[int]) -> bool:
+        """Whether a generation of these lengths does not run the schedule."""
+        strange = [length for length in self._drawn(seen) if length not in self._known]
+        return len(strange) >= (1 if self._captured(seen) else 2)
+
+    def _captured(self, seen: list[int]) -> bool:
+        """Whether a generation came to the cache step; it may have been cut off after that."""
+        drawn = self._drawn(seen)
+        cached = self._schedule.tokens(self._schedule.cache_step)
+        return drawn[0] in self._structure and cached in drawn
+
+    def _drawn(self, seen: list[int]) -> list[int]:
+        """What comes from the first structure step on; source tokens come before."""
+        begun = [i for i, length in enumerate(seen) if length in self._structure]
+        return seen[begun[0] :] if begun else seen

@@ -375,8 +375,19 @@ def test_a_schedule_that_does_not_fit_is_an_error_every_time(spare: int) -> None
     fast = fastvar_fx.transform(net, Schedule((2, 3, 6, 7), (0.5,)))
     run(fast)
     for _ in range(3):
-        with pytest.raises(RunError, match="the last generation had none"):
+        with pytest.raises(RunError, match="but a generation had none"):
             run(fast)
+
+
+def test_after_a_generation_of_another_schedule_the_right_one_runs() -> None:
+    fast = fast_net()
+    want = run(fast)
+    for length in (1, 5, 7, 8):
+        fast.step(torch.randn(2, length, 8))
+    with pytest.raises(RunError, match="but a generation had none"):
+        run(fast)
+    for _ in range(3):
+        assert all(map(torch.equal, run(fast), want))
 
 
 def test_generations_that_begin_behind_the_cache_step_are_an_error() -> None:
