@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from math import ceil, inf
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastvar_fx import ops
-from fastvar_fx.blocks import find_blocks
+from fastvar_fx.blocks import find_blocks, module_at
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule
@@ -310,7 +309,7 @@ class _Bench:
 
     def _run(self, read: Callable[[], float]) -> tuple[Tensor, list[float]]:
         names = list(find_blocks(self.subject.model, self.subject.blocks))
-        first, last = _module_at(self.model, names[0]), _module_at(self.model, names[-1])
+        first, last = module_at(self.model, names[0]), module_at(self.model, names[-1])
         with _read_around(first, last, read) as passes:
             result = self.subject.generate(self.model)
         return _images(result), _per_step(passes, self.subject.schedule)
@@ -436,15 +435,6 @@ def _clock(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return perf_counter()
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module at a path, which may lead through plain lists."""
-
-    def step(owner: Any, part: str) -> Any:
-        return getattr(owner, part) if hasattr(owner, part) else owner[int(part)]
-
-    return reduce(step, path.split("."), model)
 
 
 def _images(result: object) -> Tensor:
