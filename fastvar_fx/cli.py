@@ -29,9 +29,7 @@ from torch import Tensor, nn
 from fastvar_fx.demo import (
     Comparison,
     Measurement,
-    Spread,
     StepResult,
-    Subject,
     draw_comparison,
     draw_kept_tokens,
     measure,
@@ -41,6 +39,7 @@ from fastvar_fx.errors import FastVARError, ModelError, RunError, ScheduleError
 from fastvar_fx.models.var import CONFIGS, VAR, VAR_512, build
 from fastvar_fx.ops import Scale
 from fastvar_fx.schedule import Schedule, presets
+from fastvar_fx.timing import Spread, Subject
 from fastvar_fx.transform import trace, transform
 
 if TYPE_CHECKING:
