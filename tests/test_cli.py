@@ -24,7 +24,6 @@ SCALES = (1, 2, 3, 4, 6, 8)
 MODELS = """
 import torch
 from fastvar_fx.models.var import build
-from fastvar_fx.timing import Subject, per_step
 
 def tiny():
     return build("tiny", scales=(1, 2, 3, 4, 6, 8), depth=2)
@@ -271,6 +270,9 @@ def test_passes_are_told_apart_by_step() -> None:
     assert per_step([(1, 1), (1, 2), (4, 3), (9, 4)], schedule) == [1, 2, 3, 4]
     context_and_halves = [(30, 9), (9, 9), (1, 1), (1, 1), (4, 2), (4, 3), (9, 4), (9, 4)]
     assert per_step(context_and_halves, schedule) == [1, 1, 5, 8]
+    prompt_first = Schedule((1, 2, 3), (0.5,))
+    assert per_step([(30, 9), (4, 2), (9, 4)], prompt_first) == [9, 2, 4]
+    assert per_step([(1, 1), (4, 2)], prompt_first, drawn=2) == [1, 2, 0]
     with pytest.raises(RunError, match=r"steps of \[1, 1, 4, 9\] tokens, but .* \[1, 1, 4\]"):
         per_step([(1, 1), (1, 2), (4, 3)], schedule)
 
