@@ -171,7 +171,7 @@ def _without_runtime(block: nn.Module) -> nn.Module:
     Transformed blocks have a class each, which would keep Dynamo from sharing what it compiles.
     """
     kind: Any = type(block).__base__
-    plain: nn.Module = kind.__new__(kind)
+    plain: nn.Module = object.__new__(kind)
     object.__setattr__(plain, "__dict__", vars(block))
     return plain
 

@@ -123,10 +123,13 @@ def test_one_graph_per_step_serves_all_blocks_and_never_compiles_again() -> None
 
 def test_blocks_that_do_not_prune_share_a_graph_too() -> None:
     schedule = Schedule(FEW, (0.5,), layers=[1])
-    fast = fastvar_fx.transform(build("tiny", depth=3, scales=FEW), schedule)
+    model = build("tiny", depth=3, scales=FEW)
+    fast = fastvar_fx.transform(model, schedule)
     want = generate(fast, 0)
     fastvar_fx.compile(fast, backend="eager")
     assert torch.equal(generate(fast, 0), want)
+    assert type(fast.blocks[0]) is not type(model.blocks[0])
+    assert [set(vars(block)) for block in model.blocks] == 3 * [set(vars(build("tiny").blocks[0]))]
     # Block 1 runs its program at the cache step and the pruned one, the others their forward.
     assert graphs(fast) == {1: 1, 4: 1, 9: 2, 16: 2}
 
