@@ -308,7 +308,8 @@ def _warm_up(
 ) -> tuple[int, int]:
     """Traces or compiles, counts FLOPs of eager rows; returns bytes at the peak and of keys."""
     progress(f"{row}, warm-up")
-    run.subject.generate(run.model)
+    if row != DENSE:
+        run.subject.generate(run.model)  # traces and compiles, which is not to be counted
     if _is_eager(row):
         run.count()
     progress(f"{row}, memory")
