@@ -14,9 +14,7 @@ sooner, so that both exponents are lower at the real width. Needs matplotlib (th
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvar_fx
 from fastvar_fx.models.infinity import CONFIGS, Infinity, build
 from fastvar_fx.models.maps import template
+from fastvar_fx.timing import peak_bytes
 
 TRAINED, APPENDED = tuple(side for side, _ in template(1.0)), (84, 128)
 SIDES = TRAINED + APPENDED
@@ -74,23 +72,6 @@ def cost(run: Callable[[], Tensor], device: torch.device) -> Cost:
 def attention_flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
     """Of both matrix products, from the shapes of queries (B, H, L, c) and keys."""
     return 4 * q.numel() * k[2]
-
-
-def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
-    """The most memory that a run had allocated at any time, without what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(np.cumsum([change for _, change in changes]).max())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
 
 from fastvar_fx.errors import (
     CaptureMismatchError,
+    CompileError,
     FastVARError,
     ModelError,
     NothingPrunedError,
@@ -24,12 +25,13 @@ from fastvar_fx.errors import (
 from fastvar_fx.extend import axis_rule, register_opaque
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule, presets
-from fastvar_fx.transform import explain, trace, transform
+from fastvar_fx.transform import compile, explain, trace, transform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureMismatchError",
+    "CompileError",
     "FastVARError",
     "ModelError",
     "NothingPrunedError",
@@ -38,6 +40,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "axis_rule",
+    "compile",
     "explain",
     "presets",
     "register_opaque",

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Final
 
 import torch
@@ -67,6 +67,15 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> d
             f"{sum(id(b) in names for b in blocks)} belong to {type(model).__name__}"
         )
     return {names[id(b)]: b for b in blocks}
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path that `find_blocks` gave, which may lead through plain lists."""
+
+    def step(owner: Any, part: str) -> Any:
+        return getattr(owner, part) if hasattr(owner, part) else owner[int(part)]
+
+    return reduce(step, path.split("."), model)
 
 
 def _by_path(model: nn.Module, path: str) -> dict[str, nn.Module]:

@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import BlockProgram
 from passes.pipeline import Call, StepProgram
 from passes.sizes import Place, Varying
 from passes.state import Path, Write, apply, get, roots
+
+Execute = Callable[[GraphModule, Sequence[Any]], Any]
+
+
+def _run_eagerly(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
+    return graph_module(*inputs)
 
 
 class BoundProgram:
@@ -118,15 +125,25 @@ class BoundProgram:
         }
 
     def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], features: Sequence[Tensor]
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        features: Sequence[Tensor],
+        execute: Execute = _run_eagerly,
     ) -> tuple[Any, Sequence[Tensor]]:
         """Runs the graph on the live tensors and writes the block's state.
+
+        Args:
+            args: Arguments of the call.
+            kwargs: Keyword arguments of the call.
+            features: What the cache step captured, at a pruned step.
+            execute: Runs a graph on its inputs.
 
         Returns:
             What the block returns, and the features if this is the cache step's program.
         """
         inputs = [_read(reader, args, kwargs) for reader in self._reads]
-        outputs = self._graph(*inputs, *features)
+        outputs = execute(self._graph, [*inputs, *features])
         place = self._results
         for writer in self._writes:
             place = writer(outputs, place, args, kwargs)

@@ -1,4 +1,4 @@
-"""The command line: `fastvar-fx presets | explain | demo`.
+"""The command line: `fastvar-fx presets | explain | demo | bench`.
 
 Exit codes: 0 done; 1 it could not be done and stderr says why; 2 the command line is wrong, or
 packages of the extra `cli` are missing. With `--json`, stdout holds JSON and nothing else.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastvar_fx import bench
 from fastvar_fx.demo import (
     Comparison,
     Measurement,
-    Spread,
     StepResult,
-    Subject,
     draw_comparison,
     draw_kept_tokens,
     measure,
@@ -41,6 +41,7 @@ from fastvar_fx.errors import FastVARError, ModelError, RunError, ScheduleError
 from fastvar_fx.models.var import CONFIGS, VAR, VAR_512, build
 from fastvar_fx.ops import Scale
 from fastvar_fx.schedule import Schedule, presets
+from fastvar_fx.timing import Spread, Subject
 from fastvar_fx.transform import trace, transform
 
 if TYPE_CHECKING:
@@ -116,6 +117,15 @@ else:
     ]
     Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images at once.")]
     Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+    BenchPreset = Annotated[
+        str, typer.Option("--preset", help=f"One of {', '.join(bench.PRESETS)}.")
+    ]
+    BenchBatch = Annotated[int, typer.Option("--batch", min=1, help="Images at once.")]
+    BenchRepeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each row.")]
+    Compiled = Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Whether to measure compiled rows too.")
+    ]
+    Steps = Annotated[bool, typer.Option("--steps", help="Also print the time of every step.")]
     Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
     Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for the pictures.")]
     Repeats = Annotated[
@@ -159,6 +169,7 @@ def _commands() -> Callable[[Sequence[str] | None], object]:
     app.command("presets")(_presets)
     app.command("explain")(_explain)
     app.command("demo")(_demo)
+    app.command("bench")(_bench)
     return partial(typer.main.get_command(app).main, prog_name="fastvar-fx")
 
 
@@ -248,6 +259,26 @@ def _demo(
         print(json.dumps(_demo_dict(subject, result, files, seconds)))
     else:
         _print_demo(subject, result, files, seconds)
+
+
+def _bench(
+    preset: BenchPreset = "var-tiny",
+    batch: BenchBatch = 1,
+    repeats: BenchRepeats = 5,
+    compiled: Compiled = True,
+    steps: Steps = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model dense and pruned, eager and compiled, by turns in one process."""
+    chosen = bench.preset(preset)
+    with _progress(bench.phases(chosen, repeats, compiled=compiled)) as progress:
+        result = bench.measure(
+            preset, batch=batch, repeats=repeats, compiled=compiled, progress=progress
+        )
+    if as_json:
+        print(json.dumps(_bench_dict(result, with_steps=steps)))
+    else:
+        _print_bench(result, with_steps=steps)
 
 
 # --- what was asked for -----------------------------------------------------------------------
@@ -464,14 +495,15 @@ def _environment(subject: Subject) -> dict[str, Any]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 
-def _environment_line(subject: Subject, result: Measurement) -> str:
+def _environment_line(subject: Subject, batch: int) -> str:
     data = _environment(subject)
     return (
-        f"{data['device']}, {data['dtype']}, batch {result.dense_images.shape[0]}, "
-        f"{data['threads']} threads, torch {data['torch']}"
+        f"{data['device']}, {data['dtype']}, batch {batch}, "
+        f"{data['threads']} threads, torch {data['torch']}, Python {data['python']}"
     )
 
 
@@ -494,7 +526,7 @@ def _print_demo(
     subject: Subject, result: Measurement, files: Sequence[Path], seconds: float
 ) -> None:
     _print(_headline(subject))
-    _print(_environment_line(subject, result))
+    _print(_environment_line(subject, len(result.dense_images)))
     _print(_step_table(result))
     _print(_speedup_table(result))
     for line in _remarks(subject, result):
@@ -584,12 +616,74 @@ def _times(factor: float | None) -> str:
     return "-" if factor is None else f"{factor:.2f}x"
 
 
+def _bench_dict(result: bench.Result, *, with_steps: bool) -> dict[str, Any]:
+    data = {
+        **_environment(result.subject),
+        "preset": result.subject.name,
+        "batch": result.batch,
+        "repeats": result.repeats,
+        "schedule": json.loads(result.subject.schedule.to_json()),
+        "rows": [row.as_dict() for row in result.rows],
+        "total_ms": {row.name: 1e3 * row.total.median for row in result.rows},
+        "speedup_over_dense_compiled": {row.name: row.compiled_speedup for row in result.rows},
+    }
+    if with_steps:
+        data["step_ms"] = {row.name: [1e3 * s.median for s in row.steps] for row in result.rows}
+    return data
+
+
+def _print_bench(result: bench.Result, *, with_steps: bool) -> None:
+    _print(_headline(result.subject))
+    _print(_environment_line(result.subject, result.batch))
+    times = ("ms", "iqr", "total\nms", "x dense\neager", "x dense\ncompiled")
+    table = _table("", *times, "limit", "of\nlimit", "peak\nMiB", "KV\nMiB", left=1)
+    for row in result.rows:
+        table.add_row(row.name, *_bench_cells(row))
+    _print(table)
+    if with_steps:
+        _print(_bench_steps(result))
+    _print(
+        f"ms: transformer blocks over one generation, median of {result.repeats} alternating runs "
+        f"after warm-up; iqr: distance of the quartiles; total: the whole run, with sampling and, "
+        f"for VAR, the image decoder. limit: dense FLOPs / FLOPs of the blocks; of limit: against "
+        f"the dense row of the same kind, eager or compiled. peak: of the token loop, without "
+        f"weights. skip: steps of ratio 1 are left out, else they run on no tokens. peer: the "
+        f"authors' argsort, interpolation and scatter. Random weights."
+    )
+
+
+def _bench_cells(row: bench.Row) -> tuple[str, ...]:
+    return (
+        f"{1e3 * row.transformer.median:.1f}",
+        f"{1e3 * row.transformer.iqr:.1f}",
+        f"{1e3 * row.total.median:.1f}",
+        f"{row.speedup:.2f}",
+        "-" if row.compiled_speedup is None else f"{row.compiled_speedup:.2f}",
+        f"{row.limit:.2f}",
+        f"{row.limit_fraction:.0%}",
+        f"{row.peak_mib:.1f}",
+        f"{row.kv_mib:.1f}",
+    )
+
+
+def _bench_steps(result: bench.Result) -> Table:
+    """Returns the time in the blocks per step, in ms."""
+    schedule = result.subject.schedule
+    names = [row.name.replace("-", "\n") for row in result.rows]
+    table = _table("step", "scale", "tokens", "kept", *names)
+    for step, scale in enumerate(schedule.scales):
+        times = [f"{1e3 * row.steps[step].median:.1f}" for row in result.rows]
+        counts = (str(schedule.tokens(step)), str(schedule.kept(step)))
+        table.add_row(str(step), _sides(scale), *counts, *times)
+    return table
+
+
 # --- pictures ---------------------------------------------------------------------------------
 
 
 def _draw(subject: Subject, result: Measurement, out: Path) -> list[Path]:
     comparison, kept = out / "demo.png", out / "kept_tokens.png"
-    about = f"{_environment_line(subject, result)}, seed {subject.seed}"
+    about = f"{_environment_line(subject, len(result.dense_images))}, seed {subject.seed}"
     note = f"{about}; {subject.note}" if subject.note else about
     draw_comparison(result, _headline(subject), note, comparison)
     draw_kept_tokens(result, _headline(subject), note, kept)

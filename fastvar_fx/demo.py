@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import Tensor
 
 from fastvar_fx import ops
-from fastvar_fx.blocks import find_blocks
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule
+from fastvar_fx.timing import Runs, Spread, Subject
 from fastvar_fx.transform import trace, transform
 
 if TYPE_CHECKING:
@@ -33,65 +29,9 @@ DENSE, CAPTURES, PRUNES = "dense", "captures", "prunes"
 """What a step of the transformed model does."""
 
 _MOST_ROWS: Final = 4
-_CPU_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, the schedule it is pruned by and how to run it.
-
-    Attributes:
-        name: What to call it.
-        model: In eval mode.
-        schedule: The scales its loop draws and the pruning ratios.
-        run: Runs one generation of the model; `measure` needs images (B, 3, H, W) in [0, 1] back.
-        blocks: Module path of the transformer blocks; None to find them.
-        seed: Seed of torch's global generators for each generation.
-        note: What a reader of the pictures has to know; may be empty.
-    """
-
-    name: str
-    model: nn.Module
-    schedule: Schedule
-    run: Callable[[Any], Any]
-    blocks: str | None = None
-    seed: int = 0
-    note: str = ""
-
-    @property
-    def weight(self) -> Tensor:
-        """A parameter of the blocks; tells device and dtype."""
-        block = next(iter(find_blocks(self.model, self.blocks).values()))
-        return next(block.parameters())
-
-    def generate(self, model: nn.Module) -> Any:
-        """Runs one generation from the seed; torch's global generators stay as they were."""
-        device = self.weight.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(self.seed)
-            return self.run(model)
 
 
 # --- results ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Seconds that the same thing took in several runs."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        """Returns median, minimum and maximum."""
-        return cls(median(seconds), min(seconds), max(seconds))
-
-    def as_dict(self) -> dict[str, float]:
-        """Returns milliseconds as plain data."""
-        values = {"median": self.median, "min": self.low, "max": self.high}
-        return {name: round(1e3 * value, 3) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -253,10 +193,10 @@ def measure(
     deadline = perf_counter() + patience
     select = _Recorder()
     fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache", select=select)
-    dense_bench, pruned_bench = _Bench(subject, subject.model), _Bench(subject, fast)
+    dense_bench, pruned_bench = Runs(subject, subject.model), Runs(subject, fast)
 
     progress("warm-up and FLOPs, dense")
-    first_images = dense_bench.count()
+    first_images = _images(dense_bench.count())
     progress("tracing")
     report = trace(fast, subject.generate)
     progress("warm-up and FLOPs, pruned")
@@ -281,48 +221,9 @@ def measure(
     )
 
 
-@dataclass
-class _Bench:
-    """Runs one of the two models and keeps what it measured per step."""
-
-    subject: Subject
-    model: nn.Module
-    flops: list[int] = field(default_factory=list)
-    step_seconds: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def count(self) -> Tensor:
-        """Counts FLOPs per step; returns the images."""
-        formulas = {_CPU_ATTENTION: _attention_flops}
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            images, per_step = self._run(counter.get_total_flops)
-        self.flops = [int(value) for value in per_step]
-        return images
-
-    def time(self) -> Tensor:
-        """Times the run and its steps; returns the images."""
-        device = self.subject.weight.device
-        started = _clock(device)
-        images, per_step = self._run(lambda: _clock(device))
-        self.seconds.append(_clock(device) - started)
-        self.step_seconds.append(per_step)
-        return images
-
-    def _run(self, read: Callable[[], float]) -> tuple[Tensor, list[float]]:
-        names = list(find_blocks(self.subject.model, self.subject.blocks))
-        first, last = _module_at(self.model, names[0]), _module_at(self.model, names[-1])
-        with _read_around(first, last, read) as passes:
-            result = self.subject.generate(self.model)
-        return _images(result), _per_step(passes, self.subject.schedule)
-
-    def spread(self, steps: Sequence[int]) -> Spread:
-        """Returns the blocks' time over some steps."""
-        return Spread.of([sum(run[s] for s in steps) for run in self.step_seconds])
-
-
 def _take_turns(
-    dense: _Bench,
-    pruned: _Bench,
+    dense: Runs,
+    pruned: Runs,
     repeats: int,
     deadline: float,
     progress: Callable[[str], None],
@@ -334,70 +235,14 @@ def _take_turns(
         if i and begun + longest > deadline:
             break
         progress(f"dense, run {i + 1} of {repeats}")
-        dense_images = dense.time()
+        dense_images = _images(dense.time())
         progress(f"pruned, run {i + 1} of {repeats}")
-        pruned_images = pruned.time()
+        pruned_images = _images(pruned.time())
         longest = max(longest, perf_counter() - begun)
     return dense_images, pruned_images
 
 
-@contextmanager
-def _read_around(
-    first: nn.Module, last: nn.Module, read: Callable[[], float]
-) -> Iterator[list[tuple[int, float]]]:
-    """Collects (tokens, difference of two readings) of each pass from the first to the last block.
-
-    The hooks sit around the call of a block, outside of what is traced or rewritten.
-    """
-    passes: list[tuple[int, float]] = []
-    begun = 0.0
-
-    def before(*_: object) -> None:
-        nonlocal begun
-        begun = read()
-
-    def after(_module: nn.Module, _args: object, output: object) -> None:
-        passes.append((_tokens(output), read() - begun))
-
-    hooks = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
-    try:
-        yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """FLOPs of torch's fused attention on a CPU, which the counter has no formula for."""
-    count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
-    return count
-
-
-def _tokens(output: object) -> int:
-    maps = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.dim() == 3]
-    return maps[0].shape[1] if maps else 0
-
-
-def _per_step(passes: Sequence[tuple[int, float]], schedule: Schedule) -> list[float]:
-    """Adds up passes by step; passes of other lengths, such as context tokens, count nowhere."""
-    sums = [0.0] * schedule.steps
-    step = -1
-    for tokens, amount in passes:
-        if step + 1 < schedule.steps and tokens == schedule.tokens(step + 1):
-            step += 1
-        elif step < 0 or tokens != schedule.tokens(step):
-            continue
-        sums[step] += amount
-    if step != schedule.steps - 1:
-        wanted = [schedule.tokens(s) for s in _all(schedule)]
-        raise RunError(
-            f"the schedule has steps of {wanted} tokens, but the blocks ran on "
-            f"{[tokens for tokens, _ in passes]}; give the schedule that the loop runs"
-        )
-    return sums
-
-
-def _step(schedule: Schedule, step: int, dense: _Bench, pruned: _Bench) -> StepResult:
+def _step(schedule: Schedule, step: int, dense: Runs, pruned: Runs) -> StepResult:
     part = _over([step], dense, pruned)
     role = PRUNES if step in schedule.pruned_steps else DENSE
     return StepResult(
@@ -414,13 +259,13 @@ def _step(schedule: Schedule, step: int, dense: _Bench, pruned: _Bench) -> StepR
     )
 
 
-def _over(steps: Sequence[int], dense: _Bench, pruned: _Bench) -> Comparison:
+def _over(steps: Sequence[int], dense: Runs, pruned: Runs) -> Comparison:
     dense_flops, pruned_flops = (sum(b.flops[s] for s in steps) for b in (dense, pruned))
     limit = dense_flops / pruned_flops if pruned_flops else None
     return Comparison(dense.spread(steps), pruned.spread(steps), limit)
 
 
-def _whole(dense: _Bench, pruned: _Bench) -> Comparison:
+def _whole(dense: Runs, pruned: Runs) -> Comparison:
     """The limit of a whole run: its blocks at theirs, everything else as in the dense run."""
     total, steps = Spread.of(dense.seconds), _all(dense.subject.schedule)
     blocks, limit = dense.spread(steps).median, _over(steps, dense, pruned).limit
@@ -430,21 +275,6 @@ def _whole(dense: _Bench, pruned: _Bench) -> Comparison:
 
 def _all(schedule: Schedule) -> range:
     return range(schedule.steps)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return perf_counter()
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module at a path, which may lead through plain lists."""
-
-    def step(owner: Any, part: str) -> Any:
-        return getattr(owner, part) if hasattr(owner, part) else owner[int(part)]
-
-    return reduce(step, path.split("."), model)
 
 
 def _images(result: object) -> Tensor:

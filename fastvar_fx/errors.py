@@ -23,5 +23,9 @@ class CaptureMismatchError(RunError):
     """Captured features that do not fit the live call: another batch, dtype or device."""
 
 
+class CompileError(FastVARError, RuntimeError):
+    """A program or a block's forward that torch.compile cannot compile."""
+
+
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""

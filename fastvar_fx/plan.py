@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
 from passes.costs import BranchReport
 from passes.refusal import Refusal
+
+if TYPE_CHECKING:
+    from fastvar_fx.compiled import Compilation
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
 """Tells the step of a block call, (block, args, kwargs) -> index; None if it is no step."""
@@ -54,13 +57,14 @@ class Plan:
 
     schedule: Schedule
     skipped: Skipped
-    blocks: int
+    blocks: tuple[str, ...]
     kinds: tuple[Kind, ...]
     step_of: StepOf | None
     strict: bool
     dump_dir: Path | None
     operators: ops.Operators
     live_rows: LiveRows | None = None
+    compilation: Compilation | None = None
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
     early_calls: Counter[int] = field(default_factory=Counter)
@@ -83,6 +87,7 @@ class Plan:
         memo[id(self)] = made = replace(
             self,
             skipped=copy.deepcopy(self.skipped, memo),
+            compilation=self.compilation and self.compilation.anew(),
             records={},
             dense_calls=Counter(),
             early_calls=Counter(),

@@ -101,7 +101,7 @@ class Skipping:
             sum(tokens),
             flops if records else None,
             len(records),
-            plan.blocks,
+            len(plan.blocks),
         )
 
 
@@ -139,6 +139,26 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What `fastvar_fx.compile` has compiled so far.
+
+    Attributes:
+        graphs: How many graphs, by the token count of the calls: 1 is one for all blocks of a step.
+        failures: Which calls run eagerly because they could not be compiled, and why.
+    """
+
+    graphs: dict[int, int]
+    failures: tuple[str, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Compiled | None:
+        """Returns what a plan's regions were compiled to, if compiling was asked for."""
+        if plan.compilation is None:
+            return None
+        return cls(dict(sorted(plan.compilation.graphs.items())), tuple(plan.compilation.failures))
+
+
+@dataclass(frozen=True)
 class Report:
     """What every block and branch does at the cache step and the pruned steps met so far.
 
@@ -155,6 +175,7 @@ class Report:
         pruning: What is saved by dropping tokens.
         captured_bytes: Bytes of captured features held now.
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
+        compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
     """
 
     rows: tuple[Row, ...]
@@ -168,6 +189,7 @@ class Report:
     pruning: Pruning
     captured_bytes: int
     peak_captured_bytes: int
+    compiled: Compiled | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -195,6 +217,7 @@ class Report:
             Pruning.of(plan, rows),
             plan.captured_bytes,
             plan.peak_captured_bytes,
+            Compiled.of(plan),
         )
 
     @property
@@ -211,12 +234,13 @@ class Report:
         """Returns the report as a JSON object with the keys of its attributes."""
         data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
         data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
+        data |= {"compiled": self.compiled and vars(self.compiled)}
         return json.dumps(data)
 
     def __str__(self) -> str:
         """A table; blocks that do the same share a line."""
         if not self.rows:
-            return "\n".join([_empty(self), *_savings(self)])
+            return "\n".join([_empty(self), *_savings(self), *_compiled_notes(self)])
         lines = [_HEADER, *(_line(group) for group in _grouped(self.rows))]
         for step in sorted({row.step for row in self.rows}):
             dense, pruned = self.flops(step)
@@ -295,7 +319,16 @@ def _notes(report: Report) -> list[str]:
         counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
         notes.append(f"dense, before their generation's capture: {counts}")
     notes.append(f"tracing took {report.trace_seconds:.2f} s")
-    return notes
+    return [*notes, *_compiled_notes(report)]
+
+
+def _compiled_notes(report: Report) -> list[str]:
+    compiled = report.compiled
+    if compiled is None:
+        return []
+    total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
+    text = f"torch.compile: {total} graphs for calls of {counts} token counts"
+    return [text, *(f"not compiled, so eager: {failure}" for failure in compiled.failures)]
 
 
 def _savings(report: Report) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Final
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.bound import BoundProgram, StaysDense, token_map
+from fastvar_fx.compiled import Compilation
 from fastvar_fx.errors import (
     CaptureMismatchError,
     FastVARError,
@@ -56,7 +58,7 @@ class BlockRuntime:
         self._limit = plan.cache_tokens
         self._cache_step = plan.schedule.cache_step
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
-        self._streams: dict[tuple[int, tuple[str, ...]], Path] = {}
+        self._streams = _Streams(forward, store)
         self._programs: dict[int, list[BoundProgram | StaysDense]] = {}
         self._began = False
         self._features: list[dict[int, Tensor]] | None = None
@@ -111,11 +113,7 @@ class BlockRuntime:
 
     def _stream(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Returns the block's (B, L, C) input."""
-        form = (len(args), tuple(kwargs))
-        path = self._streams.get(form)
-        if path is None:
-            path = self._streams[form] = self._store.stream_of(self._forward, block, args, kwargs)
-        return token_map(path, args, kwargs)
+        return self._streams.of(block, args, kwargs)
 
     def _begin(self, tokens: int) -> None:
         """A structure step: whatever an earlier generation left is stale."""
@@ -137,7 +135,22 @@ class BlockRuntime:
         self._call = 0
 
     def _dense(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._forward(block, *args, **kwargs)
+        return _run_dense(self._plan, self.name, self._forward, self._streams, block, args, kwargs)
+
+    def _run(
+        self,
+        program: BoundProgram,
+        step: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        features: Sequence[Tensor],
+    ) -> tuple[Any, Sequence[Tensor]]:
+        compilation = _compilation(self._plan)
+        if compilation is None:
+            return program.run(args, kwargs, features)
+        tokens = self._plan.schedule.tokens(step)
+        execute = partial(compilation.run_program, block=self.name, tokens=tokens)
+        return program.run(args, kwargs, features, execute)
 
     # --- the cache step ------------------------------------------------------------------------
 
@@ -151,7 +164,7 @@ class BlockRuntime:
         if isinstance(program, StaysDense):
             result, features = self._dense(block, args, kwargs), {}
         else:
-            result, made = program.run(args, kwargs, ())
+            result, made = self._run(program, self._cache_step, args, kwargs, ())
             features = dict(zip(program.features, made, strict=True))
         self._position = _CAPTURED
         self._call = 0
@@ -190,7 +203,8 @@ class BlockRuntime:
             self._began = False
         if isinstance(program, StaysDense):
             return self._dense(block, args, kwargs)
-        return program.run(args, kwargs, [captured[i] for i in program.features])[0]
+        features = [captured[i] for i in program.features]
+        return self._run(program, step, args, kwargs, features)[0]
 
     def _captured(
         self, step: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,7 +313,7 @@ class BlockRuntime:
                 f"{self.name} has no program for this call of step {step}; run "
                 f"fastvar_fx.trace(model, run) with these shapes before torch.compile"
             )
-        path = self._streams[len(args), tuple(kwargs)]
+        path = self._streams.path(block, args, kwargs)
         call = Call(partial(self._forward, block), block, args, kwargs, path)
         me = Block(self.layer, self.name, self._forward)
         known = self._programs.setdefault(step, [])
@@ -334,6 +348,26 @@ class BlockRuntime:
         log.warning("%s", message)
 
 
+class DenseRuntime:
+    """Runs the own forward of a block that never prunes, compiled if that was asked for."""
+
+    def __init__(self, name: str, forward: Forward, plan: Plan, store: ProgramStore) -> None:
+        self._name = name
+        self._forward = forward
+        self._plan = plan
+        self._store = store
+        self._streams = _Streams(forward, store)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseRuntime:
+        """A copy shares nothing that is compiled."""
+        plan, store = copy.deepcopy((self._plan, self._store), memo)
+        return DenseRuntime(self._name, self._forward, plan, store)
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one call of the block."""
+        return _run_dense(self._plan, self._name, self._forward, self._streams, block, args, kwargs)
+
+
 class SkippingRuntime:
     """Lets a block pass on its input at skipped steps; else the block runs, pruned or dense."""
 
@@ -343,22 +377,17 @@ class SkippingRuntime:
         forward: Forward,
         plan: Plan,
         store: ProgramStore,
-        pruning: BlockRuntime | None,
+        inner: BlockRuntime | DenseRuntime,
     ) -> None:
         self._name = name
-        self._forward = forward
         self._skipped = plan.skipped
-        self._store = store
-        self._pruning = pruning
-        self._streams: dict[tuple[int, tuple[str, ...]], Path] = {}
+        self._inner = inner
+        self._streams = _Streams(forward, store)
         self._returns_map = True
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs or passes one call of the block."""
-        form = (len(args), tuple(kwargs))
-        if form not in self._streams:
-            self._streams[form] = self._store.stream_of(self._forward, block, args, kwargs)
-        x = token_map(self._streams[form], args, kwargs)
+        x = self._streams.of(block, args, kwargs)
         if self._skipped.passes(x.shape[1]):
             if not self._returns_map:
                 raise RunError(
@@ -366,12 +395,49 @@ class SkippingRuntime:
                     f'on at a skipped step; pass on_full="cache" to transform'
                 )
             return x
-        if self._pruning is None:
-            result = self._forward(block, *args, **kwargs)
-        else:
-            result = self._pruning(block, args, kwargs)
+        result = self._inner(block, args, kwargs)
         self._returns_map = isinstance(result, Tensor)
         return result
+
+
+class _Streams:
+    """Where the (B, L, C) input is in the calls of a block, by their form."""
+
+    def __init__(self, forward: Forward, store: ProgramStore) -> None:
+        self._forward = forward
+        self._store = store
+        self._paths: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def path(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
+        form = (len(args), tuple(kwargs))
+        path = self._paths.get(form)
+        if path is None:
+            path = self._paths[form] = self._store.stream_of(self._forward, block, args, kwargs)
+        return path
+
+    def of(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return token_map(self.path(block, args, kwargs), args, kwargs)
+
+
+def _compilation(plan: Plan) -> Compilation | None:
+    """Returns what compiles; under the user's own torch.compile, that does."""
+    return None if torch.compiler.is_compiling() else plan.compilation
+
+
+def _run_dense(
+    plan: Plan,
+    name: str,
+    forward: Forward,
+    streams: _Streams,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    compilation = _compilation(plan)
+    if compilation is None:
+        return forward(block, *args, **kwargs)
+    x = streams.of(block, args, kwargs)
+    return compilation.run_dense(name, forward, block, args, kwargs, x)
 
 
 def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:

@@ -10,13 +10,14 @@ from typing import Any, Final, TypeVar, cast
 from torch import nn
 
 from fastvar_fx import ops
-from fastvar_fx.blocks import copy_structure, find_blocks
+from fastvar_fx.blocks import copy_structure, find_blocks, module_at
+from fastvar_fx.compiled import Compilation, with_own_code
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
 from fastvar_fx.loops import OnFull, Skipped, install
 from fastvar_fx.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
-from fastvar_fx.runtime import BlockRuntime, SkippingRuntime
+from fastvar_fx.runtime import BlockRuntime, DenseRuntime, SkippingRuntime
 from fastvar_fx.schedule import Schedule
 from passes.branches import KINDS, Kind
 
@@ -85,7 +86,8 @@ def transform(
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
     operators = ops.Operators(_named(select), _named(restore), anew)
-    plan = Plan(schedule, skipped, len(found), kinds, step_of, strict, folder, operators, live_rows)
+    names = tuple(found)
+    plan = Plan(schedule, skipped, names, kinds, step_of, strict, folder, operators, live_rows)
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):
@@ -94,11 +96,15 @@ def transform(
             continue
         copied = copies[id(block)]
         forward = _take_forward(name, copied)
-        pruning = BlockRuntime(layer, name, forward, plan, store) if prunes else None
+        inner = (
+            BlockRuntime(layer, name, forward, plan, store)
+            if prunes
+            else DenseRuntime(name, forward, plan, store)
+        )
         if skipped.steps:
-            _attach(copied, SkippingRuntime(name, forward, plan, store, pruning))
-        elif pruning is not None:
-            _attach(copied, pruning)
+            _attach(copied, SkippingRuntime(name, forward, plan, store, inner))
+        else:
+            _attach(copied, inner)
     if skipped.steps:
         install(fast, skipped, on_full)
     object.__setattr__(fast, _PLAN, plan)
@@ -134,12 +140,51 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     return report
 
 
+def compile(
+    fast: Model, *, fallback: bool = False, fullgraph: bool = True, **options: Any
+) -> Model:
+    """Makes a transformed model compile what its blocks run at every step; returns the same model.
+
+    `torch.compile` sees each program once, whatever the number of blocks that share it, and the
+    blocks' own forward once for each step without a program; blocks that differ in what their
+    forward reads get graphs of their own. Compilation happens at the first call of each, so run one
+    generation before timing; `explain` then tells the number of graphs. A model compiled again
+    takes the new options. What the loop does between blocks is not compiled.
+
+    Args:
+        fast: A transformed model, traced or not. Leave `torch.compile` of its blocks or of the loop
+            out: inside of it, nothing is compiled a second time.
+        fallback: Whether calls that cannot be compiled run eagerly, with a warning in the log and a
+            line in `explain`.
+        fullgraph: Whether a graph break is a failure.
+        **options: Passed on to `torch.compile`, such as `backend` or `mode`.
+
+    Raises:
+        ModelError: If `fast` is not transformed.
+        TypeError: For an option that `torch.compile` does not take.
+        CompileError: Not here but at a call that cannot be compiled, without `fallback`: it names
+            the block, the step and what torch says. The block's state is as before the call.
+
+    Example:
+        >>> fast = compile(transform(model, schedule))  # doctest: +SKIP
+    """
+    plan = _plan(fast)
+    options = {"fullgraph": fullgraph, **options}
+    plan.compilation = Compilation(plan.schedule, options, fallback=fallback)
+    store = ProgramStore(plan)
+    for name in plan.blocks:
+        block = module_at(fast, name)
+        if _RUNTIME not in vars(block):
+            _attach(block, DenseRuntime(name, _take_forward(name, block), plan, store))
+    return fast
+
+
 def explain(fast: nn.Module) -> Report:
     """Returns what every block and branch of a transformed model does at every step met so far."""
     return Report.of(_plan(fast))
 
 
-def _attach(block: nn.Module, runtime: BlockRuntime | SkippingRuntime) -> None:
+def _attach(block: nn.Module, runtime: BlockRuntime | DenseRuntime | SkippingRuntime) -> None:
     """Gives a copied block a subclass of its own class whose forward is the runtime's."""
     kind = type(block)
     object.__setattr__(block, _RUNTIME, runtime)
@@ -175,10 +220,9 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """Returns a forward with a code object of its own.
 
-    Dynamo counts compilations per code object: with a shared one, many blocks would use up the
-    budget that each has for its steps.
+    With a shared one, many blocks would use up Dynamo's budget that each has for its steps.
     """
-    made = types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
+    made = with_own_code(_forward, "forward")
     made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     made.__doc__ = kind.forward.__doc__
     return made

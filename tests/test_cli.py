@@ -18,6 +18,7 @@ from fastvar_fx import Schedule, demo, presets
 from fastvar_fx.cli import main
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.models.var import build
+from fastvar_fx.timing import Subject, per_step
 
 SCALES = (1, 2, 3, 4, 6, 8)
 MODELS = """
@@ -217,16 +218,16 @@ def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folde
 
 
 @pytest.fixture(scope="module")
-def subject() -> demo.Subject:
+def subject() -> Subject:
     def run(model: Any) -> Any:
         return model.autoregressive_infer_cfg(2, 3, g_seed=1)
 
     model = build("tiny", scales=SCALES, depth=2)
-    return demo.Subject("tiny", model, Schedule(SCALES, (0.5, 0.75)), run)
+    return Subject("tiny", model, Schedule(SCALES, (0.5, 0.75)), run)
 
 
 @pytest.fixture(scope="module")
-def measured(subject: demo.Subject) -> Iterator[demo.Measurement]:
+def measured(subject: Subject) -> Iterator[demo.Measurement]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield demo.measure(subject, repeats=1)
@@ -234,7 +235,7 @@ def measured(subject: demo.Subject) -> Iterator[demo.Measurement]:
 
 
 def test_measuring_changes_neither_images_nor_model(
-    subject: demo.Subject, measured: demo.Measurement
+    subject: Subject, measured: demo.Measurement
 ) -> None:
     assert torch.equal(measured.dense_images, subject.run(subject.model))
     assert not torch.equal(measured.pruned_images, measured.dense_images)
@@ -257,7 +258,7 @@ def test_kept_shares_add_up_to_the_kept_tokens(measured: demo.Measurement) -> No
         assert set((4 * share).flatten().tolist()) <= {0, 1, 2, 3, 4}
 
 
-def test_patience_ends_the_repeats(subject: demo.Subject) -> None:
+def test_patience_ends_the_repeats(subject: Subject) -> None:
     told: list[str] = []
     result = demo.measure(subject, repeats=9, patience=0, progress=told.append)
     assert result.repeats == 1
@@ -266,16 +267,19 @@ def test_patience_ends_the_repeats(subject: demo.Subject) -> None:
 
 def test_passes_are_told_apart_by_step() -> None:
     schedule = Schedule((1, 1, 2, 3), (0.5,))
-    assert demo._per_step([(1, 1), (1, 2), (4, 3), (9, 4)], schedule) == [1, 2, 3, 4]
+    assert per_step([(1, 1), (1, 2), (4, 3), (9, 4)], schedule) == [1, 2, 3, 4]
     context_and_halves = [(30, 9), (9, 9), (1, 1), (1, 1), (4, 2), (4, 3), (9, 4), (9, 4)]
-    assert demo._per_step(context_and_halves, schedule) == [1, 1, 5, 8]
+    assert per_step(context_and_halves, schedule) == [1, 1, 5, 8]
+    prompt_first = Schedule((1, 2, 3), (0.5,))
+    assert per_step([(30, 9), (4, 2), (9, 4)], prompt_first) == [9, 2, 4]
+    assert per_step([(1, 1), (4, 2)], prompt_first, drawn=2) == [1, 2, 0]
     with pytest.raises(RunError, match=r"steps of \[1, 1, 4, 9\] tokens, but .* \[1, 1, 4\]"):
-        demo._per_step([(1, 1), (1, 2), (4, 3)], schedule)
+        per_step([(1, 1), (1, 2), (4, 3)], schedule)
 
 
-def test_nothing_to_compare(subject: demo.Subject) -> None:
+def test_nothing_to_compare(subject: Subject) -> None:
     with pytest.raises(ScheduleError, match="nothing to compare"):
-        demo.measure(demo.Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
+        demo.measure(Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
 
 
 # --- what goes wrong --------------------------------------------------------------------------
