@@ -402,6 +402,22 @@ def test_equals_the_method_written_by_hand(scales: Any, batch: int, seed: int) -
     }
 
 
+@pytest.mark.parametrize(("place", "h_div_w"), list(enumerate(TEMPLATES)))
+def test_every_template_prunes_and_frees_its_features(place: int, h_div_w: float) -> None:
+    scales, batch = template(h_div_w, "0.06M"), 1 + place % 4
+    model, schedule = small(depth=1).double(), Schedule(scales, RATIOS)
+    fast = fastvar_fx.transform(model, schedule)
+    latent, want = (
+        m.autoregressive_infer_cfg(prompts(batch).double(), scales, g_seed=place)
+        for m in (fast, pruned_by_hand(model, schedule, BlockByHand))
+    )
+    torch.testing.assert_close(latent, want, rtol=0, atol=1e-9)
+    report = fastvar_fx.explain(fast)
+    assert not report.refusals
+    cached = 3 * 2 * batch * schedule.tokens(schedule.cache_step) * 32 * 8  # branches, guidance
+    assert (report.captured_bytes, report.peak_captured_bytes) == (0, cached)
+
+
 def test_ratio_zero_is_bit_identical(model: Infinity) -> None:
     fast = fastvar_fx.transform(model, Schedule(SCALES, (0.0, 0.0)))
     got, want = (m.autoregressive_infer_cfg(prompts(2), SCALES, g_seed=0) for m in (fast, model))
