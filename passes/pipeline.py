@@ -187,7 +187,8 @@ def make_pruned(
         else:
             break
     if program.earlier is not None:
-        others = _same_branches(call, program.earlier, wanted)
+        same = _same_branches(call, program.earlier, wanted)
+        others = [branch for branch in same if isinstance(branch, Branch)]
         other = prune(program.earlier.graph_module, others, step, operators, feature_of)
         _check_sizes(pruned.graph_module, other.graph_module)
     if dump is not None:
@@ -199,7 +200,9 @@ def make_pruned(
     return StepProgram(program, pruned.graph_module, inputs, features, reports)
 
 
-def _same_branches(call: Call, earlier: BlockProgram, wanted: Sequence[FoundBranch]) -> Any:
+def _same_branches(
+    call: Call, earlier: BlockProgram, wanted: Sequence[FoundBranch]
+) -> list[FoundBranch]:
     """Finds the wanted branches again in the graph at the sizes of an earlier call."""
     found = branches_of(earlier, call.stream)
     indices = [branch.index for branch in wanted]
@@ -208,12 +211,11 @@ def _same_branches(call: Call, earlier: BlockProgram, wanted: Sequence[FoundBran
 
 def _check_sizes(made: GraphModule, at_earlier_sizes: GraphModule) -> None:
     """Nothing in a graph may depend on the sizes that vary but what is computed in it."""
-    pairs = zip(made.graph.nodes, at_earlier_sizes.graph.nodes, strict=False)
-    for node, other in pairs:
-        if node.format_node() != other.format_node():
-            refuse("FVX019", f"`{node.format_node()}` has been `{other.format_node()}`", node)
     if len(made.graph.nodes) != len(at_earlier_sizes.graph.nodes):
         refuse("FVX019", "other branches prune at other sizes")
+    for node, other in zip(made.graph.nodes, at_earlier_sizes.graph.nodes, strict=True):
+        if node.format_node() != other.format_node():
+            refuse("FVX019", f"`{node.format_node()}` has been `{other.format_node()}`", node)
 
 
 def _with_feature(branch: FoundBranch, captured: dict[int, Tensor]) -> FoundBranch:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvar_fx
+from passes import pipeline
+from passes.branches import FoundBranch
 from passes.capture import capture
-from passes.refusal import RefusedError
+from passes.refusal import Refusal, RefusedError
 from passes.sizes import Conditions, Varying
 
 C, H = 16, 2
@@ -165,6 +167,28 @@ def test_another_batch_and_another_length_at_once() -> None:
         text = torch.randn(batch, length, C)
         assert torch.equal(fast.draw(text), fastvar_fx.transform(model, SCHEDULE).draw(text))
     assert program_counts(fast) == [2] * 3
+
+
+def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = pipeline._same_branches
+
+    def first_refused(*args: Any) -> list[FoundBranch]:
+        first, *rest = find(*args)
+        return [pipeline._refuse(first, Refusal("FVX011", "planted")), *rest]
+
+    monkeypatch.setattr(pipeline, "_same_branches", first_refused)
+    torch.manual_seed(0)
+    model = Model().eval()
+    fast = fastvar_fx.transform(model, SCHEDULE)
+    caplog.set_level("INFO", logger="fastvar_fx")
+    for length in (5, 6):
+        text = torch.randn(1, length, C)
+        assert torch.equal(fast.draw(text), fastvar_fx.transform(model, SCHEDULE).draw(text))
+    assert "sizes stay fixed: FVX019" in caplog.text
+    assert "FVX020" not in caplog.text
+    assert not fastvar_fx.explain(fast).refusals
 
 
 class Sized(nn.Module):
