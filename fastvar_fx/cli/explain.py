@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from fastvar_fx.cli.options import (
     Asked,
     Batch,
@@ -16,7 +20,11 @@ from fastvar_fx.cli.options import (
     ScheduleFile,
 )
 from fastvar_fx.cli.terminal import headline
-from fastvar_fx.transform import trace, transform
+from fastvar_fx.transform import measure, trace, transform
+
+Timed = Annotated[
+    bool, typer.Option("--timed", help="Also time the pruned steps, dense and pruned.")
+]
 
 
 def run_explain(
@@ -28,11 +36,12 @@ def run_explain(
     run: Run = None,
     batch: Batch = None,
     on_full: OnFullName = OnFull.SKIP,
+    timed: Timed = False,
     as_json: Json = False,
 ) -> None:
     """Say what every branch does at the cache step and the pruned steps, and why."""
     asked = Asked(model, preset, schedule, ratios, blocks, run, batch)
     subject = asked.subject()
     fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)
-    report = trace(fast, subject.generate)
+    report = (measure if timed else trace)(fast, subject.generate)
     print(report.to_json() if as_json else f"{headline(subject)}\n\n{report}")
