@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar_fx import ModelError, bench
+from fastvar_fx import ModelError
+from fastvar_fx.bench import presets
+from fastvar_fx.bench.peer import peer_restoration, peer_selection
+from fastvar_fx.bench.presets import needed_bytes, preset
+from fastvar_fx.bench.rows import Result, Row, measure, phases
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 
 ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]
-HART = bench.preset("hart-tiny").schedule
+HART = preset("hart-tiny").schedule
 
 
 @pytest.fixture(scope="module")
-def of_hart() -> bench.Result:
-    return bench.measure("hart-tiny", batch=2, repeats=2, compiled=False)
+def of_hart() -> Result:
+    return measure("hart-tiny", batch=2, repeats=2, compiled=False)
 
 
 def by_hand(pruned: bool) -> tuple[int, int]:
@@ -36,12 +40,12 @@ def by_hand(pruned: bool) -> tuple[int, int]:
     return 4 * config.depth * flops, 4 * config.depth * 2 * keys * width
 
 
-def row_of(result: bench.Result, name: str) -> bench.Row:
+def row_of(result: Result, name: str) -> Row:
     (row,) = (row for row in result.rows if row.name == name)
     return row
 
 
-def test_the_limit_is_the_flop_ratio_by_hand(of_hart: bench.Result) -> None:
+def test_the_limit_is_the_flop_ratio_by_hand(of_hart: Result) -> None:
     limit = by_hand(pruned=False)[0] / by_hand(pruned=True)[0]
     assert row_of(of_hart, "dense-eager").limit == 1
     for name in ("pruned-eager", "peer-eager"):
@@ -50,14 +54,14 @@ def test_the_limit_is_the_flop_ratio_by_hand(of_hart: bench.Result) -> None:
         assert row.limit_fraction == pytest.approx(row.speedup / limit)
 
 
-def test_keys_and_values_by_hand(of_hart: bench.Result) -> None:
+def test_keys_and_values_by_hand(of_hart: Result) -> None:
     for name, pruned in (("dense-eager", False), ("pruned-eager", True)):
         row = row_of(of_hart, name)
         assert row.kv_mib * 2**20 == 4 * by_hand(pruned)[1]
         assert row.peak_mib > row.kv_mib
 
 
-def test_times_add_up(of_hart: bench.Result) -> None:
+def test_times_add_up(of_hart: Result) -> None:
     assert [row.name for row in of_hart.rows] == ["dense-eager", "pruned-eager", "peer-eager"]
     dense = row_of(of_hart, "dense-eager")
     for row in of_hart.rows:
@@ -79,8 +83,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["dense-eager", "pruned-eager", "pruned-eager-skip", "peer-eager"]
     assert rows["dense-eager"]["speedup"] == 1
     assert rows["pruned-eager-skip"]["limit"] >= rows["pruned-eager"]["limit"] > 1
-    assert {name: len(steps) for name, steps in data["step_ms"].items()} == dict.fromkeys(rows, 7)
-    assert data["step_ms"]["pruned-eager-skip"][-1] == 0
+    assert {name: len(steps) for name, steps in data["steps"].items()} == dict.fromkeys(rows, 7)
+    assert data["steps"]["pruned-eager-skip"][-1] == 0
     assert data["total_ms"]["peer-eager"] > rows["peer-eager"]["ms"]
 
 
@@ -93,17 +97,17 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rows_with_compiled_ones() -> None:
-    schedule = bench.preset("infinity-tiny")
-    assert bench.phases(schedule, 3, compiled=True) == 1 + 7 * 5
-    assert bench.phases(schedule, 3, compiled=False) == 1 + 4 * 5
+    schedule = preset("infinity-tiny")
+    assert phases(schedule, 3, compiled=True) == 1 + 7 * 5
+    assert phases(schedule, 3, compiled=False) == 1 + 4 * 5
 
 
 def test_the_peer_does_what_our_operators_do() -> None:
     x, cached = torch.randn(2, 36, 8), torch.randn(2, 9, 8)
-    index = bench.peer_selection(x, 10)
+    index = peer_selection(x, 10)
     assert torch.equal(index.sort(dim=1).values, pivotal_token_selection(x, 10))
     call = (torch.randn(2, 10, 8), index, cached, (3, 3), (6, 6))
-    torch.testing.assert_close(bench.peer_restoration(*call), cached_token_restoration(*call))
+    torch.testing.assert_close(peer_restoration(*call), cached_token_restoration(*call))
 
 
 @pytest.mark.parametrize(
@@ -127,24 +131,24 @@ def test_bad_input(
 
 def test_bad_numbers() -> None:
     with pytest.raises(ModelError, match="batch is at least 1; found 0"):
-        bench.measure("var-tiny", batch=0)
+        measure("var-tiny", batch=0)
     with pytest.raises(ModelError, match="repeats is at least 1; found -1"):
-        bench.measure("var-tiny", repeats=-1)
+        measure("var-tiny", repeats=-1)
 
 
 def test_what_does_not_fit_says_so_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "free_bytes", lambda _: 3 * 2**30)
+    monkeypatch.setattr(presets, "free_bytes", lambda _: 3 * 2**30)
     told: list[str] = []
     message = r"infinity-2b-1024 at batch 4 needs about .* GiB .* 3.0 GiB free; .*fit: var-tiny"
     with pytest.raises(ModelError, match=message):
-        bench.measure("infinity-2b-1024", batch=4, progress=told.append)
+        measure("infinity-2b-1024", batch=4, progress=told.append)
     assert told == []
 
 
 def test_memory_needed_is_about_what_the_parameters_and_the_cache_take() -> None:
-    chosen = bench.preset("hart-tiny")
+    chosen = preset("hart-tiny")
     model = chosen.build()
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    needed = [bench.needed_bytes(chosen, batch, torch.float32) for batch in (1, 2, 3)]
+    needed = [needed_bytes(chosen, batch, torch.float32) for batch in (1, 2, 3)]
     assert needed[0] > weights
     assert needed[2] - needed[1] == needed[1] - needed[0] > 0
