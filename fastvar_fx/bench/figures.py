@@ -33,7 +33,7 @@ def draw_rows(result: Result, title: str, caption: str, path: Path) -> None:
         path: File to write.
     """
     rows = [row for row in reversed(result.rows) if row.limit > 1]
-    figure, ax = _figure(title, caption, height=1.6 + 0.5 * len(rows))
+    figure, ax = _figure(title, caption, height=1.8 + 0.5 * len(rows))
     places = range(len(rows))
     speedups = [row.limit * row.limit_fraction for row in rows]
     ax.barh(places, speedups, 0.6, color=_COLORS["pruned"], label="measured")
@@ -46,7 +46,7 @@ def draw_rows(result: Result, title: str, caption: str, path: Path) -> None:
     ax.set_yticks(places, [row.name for row in rows])
     ax.set_xlim(0, 1.45 * max(*limits, *speedups))
     ax.set_xlabel("transformer time: speed-up over the dense row of the same kind")
-    figure.legend(loc="outside lower right", ncols=2)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, markerscale=0.5, frameon=False)
     figure.savefig(path)
 
 
@@ -140,13 +140,10 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
 
 def _name_steps(ax: Axes, schedule: Schedule, steps: Sequence[int]) -> None:
     """Writes below each step what is drawn."""
-    names = []
-    for step in steps:
-        tokens, kept = schedule.tokens(step), schedule.kept(step)
-        count = f"{tokens}" if kept == tokens else f"{kept} of {tokens}"
-        names.append("x".join(map(str, schedule.scales[step])) + f"\n{count}")
-    ax.set_xticks(steps, names)
-    ax.set_xlabel("token map of the step, tokens that pruning keeps")
+    maps = ["x".join(map(str, schedule.scales[step])) for step in steps]
+    names = [f"{map_}\n{schedule.kept(step)}" for map_, step in zip(maps, steps, strict=True)]
+    ax.set_xticks(steps, names, fontsize=9)
+    ax.set_xlabel("token map of the step, and how many tokens are kept")
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
 

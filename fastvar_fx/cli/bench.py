@@ -284,7 +284,7 @@ def _draw(measured: _Measured, folder: Path) -> list[Path]:
         drawn["modules"] = partial(figures.draw_modules, measured.modules, schedule)
     if measured.resolutions:
         drawn["resolutions"] = partial(figures.draw_resolutions, measured.resolutions)
-    files = [folder / f"{name}.png" for name in drawn]
-    for path, draw in zip(files, drawn.values(), strict=True):
-        draw(title, about, path)
-    return files
+    files = {name: folder / f"{name}.png" for name in drawn}
+    for name, draw in drawn.items():
+        draw(title, about, files[name])
+    return list(files.values())
