@@ -117,7 +117,8 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
         caption: Line below.
         path: File to write.
     """
-    figure, axes = _figures(title, caption, 2)
+    continued = "larger images: maps that keep as many tokens per row as the last pruned one"
+    figure, axes = _figures(f"{title}\n{continued}", caption, 2)
     labels = {"ms": "transformer time, ms", "peak_mib": "peak memory without weights, MiB"}
     for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
         for kind, marker in zip(KINDS, "os", strict=True):

@@ -24,6 +24,12 @@ PRUNED, PRUNED_COMPILED = "pruned-eager", "pruned-compiled"
 SKIPPED, SKIPPED_COMPILED = "pruned-eager-skip", "pruned-compiled-skip"
 PEER = "peer-eager"
 """Names of the rows."""
+_EAGER: Final = {
+    DENSE_COMPILED: DENSE,
+    PRUNED_COMPILED: PRUNED,
+    SKIPPED_COMPILED: SKIPPED,
+}
+"""The row that runs the same ops eagerly; FLOPs are counted there."""
 
 _MIB: Final = 2**20
 
@@ -178,7 +184,7 @@ def _warm_up(
     progress(f"{row}, warm-up")
     if row != DENSE:
         run.subject.generate(run.model)  # traces and compiles, which is not to be counted
-    if _is_eager(row):
+    if row not in _EAGER:
         run.count()
     progress(f"{row}, memory")
     loop = replace(run.subject, run=lambda model: chosen.draw(model, batch))
@@ -210,9 +216,8 @@ def _row(name: str, runs: Mapping[str, Runs], peak: int, keys: int) -> Row:
     time = run.spread(steps)
     speedup = dense.spread(steps).median / time.median
     over_compiled = None if compiled is None else compiled.spread(steps).median / time.median
-    eager = runs[name.replace("compiled", "eager")]
-    limit = sum(dense.flops) / sum(eager.flops)
-    alike = speedup if _is_eager(name) or over_compiled is None else over_compiled
+    limit = sum(dense.flops) / sum(runs[_EAGER.get(name, name)].flops)
+    alike = over_compiled if name in _EAGER and over_compiled is not None else speedup
     return Row(
         name,
         time,
@@ -225,7 +230,3 @@ def _row(name: str, runs: Mapping[str, Runs], peak: int, keys: int) -> Row:
         peak / _MIB,
         keys / _MIB,
     )
-
-
-def _is_eager(name: str) -> bool:
-    return "eager" in name
