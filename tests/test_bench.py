@@ -25,6 +25,7 @@ from fastvar_fx.bench.modules import (
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import needed_bytes, preset
 from fastvar_fx.bench.resolutions import (
+    QUANTITIES,
     AtResolution,
     Cost,
     growth,
@@ -280,13 +281,17 @@ def test_a_resolution_of_no_whole_tokens(pixels: int) -> None:
 
 def test_growth_is_the_exponent() -> None:
     rows = [
-        AtResolution(16 * n, Schedule((1, 2, n), (0.5,)), {"dense": Cost(n**3, n, n**4)}, "")
+        AtResolution(16 * n, Schedule((1, 2, n), (0.5,)), {"dense": dense, "pruned": pruned}, "")
         for n in (4, 8, 16)
+        for dense, pruned in [(Cost(n**3, n, n**4), Cost(n, 1, n))]
     ]
-    rows.append(AtResolution(32, Schedule((1, 2), ()), {"dense": Cost(1e9, 1e9, 1e9)}, ""))
-    found = [growth(rows, "dense", quantity) for quantity in ("ms", "peak_mib", "gflops")]
+    other = Cost(1e9, 1e9, 1e9)
+    rows.append(AtResolution(32, Schedule((1, 2), ()), {"dense": other, "pruned": other}, ""))
+    rows.append(AtResolution(512, Schedule((1, 2, 32), (0.5,)), {"pruned": other}, ""))
+    found = [growth(rows, "dense", quantity) for quantity in QUANTITIES]
     assert found == pytest.approx([1.5, 0.5, 2.0])
-    assert isnan(growth(rows, "pruned", "ms"))
+    assert growth(rows, "pruned", "ms") == pytest.approx(0.5)
+    assert isnan(growth(rows[2:], "pruned", "ms"))
 
 
 def test_what_is_too_large_or_too_slow_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

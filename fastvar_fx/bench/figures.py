@@ -133,9 +133,9 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
         ax.set(xscale="log", yscale="log", ylabel=label, xlabel="side of the image, pixels")
         measured = [row for row in rows if row.costs]
         ax.set_xticks([r.tokens for r in measured], [f"{r.pixels}" for r in measured])
-        ax.minorticks_off()
+        ax.set_xticks([], minor=True)
         ax.grid(alpha=0.3)
-        ax.legend(loc="upper left")
+        ax.legend(loc="lower right")
     figure.savefig(path)
 
 

@@ -190,14 +190,14 @@ def growth(rows: Sequence[AtResolution], kind: str, quantity: str) -> float:
     """Returns the e of cost ~ tokens^e, by least squares of logarithms; NaN below two points.
 
     Args:
-        rows: What was measured; those without a pruned step do not count.
+        rows: What was measured; those without a pruned step, or not of both kinds, do not count.
         kind: One of `KINDS`.
         quantity: One of `QUANTITIES`.
     """
     points = [
         (row.tokens, getattr(row.costs[kind], quantity))
         for row in rows
-        if row.schedule.pruned_steps and kind in row.costs
+        if row.schedule.pruned_steps and len(row.costs) == len(KINDS)
     ]
     if len(points) < 2:
         return nan

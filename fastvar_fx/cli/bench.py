@@ -260,8 +260,8 @@ def _print_resolutions(rows: Sequence[AtResolution]) -> None:
     show(table)
     show(
         "tokens, kept: of the last map. ms: transformer blocks, eager; peak: without weights. Last "
-        "line: the e of cost ~ tokens^e, over the sizes that have a pruned step. Maps beyond the "
-        "schedule keep as many tokens per row as its last."
+        "line: the e of cost ~ tokens^e, over the sizes with a pruned step that were measured both "
+        "ways. Maps beyond the schedule keep as many tokens per row as its last pruned one."
     )
     for row in rows:
         if row.note:
