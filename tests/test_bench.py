@@ -20,6 +20,7 @@ from fastvar_fx.bench.modules import (
     ModuleClock,
     late_modules,
     measure_modules,
+    module_of,
     with_marks,
 )
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
@@ -36,7 +37,8 @@ from fastvar_fx.bench.rows import Result, Row, measure, phases
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
-from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
+from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from passes.prune import take_side
 
 ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]
 HART = preset("hart-tiny").schedule
@@ -229,6 +231,19 @@ def test_marks_are_set_where_the_module_changes() -> None:
     marked = with_marks(torch.fx.GraphModule({}, graph), modules.__getitem__, told.append)
     assert torch.equal(marked(torch.tensor([-1.0, 2.0])), torch.tensor([[0.0, 2.0]] * 4))
     assert told == ["ffn", "PTS", "ffn", "rest"]
+
+
+def test_what_a_call_belongs_to() -> None:
+    operators = Operators(pivotal_token_selection, cached_token_restoration)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    targets = (operators.select, operators.take, take_side, operators.restore, torch.relu)
+    calls = [graph.call_function(target, (x,)) for target in targets]
+    for call in calls:
+        call.meta["fastvar"] = {"branch": 1, "kind": "ffn"}
+    calls.append(graph.call_function(torch.add, (x, x)))
+    found = [module_of(operators, call) for call in calls]
+    assert found == ["PTS", "PTS", "PTS", "CTR", "ffn", "rest"]
 
 
 def test_every_module_takes_time_where_it_should(of_hart: Result) -> None:

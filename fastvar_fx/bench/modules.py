@@ -136,8 +136,8 @@ class ModuleClock:
     ) -> Any:
         """Runs a program on its inputs."""
         if graph_module not in self._marked:
-            module_of = partial(_module_of, self._plan.operators)
-            self._marked[graph_module] = with_marks(graph_module, module_of, self._mark)
+            told = partial(module_of, self._plan.operators)
+            self._marked[graph_module] = with_marks(graph_module, told, self._mark)
         self._begin(tokens)
         outputs = self._marked[graph_module](*inputs)
         self._mark(REST)
@@ -212,7 +212,8 @@ def with_marks(
     return GraphModule(graph_module, graph)
 
 
-def _module_of(operators: Operators, node: Node) -> str:
+def module_of(operators: Operators, node: Node) -> str:
+    """Returns which of `MODULES` a call in the graph of a program belongs to."""
     if node.target in (operators.select, operators.take, take_side):
         return PTS
     if node.target is operators.restore:
