@@ -125,7 +125,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
-    plan = _plan(fast)
+    plan = plan_of(fast)
     run(fast)
     plan.skipped.check()
     report = Report.of(plan)
@@ -168,7 +168,7 @@ def compile(
     Example:
         >>> fast = compile(transform(model, schedule))  # doctest: +SKIP
     """
-    plan = _plan(fast)
+    plan = plan_of(fast)
     options = {"fullgraph": fullgraph, **options}
     plan.compilation = Compilation(plan.schedule, options, fallback=fallback)
     store = ProgramStore(plan)
@@ -181,7 +181,7 @@ def compile(
 
 def explain(fast: nn.Module) -> Report:
     """Returns what every block and branch of a transformed model does at every step met so far."""
-    return Report.of(_plan(fast))
+    return Report.of(plan_of(fast))
 
 
 def _attach(block: nn.Module, runtime: BlockRuntime | DenseRuntime | SkippingRuntime) -> None:
@@ -235,7 +235,12 @@ def _named(function: Callable[..., Any]) -> Any:
     return lambda *args: function(*args)
 
 
-def _plan(fast: nn.Module) -> Plan:
+def plan_of(fast: nn.Module) -> Plan:
+    """Returns the plan of a transformed model.
+
+    Raises:
+        ModelError: If it is not transformed.
+    """
     plan = getattr(fast, _PLAN, None)
     if plan is None:
         raise ModelError(
