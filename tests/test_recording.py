@@ -22,7 +22,7 @@ FEW = (1, 2, 3, 4)
 ONES, TWOS = torch.tensor([1, 1]), torch.tensor([2, 2])
 
 
-class Waiting(TorchDispatchMode):
+class Waiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises what torch does for an op that waits for the GPU, where that is forbidden."""
 
     def __torch_dispatch__(
@@ -58,7 +58,7 @@ class Rerun:
 
     def rehearse(self, call: Callable[[], Any]) -> None:
         try:
-            with Waiting():
+            with Waiting():  # type: ignore[no-untyped-call]
                 call()
         except RuntimeError as error:
             end_at_op(error)
@@ -85,6 +85,12 @@ def transformed(depth: int = 1) -> VAR:
     return fastvar_fx.transform(model, Schedule(FEW, (0.5, 0.75)))
 
 
+@functools.cache
+def traced() -> VAR:
+    """One model for all tests that leave it as it was."""
+    return transformed()
+
+
 def draw(model: VAR, label: Tensor) -> Tensor:
     return model.infer_fhat(2, label)
 
@@ -93,7 +99,7 @@ def draw(model: VAR, label: Tensor) -> Tensor:
 
 
 def test_a_replay_is_the_eager_generation_of_its_inputs_and_seed() -> None:
-    fast = transformed()
+    fast = traced()
     recording = record(fast, draw, ONES)
     for label, seed in ((ONES, 0), (TWOS, 0), (TWOS, 5)):
         torch.manual_seed(seed)
@@ -101,7 +107,7 @@ def test_a_replay_is_the_eager_generation_of_its_inputs_and_seed() -> None:
 
 
 def test_results_are_copies_and_outlive_the_next_replay() -> None:
-    recording = record(transformed(), lambda m, x: (draw(m, x["label"]), "kept"), {"label": ONES})
+    recording = record(traced(), lambda m, x: (draw(m, x["label"]), "kept"), {"label": ONES})
     first, kept = recording({"label": ONES}, seed=0)
     before = first.clone()
     assert not torch.equal(recording({"label": TWOS}, seed=1)[0], first)
@@ -111,7 +117,7 @@ def test_results_are_copies_and_outlive_the_next_replay() -> None:
 
 def test_a_seed_leaves_the_generators_as_they_were_and_none_goes_on_drawing() -> None:
     torch.manual_seed(3)
-    recording = record(transformed(), draw, ONES)
+    recording = record(traced(), draw, ONES)
     state = torch.get_rng_state()
     assert torch.initial_seed() == 3
     recording(ONES, seed=0)
@@ -120,12 +126,12 @@ def test_a_seed_leaves_the_generators_as_they_were_and_none_goes_on_drawing() ->
 
 
 def test_generators_of_the_model_and_of_the_inputs_are_seeded() -> None:
-    fast = transformed()
-    fast.rng = torch.Generator()  # type: ignore[assignment]
+    fast: Any = transformed()
+    fast.rng = torch.Generator()
     handed_in = torch.Generator()
 
-    def run(model: VAR, generator: torch.Generator) -> Tensor:
-        noise = torch.rand(2, generator=model.rng) + torch.rand(2, generator=generator)  # type: ignore[arg-type]
+    def run(model: Any, generator: torch.Generator) -> Tensor:
+        noise = torch.rand(2, generator=model.rng) + torch.rand(2, generator=generator)
         return noise + draw(model, ONES).sum() * 0
 
     recording = record(fast, run, handed_in)
@@ -136,26 +142,26 @@ def test_generators_of_the_model_and_of_the_inputs_are_seeded() -> None:
 
 
 def test_state_that_the_loop_leaves_on_the_model_is_not_that_of_the_recording() -> None:
-    fast = transformed()
-    fast.left = [torch.zeros(1)]  # type: ignore[assignment]
+    fast: Any = transformed()
+    fast.left = [torch.zeros(1)]
 
     class Marking(Rerun):
         def capture(self, call: Callable[[], Any], generators: Sequence[torch.Generator]) -> Any:
-            before = fast.left[0]  # type: ignore[index]
+            before = fast.left[0]
             try:
                 return super().capture(call, generators)
             finally:
-                assert fast.left[0] is not before  # type: ignore[index]
+                assert fast.left[0] is not before
                 seen.append(before)
 
-    def run(model: VAR, label: Tensor) -> Tensor:
+    def run(model: Any, label: Tensor) -> Tensor:
         image = draw(model, label)
-        model.left[0] = image.clone()  # type: ignore[index, operator]
+        model.left[0] = image.clone()
         return image
 
     seen: list[Tensor] = []
     record(fast, run, ONES, graph=Marking())
-    assert fast.left[0] is seen[0]  # type: ignore[index]
+    assert fast.left[0] is seen[0]
     assert fastvar_fx.explain(fast).captured_bytes == 0
 
 
@@ -221,13 +227,13 @@ def test_no_in_tree_loop_waits_for_the_gpu(
 
 def test_without_a_gpu_it_says_where_the_model_is() -> None:
     with pytest.raises(GraphError, match="needs the model on a CUDA device; it is on cpu"):
-        fastvar_fx.cuda_graph(transformed(), draw, ONES)
+        fastvar_fx.cuda_graph(traced(), draw, ONES)
     with pytest.raises(ModelError, match="is not transformed"):
         fastvar_fx.cuda_graph(build("tiny", depth=1), draw, ONES)
 
 
 def test_inputs_that_do_not_fit_are_refused_and_nothing_is_copied() -> None:
-    recording = record(transformed(), lambda m, label, _: draw(m, label), ONES, 4)
+    recording = record(traced(), lambda m, label, _: draw(m, label), ONES, 4)
     want = recording(ONES, 4, seed=0)
     for inputs, message in (
         ((TWOS[:1], 4), r"input \[0\] was recorded as \(2,\) int64 on cpu; found \(1,\) int64"),
@@ -241,7 +247,7 @@ def test_inputs_that_do_not_fit_are_refused_and_nothing_is_copied() -> None:
             recording(*inputs, seed=0)
     assert torch.equal(recording(ONES, 4, seed=0), want)
     with pytest.raises(GraphError, match=r"input \[0\] is .* on meta, but the generation runs on"):
-        record(transformed(), draw, ONES.to("meta"))
+        record(traced(), draw, ONES.to("meta"))
 
 
 def test_weights_may_take_new_values_but_not_new_memory() -> None:
@@ -278,7 +284,7 @@ def test_training_mode_is_refused() -> None:
     ],
 )
 def test_a_run_that_waits_for_the_gpu_is_told_its_line(wait: Callable[[Tensor], Any]) -> None:
-    fast = transformed()
+    fast = traced()
 
     def run(model: VAR, label: Tensor) -> Tensor:
         image = draw(model, label)
@@ -307,7 +313,7 @@ def test_a_block_that_waits_is_told_its_line_not_ours() -> None:
 
 
 def test_a_run_that_seeds_is_told_to_leave_it_to_the_replay() -> None:
-    fast = transformed()
+    fast = traced()
 
     def run(model: VAR, label: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -342,7 +348,7 @@ def test_a_run_that_seeds_is_told_to_leave_it_to_the_replay() -> None:
 def test_a_failed_capture_says_why_and_leaves_the_model_usable(
     error: RuntimeError, message: str
 ) -> None:
-    fast, runs = transformed(), 0
+    fast, runs = traced(), 0
 
     def run(model: VAR, label: Tensor) -> Tensor:
         nonlocal runs
@@ -380,9 +386,9 @@ def untouched_image() -> Tensor:
 
 def test_a_run_has_to_return_its_tensors() -> None:
     with pytest.raises(GraphError, match="returned no tensor but NoneType"):
-        record(transformed(), lambda m, label: [draw(m, label)].clear(), ONES)
+        record(traced(), lambda m, label: [draw(m, label)].clear(), ONES)
     with pytest.raises(GraphError, match="a tensor on meta"):
-        record(transformed(), lambda m, label: draw(m, label).to("meta"), ONES)
+        record(traced(), lambda m, label: draw(m, label).to("meta"), ONES)
 
 
 @pytest.mark.parametrize(
@@ -406,4 +412,4 @@ def test_other_errors_of_the_run_stay_what_they_are() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        record(transformed(), run, ONES)
+        record(traced(), run, ONES)
