@@ -17,12 +17,14 @@ from fastvar_fx.errors import (
     CaptureMismatchError,
     CompileError,
     FastVARError,
+    GraphError,
     ModelError,
     NothingPrunedError,
     RunError,
     ScheduleError,
 )
 from fastvar_fx.extend import axis_rule, register_opaque
+from fastvar_fx.recording import cuda_graph
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule, presets
 from fastvar_fx.transform import compile, explain, measure, trace, transform
@@ -33,6 +35,7 @@ __all__ = [
     "CaptureMismatchError",
     "CompileError",
     "FastVARError",
+    "GraphError",
     "ModelError",
     "NothingPrunedError",
     "Report",
@@ -41,6 +44,7 @@ __all__ = [
     "ScheduleError",
     "axis_rule",
     "compile",
+    "cuda_graph",
     "explain",
     "measure",
     "presets",

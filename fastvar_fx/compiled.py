@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
 from fastvar_fx.errors import CompileError
@@ -55,6 +57,16 @@ class Compilation:
         self.graphs: Counter[int] = Counter()
         self.failures: list[str] = []
         _Region(_run_dense, options)  # torch checks the options' names
+
+    @property
+    def makes_cuda_graphs(self) -> bool:
+        """Whether by its options `torch.compile` records CUDA graphs of its own."""
+        mode, options = self._options.get("mode"), self._options.get("options") or {}
+        chosen = (list_mode_options(mode) if mode else {}) | options
+        default = inductor_config.triton.cudagraphs
+        return self._options.get("backend") == "cudagraphs" or bool(
+            chosen.get("triton.cudagraphs", default)
+        )
 
     def anew(self) -> Compilation:
         """Returns one with the same options and nothing compiled, for a copy of the model."""

@@ -27,5 +27,9 @@ class CompileError(FastVARError, RuntimeError):
     """A program or a block's forward that torch.compile cannot compile."""
 
 
+class GraphError(FastVARError, RuntimeError):
+    """A generation that no CUDA graph can record, or a replay that does not fit the recording."""
+
+
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""

@@ -73,6 +73,9 @@ class Holder(Protocol):
     def captured_bytes(self) -> int:
         """Bytes it holds now."""
 
+    def forget(self) -> None:
+        """Frees them: the generation was cut off."""
+
 
 @dataclass
 class Plan:
@@ -146,6 +149,11 @@ class Plan:
     def captured_bytes(self) -> int:
         """Bytes of captured features that the blocks hold now."""
         return sum(holder.captured_bytes for holder in self.holders)
+
+    def forget(self) -> None:
+        """Frees all captured features, after a generation that was cut off."""
+        for holder in self.holders:
+            holder.forget()
 
     def note_captured(self) -> None:
         """Notes, after the last block has captured, what is held: the most of a generation."""

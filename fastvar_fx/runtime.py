@@ -90,6 +90,11 @@ class BlockRuntime:
         features = [feature for call in self._features or () for feature in call.values()]
         return sum(feature.nbytes for feature in features)
 
+    def forget(self) -> None:
+        """Frees the captured features, and waits for a new generation."""
+        self._forget()
+        self._began = False
+
     # --- steps ---------------------------------------------------------------------------------
 
     def _step(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -127,7 +127,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
-    plan = _plan(fast)
+    plan = plan_of(fast)
     run(fast)
     plan.skipped.check()
     report = Report.of(plan)
@@ -164,7 +164,7 @@ def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) 
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; found {repeats}")
-    plan = _plan(fast)
+    plan = plan_of(fast)
     trace(fast, run)
     plan.step_times = time_steps(fast, plan, run, repeats)
     return Report.of(plan)
@@ -205,7 +205,7 @@ def compile(
 
 def run_by(fast: nn.Module, make: Callable[[Plan], Made]) -> Made:
     """Hands all that the blocks of a transformed model run to an executor, which it returns."""
-    plan = _plan(fast)
+    plan = plan_of(fast)
     plan.executor = executor = make(plan)
     store = ProgramStore(plan)
     for name in plan.blocks:
@@ -217,7 +217,7 @@ def run_by(fast: nn.Module, make: Callable[[Plan], Made]) -> Made:
 
 def explain(fast: nn.Module) -> Report:
     """Returns what every block and branch of a transformed model does at every step met so far."""
-    return Report.of(_plan(fast))
+    return Report.of(plan_of(fast))
 
 
 def _attach(block: nn.Module, runtime: BlockRuntime | DenseRuntime | SkippingRuntime) -> None:
@@ -271,7 +271,12 @@ def _named(function: Callable[..., Any]) -> Any:
     return lambda *args: function(*args)
 
 
-def _plan(fast: nn.Module) -> Plan:
+def plan_of(fast: nn.Module) -> Plan:
+    """Returns the plan of a transformed model.
+
+    Raises:
+        ModelError: If it is not transformed.
+    """
     plan = getattr(fast, _PLAN, None)
     if plan is None:
         raise ModelError(

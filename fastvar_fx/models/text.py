@@ -17,6 +17,8 @@ def check_text(
 ) -> None:
     """Raise unless features of prompts fit a model, their mask and a batch.
 
+    What a mask on a GPU says is not checked, for that would make the loop wait for it.
+
     Args:
         text: the features.
         width: features per token that the model reads.
@@ -45,7 +47,7 @@ def check_text(
             f"{tuple(text.shape)}\ndo: give a bool mask {tuple(text.shape[:2])}, True where there "
             f"is a token"
         )
-    if mask is not None and not bool(mask.any(dim=1).all()):
+    if mask is not None and not mask.is_cuda and not bool(mask.any(dim=1).all()):
         raise ValueError(
             f"asked: prompts of {mask.sum(dim=1).tolist()} tokens\nfound: one without any\n"
             f"do: give an empty prompt the tokens that the text encoder makes of it"

@@ -240,7 +240,7 @@ def sample_top_k_top_p(
     if top_p > 0:
         ascending, order = logits.sort(dim=-1)
         drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)
-        drop[..., -1] = False  # the likeliest id always stays
+        drop[..., -1].fill_(False)  # the likeliest id always stays
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     probabilities = logits.softmax(dim=-1).view(-1, V)  # (B * L, V)
     drawn = torch.multinomial(probabilities, 1, replacement=True, generator=generator)
@@ -427,7 +427,7 @@ class VAR(nn.Module):
         Args:
             B: number of images, at least 1.
             label: class of all images, or int64 classes (B,), or None to draw them; -1 stands for
-                "no class".
+                "no class". Classes on a GPU are not checked for range.
             g_seed: seed of the draws; None uses torch's global generator of the device.
             cfg: guidance strength at the last step, at least 0; it grows linearly from 0 at the
                 first.
@@ -621,7 +621,7 @@ class VAR(nn.Module):
             uniform = torch.full((1, self.num_classes), 1.0 / self.num_classes, device=device)
             return torch.multinomial(uniform, B, replacement=True, generator=generator).reshape(B)
         if isinstance(label, int):
-            classes = torch.full((B,), label, device=device)
+            classes, known = torch.full((B,), label, device=device), [label]
         elif isinstance(label, Tensor) and not label.is_floating_point():
             if tuple(label.shape) != (B,):
                 raise ValueError(
@@ -629,13 +629,14 @@ class VAR(nn.Module):
                     f"do: give one class per image, shape ({B},), or an int for all"
                 )
             classes = label.to(device=device, dtype=torch.int64)
+            known = [] if label.is_cuda else label.tolist()  # reading them would wait for the GPU
         else:
             kind = label.dtype if isinstance(label, Tensor) else type(label).__name__
             raise TypeError(f"label of type {kind}: give an int, an integer tensor (B,) or None")
-        low, high = int(classes.min()), int(classes.max())
-        if low < -1 or high >= self.num_classes:
+        strange = [index for index in known if not -1 <= index < self.num_classes]
+        if strange:
             raise ValueError(
-                f"asked: label {high if high >= self.num_classes else low}\n"
+                f"asked: label {strange[0]}\n"
                 f"found: classes 0 to {self.num_classes - 1}\n"
                 "do: pick one of them, or -1 for no class"
             )
