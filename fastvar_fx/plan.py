@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
 
@@ -13,10 +14,12 @@ from torch import nn
 
 from fastvar_fx import ops
 from fastvar_fx.errors import RunError
+from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
 from passes.costs import BranchReport
+from passes.pipeline import CacheReport, LaterRows
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class StepRecord:
     branches: tuple[BranchReport, ...]
     program: int | None
     refusal: Refusal | None = None
+    caches: tuple[CacheReport, ...] = ()
 
 
 class Holder(Protocol):
@@ -64,6 +68,7 @@ class Plan:
     dump_dir: Path | None
     operators: ops.Operators
     live_rows: LiveRows | None = None
+    kv_buffers: KVBuffers | None = None
     compilation: Compilation | None = None
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
@@ -87,6 +92,7 @@ class Plan:
         memo[id(self)] = made = replace(
             self,
             skipped=copy.deepcopy(self.skipped, memo),
+            kv_buffers=self.kv_buffers and KVBuffers(),
             compilation=self.compilation and self.compilation.anew(),
             records={},
             dense_calls=Counter(),
@@ -101,6 +107,18 @@ class Plan:
     def last_layer(self) -> int:
         """The last block that the cache step came to; there may be others that no loop calls."""
         return max(layer for layer, step in self.records if step == self.schedule.cache_step)
+
+    def later_rows(self, step: int) -> LaterRows | None:
+        """What branches append to their caches at the steps after `step`; None without buffers.
+
+        A step without a program runs the user's own forward, whose caches are in no buffer.
+        """
+        if self.kv_buffers is None:
+            return None
+        after = range(step + 1, self.schedule.steps)
+        steps = list(takewhile(self.pruned_steps.__contains__, after))
+        pruned, dense = (sum(map(of, steps)) for of in (self.schedule.kept, self.schedule.tokens))
+        return LaterRows(pruned, dense)
 
     @property
     def pruned_anything(self) -> bool:

@@ -24,10 +24,11 @@ from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_e
 from passes.costs import BranchReport, dense_report, pruned_report
 from passes.features import capture_features
 from passes.graphs import outputs_of
+from passes.kv_buffer import Copied, Growth, append_in_place, find_growing, new_buffer
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse, where
 from passes.sizes import NOTHING_VARIES, Varying
-from passes.state import Path, get, roots
+from passes.state import Path, get, roots, show
 from passes.validate import PermutedTokens, SomeTokens, check_permutation, check_translation
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,57 @@ Reference = tuple[list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
+class LaterRows:
+    """What a branch appends to its cache at the steps to come.
+
+    Attributes:
+        pruned: The tokens it keeps, if it prunes.
+        dense: All tokens of these steps.
+    """
+
+    pruned: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Append:
+    """How a program appends to a cache.
+
+    Attributes:
+        input: The position of the cache among the inputs.
+        dim: The dim that grows.
+        rows: How many entries are new.
+        spare: How many later steps will append.
+    """
+
+    input: int
+    dim: int
+    rows: int
+    spare: int
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """A program that appends to buffers.
+
+    Attributes:
+        graph_module: Takes the grown caches in the place of the caches; see `append_in_place`.
+        appends: What it appends to.
+    """
+
+    graph_module: GraphModule
+    appends: tuple[Append, ...]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A cache that a program grows: where it is, and why it is copied, if it is."""
+
+    name: str
+    copied: str | None
+
+
+@dataclass(frozen=True)
 class StepProgram:
     """A checked program of one step.
 
@@ -62,6 +114,8 @@ class StepProgram:
         inputs: Where its inputs are read.
         features: The branches whose features it makes (cache step) or takes (pruned step).
         branches: What became of every branch.
+        caches: The caches that it grows.
+        buffered: The same program on buffers, if any cache can be in one.
     """
 
     captured: BlockProgram = field(repr=False)
@@ -69,6 +123,8 @@ class StepProgram:
     inputs: tuple[Path, ...] = field(repr=False)
     features: tuple[int, ...]
     branches: tuple[BranchReport, ...]
+    caches: tuple[CacheReport, ...] = ()
+    buffered: Buffered | None = field(default=None, repr=False)
 
     @property
     def prunes(self) -> tuple[int, ...]:
@@ -128,22 +184,37 @@ def branches_of(program: BlockProgram, stream: Path) -> list[FoundBranch]:
 
 
 def make_capture(
-    call: Call, real: Reference, kinds: Sequence[Kind], dump: Dump | None
+    call: Call,
+    real: Reference,
+    kinds: Sequence[Kind],
+    later: LaterRows | None,
+    dump: Dump | None,
 ) -> StepProgram:
-    """Makes the program of the cache step: the dense block that also returns its features."""
+    """Makes the program of the cache step: the dense block that also returns its features.
+
+    Args:
+        call: The live call at that step.
+        real: What `reference` gave for it.
+        kinds: Kinds of branches that prune.
+        later: What will be appended to caches; None leaves them as they are.
+        dump: Writes the graphs, if given.
+    """
     analysed = analyse(call, real)
     program = analysed.program
     wanted = [branch for branch in analysed.found if branch.kind in kinds]
     graph_module = capture_features(program.graph_module, wanted)
+    earlier = None
     if program.earlier is not None:
         others = _same_branches(call, program.earlier, wanted)
-        _check_sizes(graph_module, capture_features(program.earlier.graph_module, others))
+        earlier = capture_features(program.earlier.graph_module, others)
+        _check_sizes(graph_module, earlier)
     if dump is not None:
         dump("captured", program.graph_module)
         dump("features", graph_module)
     reports = tuple(replace(dense_report(b), refusal=None) for b in analysed.found)
     features = tuple(branch.index for branch in wanted)
-    return StepProgram(program, graph_module, program.inputs, features, reports)
+    made = StepProgram(program, graph_module, program.inputs, features, reports)
+    return _with_buffers(call, made, earlier, wanted, [], later, dump)
 
 
 def make_pruned(
@@ -153,6 +224,7 @@ def make_pruned(
     step: Step,
     operators: Operators,
     captured: dict[int, Tensor],
+    later: LaterRows | None,
     dump: Dump | None,
 ) -> StepProgram:
     """Makes the program of a pruned step: its branches run on the kept tokens.
@@ -164,6 +236,7 @@ def make_pruned(
         step: How many tokens each branch keeps, and the scales.
         operators: Selection and restoration.
         captured: The features of the cache step by branch index.
+        later: What will be appended to caches; None leaves them as they are.
         dump: Writes the graphs, if given.
     """
     analysed = analyse(call, real)
@@ -186,18 +259,95 @@ def make_pruned(
             found = [_refuse(b, error.refusal) if b.index == error.branch else b for b in found]
         else:
             break
+    earlier = None
     if program.earlier is not None:
         same = _same_branches(call, program.earlier, wanted)
         others = [branch for branch in same if isinstance(branch, Branch)]
-        other = prune(program.earlier.graph_module, others, step, operators, feature_of)
-        _check_sizes(pruned.graph_module, other.graph_module)
+        earlier = prune(
+            program.earlier.graph_module, others, step, operators, feature_of
+        ).graph_module
+        _check_sizes(pruned.graph_module, earlier)
     if dump is not None:
         dump("captured", program.graph_module)
         dump("pruned", pruned.graph_module)
     reports = tuple(pruned_report(b, wanted, step.kept, pruned.graph_module) for b in found)
     inputs = tuple(program.inputs[i] for i in pruned.inputs)
     features = tuple(branch.index for branch in wanted)
-    return StepProgram(program, pruned.graph_module, inputs, features, reports)
+    made = StepProgram(program, pruned.graph_module, inputs, features, reports)
+    live = [captured[index] for index in features]
+    return _with_buffers(call, made, earlier, wanted, live, later, dump)
+
+
+def _with_buffers(
+    call: Call,
+    made: StepProgram,
+    earlier: GraphModule | None,
+    wanted: Sequence[FoundBranch],
+    features: Sequence[Tensor],
+    later: LaterRows | None,
+    dump: Dump | None,
+) -> StepProgram:
+    """Adds to a program how it grows its caches in buffers, where it can."""
+    if later is None:
+        return made
+    places = (_rewritten(made), _handed_in(made, call.stream))
+    found = find_growing(made.graph_module, *places)
+    if earlier is not None and find_growing(earlier, *places) != found:
+        found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
+    growths = [cache for cache in found if isinstance(cache, Growth)]
+    if growths:
+        outputs = outputs_of(made.captured.graph_module.graph)
+        regions = [branch.region for branch in wanted if isinstance(branch, Branch)]
+        pruning = [any(outputs[g.output] in region for region in regions) for g in growths]
+        appends = tuple(
+            Append(g.input, g.dim, g.rows, later.pruned if prunes else later.dense)
+            for g, prunes in zip(growths, pruning, strict=True)
+        )
+        buffered = Buffered(append_in_place(made.graph_module, growths), appends)
+        if dump is not None:
+            dump("buffered", buffered.graph_module)
+        wrong = _check_buffered(call, made, buffered, features)
+        if wrong is None:
+            made = replace(made, buffered=buffered)
+        else:
+            found = [Copied(g.input, wrong) if g in growths else g for g in found]
+    reasons = {cache.input: cache.reason for cache in found if isinstance(cache, Copied)}
+    names = {cache.input: show(made.inputs[cache.input][1:]) for cache in found}
+    reports = tuple(CacheReport(name, reasons.get(place)) for place, name in names.items())
+    return replace(made, caches=reports)
+
+
+def _rewritten(made: StepProgram) -> list[int]:
+    """The inputs in whose place the call stores something."""
+    stored = [(*write.path, write.step) for write in made.captured.writes]
+    return [i for i, path in enumerate(made.inputs) if any(path[: len(s)] == s for s in stored)]
+
+
+def _handed_in(made: StepProgram, stream: Path) -> list[int]:
+    """The inputs that the caller hands in, other than the token map."""
+    paths = enumerate(made.inputs)
+    return [i for i, path in paths if path[0][1] != "module" and path != stream]
+
+
+def _check_buffered(
+    call: Call, made: StepProgram, buffered: Buffered, features: Sequence[Tensor]
+) -> str | None:
+    """Runs a program with and without buffers; returns why it cannot do with them."""
+    expected = made.graph_module(*live_inputs(call, made.inputs), *features)
+    inputs = live_inputs(call, made.inputs)
+    for append in buffered.appends:
+        past = inputs[append.input]
+        length = past.shape[append.dim] + append.rows
+        buffer = new_buffer(past, append.dim, length + append.spare)
+        inputs[append.input] = buffer.narrow(append.dim, 0, length)
+    try:
+        outputs = buffered.graph_module(*inputs, *features)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an op that does not take a view with gaps
+        return f"the block does not run on a view: {type(error).__name__}: {error}"
+    wrong = check_translation(outputs, expected)
+    return None if wrong is None else f"the block gives other values on a view: {wrong.reason}"
 
 
 def _same_branches(

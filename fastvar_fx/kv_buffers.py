@@ -1,0 +1,63 @@
+"""The buffers that the KV caches of a transformed model grow in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from passes.kv_buffer import new_buffer
+from passes.pipeline import Append
+
+
+class KVBuffers:
+    """The buffers behind the caches of a transformed model.
+
+    A cache is a view of the filled front of its buffer. Only the view that was handed out last
+    grows in place, and only as it was handed out. A cache that the loop reset, sliced, copied or
+    went back to is another tensor, so it gets a buffer of its own: entries that a tensor can see
+    are never overwritten. A buffer lives as long as a view of it.
+
+    Attributes:
+        appended: How often a cache grew in place.
+        moved: How often one was copied to a new buffer.
+    """
+
+    def __init__(self) -> None:
+        self.appended = 0
+        self.moved = 0
+        self._newest = WeakTensorKeyDictionary()
+
+    def grown(self, past: Tensor, append: Append) -> Tensor:
+        """Returns a view that starts with the entries of `past` and has room for new ones.
+
+        Args:
+            past: The cache, of n entries along the dim that grows.
+            append: The rows r to come, and those that later steps append, s.
+
+        Returns:
+            n + r entries of a buffer of n + r + s; the last r hold no values yet.
+        """
+        dim = append.dim
+        length = past.shape[dim] + append.rows
+        buffer = self._behind(past)
+        if buffer is not None and buffer.shape[dim] == length + append.spare:
+            self.appended += 1
+        else:
+            buffer = new_buffer(past, dim, length + append.spare)
+            self.moved += 1
+        view = buffer.narrow(dim, 0, length)
+        self._newest[view] = (buffer, _layout(view))
+        return view
+
+    def _behind(self, cache: Tensor) -> Tensor | None:
+        """Takes the buffer that a cache may grow in, if it has one."""
+        buffer, layout = self._newest.pop(cache, (None, None))
+        if buffer is None or layout != _layout(cache):
+            return None
+        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        return None if frozen else buffer
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
