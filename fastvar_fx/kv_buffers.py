@@ -52,7 +52,7 @@ class KVBuffers:
 
     def _behind(self, cache: Tensor) -> Tensor | None:
         """Takes the buffer that a cache may grow in, if it has one."""
-        buffer, layout = self._newest.pop(cache, (None, None))
+        buffer, layout = self._newest.pop(cache, (None, None))  # type: ignore[no-untyped-call]
         if buffer is None or layout != _layout(cache):
             return None
         frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()

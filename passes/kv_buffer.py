@@ -11,15 +11,17 @@ import operator
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.graphs import memory_owner, outputs_of, written
+from passes.graphs import memory_owner, op_name, outputs_of, written
+from passes.rules import bind
 
-_CAT = torch.ops.aten.cat.default
-_SIZE = torch.ops.aten.sym_size.int
+_CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
+_SIZE: Final = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ def find_growing(
         rewritten: Positions of the inputs in whose place the call stores something.
         handed_in: Those of the inputs that are caches if the call returns them grown.
     """
-    graph = graph_module.graph
-    outputs = outputs_of(graph)
-    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    nodes = graph_module.graph.nodes
+    outputs = outputs_of(graph_module.graph)
+    places = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
     found: dict[int, Growth | Copied] = {}
-    for cat in graph.find_nodes(op="call_function", target=_CAT):
+    for cat in [node for node in nodes if op_name(node) in _CATS]:
         caches = {*rewritten, *(handed_in if cat in outputs else ())}
-        for past in {memory_owner(operand) for operand in cat.args[0]}:
+        for past in {memory_owner(operand) for operand in _operands(cat)}:
             if places.get(past) in caches:
                 found[places[past]] = _growth(places[past], cat, past, outputs)
     return [found[place] for place in sorted(found)]
@@ -86,29 +88,30 @@ def append_in_place(graph_module: GraphModule, growths: Sequence[Growth]) -> Gra
         growths: What to rewrite, as found in it. The copy takes at each `input` the grown cache: a
             view, of `rows` more than the cache along `dim`, that starts with the cache's values.
     """
-    made = GraphModule(graph_module, type(graph_module.graph)())
-    made.graph.output(made.graph.graph_copy(graph_module.graph, {}))
-    placeholders = made.graph.find_nodes(op="placeholder")
-    outputs = outputs_of(made.graph)
+    graph = type(graph_module.graph)()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    placeholders, outputs = graph.find_nodes(op="placeholder"), outputs_of(graph)
     for growth in growths:
         _append(placeholders[growth.input], outputs[growth.output], growth)
-    made.graph.lint()
-    made.recompile()
-    return made
+    graph.lint()
+    return GraphModule(graph_module, graph)
 
 
 def _append(grown: Node, cat: Node, growth: Growth) -> None:
-    graph, new = cat.graph, cat.args[0][1]  # type: ignore[index, union-attr]
+    graph = cat.graph
+    _, new = _operands(cat)
     with graph.inserting_before(cat):
-        end = (grown, growth.dim, -growth.rows, sys.maxsize)
-        room = graph.call_function(torch.ops.aten.slice.Tensor, end)
-        write = graph.call_function(torch.ops.aten.copy_.default, (room, new))
-        room.meta, write.meta = ({k: v for k, v in cat.meta.items() if k != "val"} for _ in "rw")
+        if growth.rows:
+            end = (grown, growth.dim, -growth.rows, sys.maxsize)
+            room = graph.call_function(torch.ops.aten.slice.Tensor, end)
+            write = graph.call_function(torch.ops.aten.copy_.default, (room, new))
+            for node in (room, write):
+                node.meta = {key: value for key, value in cat.meta.items() if key != "val"}
     for size in [user for user in grown.users if user.target is _SIZE]:
         if size.args[1] == growth.dim:
             with graph.inserting_after(size):
                 filled = graph.call_function(operator.sub, (size, growth.rows))
-            size.replace_all_uses_with(filled, lambda user, filled=filled: user is not filled)
+            size.replace_all_uses_with(filled, filled.__ne__)
     cat.replace_all_uses_with(grown)
     grown.meta = {**grown.meta, "val": cat.meta["val"]}
     graph.erase_node(cat)
@@ -118,24 +121,20 @@ def _growth(place: int, cat: Node, past: Node, outputs: Sequence[Node]) -> Growt
     reason = _obstacle(cat, past, outputs)
     if reason is not None:
         return Copied(place, reason)
-    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-    _, new = cat.args[0]  # type: ignore[union-attr, misc]
-    shape = new.meta["val"].shape  # type: ignore[union-attr]
-    dim %= len(shape)  # type: ignore[operator]
+    _, new = _operands(cat)
+    shape = new.meta["val"].shape
+    dim = bind(cat)["dim"] % len(shape)
     return Growth(place, outputs.index(cat), dim, shape[dim])
 
 
 def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
     """Returns why a `cat` cannot append to a buffer, if it cannot."""
-    operands = cat.args[0]
-    assert isinstance(operands, (list, tuple))
+    operands = _operands(cat)
     if len(operands) != 2 or operands[0] is not past:
         return "its new entries are not joined to the end of what was stored"
     if cat not in outputs:
         return "what is joined is stored in another form"
-    _, new = operands
-    assert isinstance(new, Node)
-    if len({node.meta["val"].dtype for node in (past, new, cat)}) > 1:
+    if len({node.meta["val"].dtype for node in (*operands, cat)}) > 1:
         return "joining changes its dtype"
     if any(user is not cat and user.target is not _SIZE for user in past.users):
         return "its old entries are also read apart from the new ones"
@@ -143,3 +142,6 @@ def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
         return "the block overwrites it"
     return None
 
+
+def _operands(cat: Node) -> list[Node]:
+    return list(bind(cat)["tensors"])
