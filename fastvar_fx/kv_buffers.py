@@ -28,6 +28,10 @@ class KVBuffers:
         self.moved = 0
         self._newest = WeakTensorKeyDictionary()
 
+    def __len__(self) -> int:
+        """How many buffers may grow."""
+        return len(self._newest)
+
     def grown(self, past: Tensor, append: Append) -> Tensor:
         """Returns a view that starts with the entries of `past` and has room for new ones.
 

@@ -92,7 +92,7 @@ class Plan:
         memo[id(self)] = made = replace(
             self,
             skipped=copy.deepcopy(self.skipped, memo),
-            kv_buffers=self.kv_buffers and KVBuffers(),
+            kv_buffers=None if self.kv_buffers is None else KVBuffers(),
             compilation=self.compilation and self.compilation.anew(),
             records={},
             dense_calls=Counter(),

@@ -111,7 +111,8 @@ def _append(grown: Node, cat: Node, growth: Growth) -> None:
         if size.args[1] == growth.dim:
             with graph.inserting_after(size):
                 filled = graph.call_function(operator.sub, (size, growth.rows))
-            size.replace_all_uses_with(filled, filled.__ne__)
+            size.replace_all_uses_with(filled)
+            filled.args = (size, growth.rows)
     cat.replace_all_uses_with(grown)
     grown.meta = {**grown.meta, "val": cat.meta["val"]}
     graph.erase_node(cat)
@@ -132,14 +133,14 @@ def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
     operands = _operands(cat)
     if len(operands) != 2 or operands[0] is not past:
         return "its new entries are not joined to the end of what was stored"
+    if any({memory_owner(t) for t in written(n)} & {past, cat} for n in cat.graph.nodes):
+        return "the block overwrites it"
     if cat not in outputs:
         return "what is joined is stored in another form"
     if len({node.meta["val"].dtype for node in (*operands, cat)}) > 1:
         return "joining changes its dtype"
     if any(user is not cat and user.target is not _SIZE for user in past.users):
         return "its old entries are also read apart from the new ones"
-    if any({memory_owner(t) for t in written(n)} & {past, cat} for n in cat.graph.nodes):
-        return "the block overwrites it"
     return None
 
 
