@@ -180,11 +180,11 @@ class Caches:
         """Returns what a plan does with caches, unless it is to leave them as they are."""
         if plan.kv_buffers is None:
             return None
-        found = {
-            f"{record.block}.{cache.name}": cache.copied
-            for record in plan.records.values()
-            for cache in sorted(record.caches, key=lambda cache: cache.copied or "")
-        }
+        found: dict[str, str | None] = {}
+        for record in plan.records.values():
+            for cache in record.caches:
+                name = f"{record.block}.{cache.name}"
+                found[name] = found.get(name) or cache.copied
         copied = {name: reason for name, reason in found.items() if reason is not None}
         buffers = plan.kv_buffers
         return cls(len(found) - len(copied), copied, buffers.appended, buffers.moved)
