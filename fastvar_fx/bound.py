@@ -163,8 +163,8 @@ class BoundProgram:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        for append in self._buffered.appends:
-            inputs[append.input] = self._buffers.grown(inputs[append.input], append)
+        for growth in self._buffered.growths:
+            inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)
         return self._buffered.graph_module
 
     def _result(self, outputs: Sequence[Tensor]) -> Any:

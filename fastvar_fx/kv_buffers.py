@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from passes.kv_buffer import new_buffer
-from passes.pipeline import Append
+from passes.kv_buffer import Growth, new_buffer
 
 
 class KVBuffers:
@@ -32,25 +31,18 @@ class KVBuffers:
         """How many buffers may grow."""
         return len(self._newest)
 
-    def grown(self, past: Tensor, append: Append) -> Tensor:
-        """Returns a view that starts with the entries of `past` and has room for new ones.
+    def grown(self, past: Tensor, growth: Growth) -> Tensor:
+        """Returns a view that starts with the entries of `past` and has room for the new ones.
 
-        Args:
-            past: The cache, of n entries along the dim that grows.
-            append: The rows r to come, and those that later steps append, s.
-
-        Returns:
-            n + r entries of a buffer of n + r + s; the last r hold no values yet.
+        The view is of a buffer that ends with room for what later steps append.
         """
-        dim = append.dim
-        length = past.shape[dim] + append.rows
         buffer = self._behind(past)
-        if buffer is not None and buffer.shape[dim] == length + append.spare:
+        if buffer is not None and buffer.shape[growth.dim] == growth.final(past):
             self.appended += 1
         else:
-            buffer = new_buffer(past, dim, length + append.spare)
+            buffer = new_buffer(past, growth)
             self.moved += 1
-        view = buffer.narrow(dim, 0, length)
+        view = growth.front(buffer, past)
         self._newest[view] = (buffer, _layout(view))
         return view
 

@@ -19,7 +19,7 @@ from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
 from passes.costs import BranchReport
-from passes.pipeline import CacheReport, LaterRows
+from passes.kv_buffer import CacheReport, LaterRows
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:

@@ -33,12 +33,22 @@ class Growth:
         output: The position of the grown one among the outputs.
         dim: The dim that grows.
         rows: By how many entries.
+        spare: How many more later steps will append.
     """
 
     input: int
     output: int
     dim: int
     rows: int
+    spare: int = 0
+
+    def final(self, past: Tensor) -> int:
+        """Returns how many entries `past` has after the last step."""
+        return past.shape[self.dim] + self.rows + self.spare
+
+    def front(self, buffer: Tensor, past: Tensor) -> Tensor:
+        """Returns the view of a buffer that is `past` grown by this step."""
+        return buffer.narrow(self.dim, 0, past.shape[self.dim] + self.rows)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,40 @@ class Copied:
 
     input: int
     reason: str
+
+
+@dataclass(frozen=True)
+class LaterRows:
+    """What a branch appends to its cache at the steps to come.
+
+    Attributes:
+        pruned: The tokens it keeps, if it prunes.
+        dense: All tokens of these steps.
+    """
+
+    pruned: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """A program that appends to buffers.
+
+    Attributes:
+        graph_module: Takes the grown caches in the place of the caches; see `append_in_place`.
+        growths: What it appends to.
+    """
+
+    graph_module: GraphModule
+    growths: tuple[Growth, ...]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A cache that a program grows: where it is, and why it is copied, if it is."""
+
+    name: str
+    copied: str | None
 
 
 def find_growing(
@@ -71,12 +115,12 @@ def find_growing(
     return [found[place] for place in sorted(found)]
 
 
-def new_buffer(past: Tensor, dim: int, length: int) -> Tensor:
-    """Returns a buffer of `length` entries along `dim` that starts with those of `past`."""
+def new_buffer(past: Tensor, growth: Growth) -> Tensor:
+    """Returns a buffer of the final length that starts with the entries of `past`."""
     shape = list(past.shape)
-    shape[dim] = length
+    shape[growth.dim] = growth.final(past)
     buffer = past.new_empty(shape)
-    buffer.narrow(dim, 0, past.shape[dim]).copy_(past)
+    buffer.narrow(growth.dim, 0, past.shape[growth.dim]).copy_(past)
     return buffer
 
 

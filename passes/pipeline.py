@@ -24,7 +24,16 @@ from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_e
 from passes.costs import BranchReport, dense_report, pruned_report
 from passes.features import capture_features
 from passes.graphs import outputs_of
-from passes.kv_buffer import Copied, Growth, append_in_place, find_growing, new_buffer
+from passes.kv_buffer import (
+    Buffered,
+    CacheReport,
+    Copied,
+    Growth,
+    LaterRows,
+    append_in_place,
+    find_growing,
+    new_buffer,
+)
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse, where
 from passes.sizes import NOTHING_VARIES, Varying
@@ -50,57 +59,6 @@ class Call:
 
 Reference = tuple[list[Tensor], list[Tensor]]
 """What a real call returned, and what it wrote."""
-
-
-@dataclass(frozen=True)
-class LaterRows:
-    """What a branch appends to its cache at the steps to come.
-
-    Attributes:
-        pruned: The tokens it keeps, if it prunes.
-        dense: All tokens of these steps.
-    """
-
-    pruned: int
-    dense: int
-
-
-@dataclass(frozen=True)
-class Append:
-    """How a program appends to a cache.
-
-    Attributes:
-        input: The position of the cache among the inputs.
-        dim: The dim that grows.
-        rows: How many entries are new.
-        spare: How many later steps will append.
-    """
-
-    input: int
-    dim: int
-    rows: int
-    spare: int
-
-
-@dataclass(frozen=True)
-class Buffered:
-    """A program that appends to buffers.
-
-    Attributes:
-        graph_module: Takes the grown caches in the place of the caches; see `append_in_place`.
-        appends: What it appends to.
-    """
-
-    graph_module: GraphModule
-    appends: tuple[Append, ...]
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """A cache that a program grows: where it is, and why it is copied, if it is."""
-
-    name: str
-    copied: str | None
 
 
 @dataclass(frozen=True)
@@ -294,23 +252,24 @@ def _with_buffers(
     found = find_growing(made.graph_module, *places)
     if earlier is not None and find_growing(earlier, *places) != found:
         found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
-    growths = [cache for cache in found if isinstance(cache, Growth)]
+    outputs = outputs_of(made.captured.graph_module.graph)
+    pruned = {node for b in wanted if isinstance(b, Branch) for node in b.region}
+    growths = [
+        replace(cache, spare=later.pruned if outputs[cache.output] in pruned else later.dense)
+        for cache in found
+        if isinstance(cache, Growth)
+    ]
     if growths:
-        outputs = outputs_of(made.captured.graph_module.graph)
-        regions = [branch.region for branch in wanted if isinstance(branch, Branch)]
-        pruning = [any(outputs[g.output] in region for region in regions) for g in growths]
-        appends = tuple(
-            Append(g.input, g.dim, g.rows, later.pruned if prunes else later.dense)
-            for g, prunes in zip(growths, pruning, strict=True)
-        )
-        buffered = Buffered(append_in_place(made.graph_module, growths), appends)
+        graph_module = append_in_place(made.graph_module, growths)
         if dump is not None:
-            dump("buffered", buffered.graph_module)
+            dump("buffered", graph_module)
+        buffered = Buffered(graph_module, tuple(growths))
         wrong = _check_buffered(call, made, buffered, features)
         if wrong is None:
             made = replace(made, buffered=buffered)
         else:
-            found = [Copied(g.input, wrong) if g in growths else g for g in found]
+            copied = {growth.input for growth in growths}
+            found = [Copied(c.input, wrong) if c.input in copied else c for c in found]
     reasons = {cache.input: cache.reason for cache in found if isinstance(cache, Copied)}
     names = {cache.input: show(made.inputs[cache.input][1:]) for cache in found}
     reports = tuple(CacheReport(name, reasons.get(place)) for place, name in names.items())
@@ -335,11 +294,9 @@ def _check_buffered(
     """Runs a program with and without buffers; returns why it cannot do with them."""
     expected = made.graph_module(*live_inputs(call, made.inputs), *features)
     inputs = live_inputs(call, made.inputs)
-    for append in buffered.appends:
-        past = inputs[append.input]
-        length = past.shape[append.dim] + append.rows
-        buffer = new_buffer(past, append.dim, length + append.spare)
-        inputs[append.input] = buffer.narrow(append.dim, 0, length)
+    for growth in buffered.growths:
+        past = inputs[growth.input]
+        inputs[growth.input] = growth.front(new_buffer(past, growth), past)
     try:
         outputs = buffered.graph_module(*inputs, *features)
     except torch.OutOfMemoryError:

@@ -21,7 +21,6 @@ import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.kv_buffers import KVBuffers
 from passes.kv_buffer import Copied, Growth, append_in_place, find_growing
-from passes.pipeline import Append
 from tests import zoo
 
 WIDTH, HEADS = 8, 2
@@ -180,7 +179,7 @@ def test_no_entry_that_a_tensor_sees_is_overwritten(
             del caches[at], values[at], past
         else:
             new = torch.randn([rows if d == dim else n for d, n in enumerate(past.shape)])
-            grown = buffers.grown(past, Append(0, dim, rows, spare))
+            grown = buffers.grown(past, Growth(0, 0, dim, rows, spare))
             grown.narrow(dim, past.shape[dim], rows).copy_(new)
             caches.append(grown)
             values.append(torch.cat((values[at], new), dim))
@@ -189,19 +188,19 @@ def test_no_entry_that_a_tensor_sees_is_overwritten(
 
 def test_a_cache_grows_in_place_as_long_as_its_length_was_foreseen() -> None:
     buffers = KVBuffers()
-    first = buffers.grown(torch.zeros(1, 2), Append(0, 1, 3, 6))
-    second = buffers.grown(first, Append(0, 1, 4, 2))
+    first = buffers.grown(torch.zeros(1, 2), Growth(0, 0, 1, 3, 6))
+    second = buffers.grown(first, Growth(0, 0, 1, 4, 2))
     assert second.data_ptr() == first.data_ptr()
     assert second.shape == (1, 9)
-    again = buffers.grown(first, Append(0, 1, 4, 2))
-    more = buffers.grown(second, Append(0, 1, 3, 0))  # 2 were foreseen
+    again = buffers.grown(first, Growth(0, 0, 1, 4, 2))
+    more = buffers.grown(second, Growth(0, 0, 1, 3, 0))  # 2 were foreseen
     assert len({tensor.data_ptr() for tensor in (second, again, more)}) == 3
     assert (buffers.appended, buffers.moved) == (1, 3)
 
 
 def test_buffers_are_freed_with_the_caches() -> None:
     buffers = KVBuffers()
-    cache = buffers.grown(torch.zeros(1, 2), Append(0, 1, 3, 6))
+    cache = buffers.grown(torch.zeros(1, 2), Growth(0, 0, 1, 3, 6))
     assert len(buffers) == 1
     del cache
     assert len(buffers) == 0
