@@ -159,7 +159,7 @@ class BoundProgram:
         Autograd may need the caches of all steps as they were, and under the user's own
         `torch.compile` no tensor has an identity.
         """
-        if self._buffers is None or self._buffered is None:
+        if self._buffers is None or self._buffered is None or self._buffers.replayed:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None

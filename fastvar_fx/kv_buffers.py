@@ -18,11 +18,14 @@ class KVBuffers:
     are never overwritten. A buffer lives as long as a view of it.
 
     Attributes:
+        replayed: Whether programs are recorded as CUDA graphs, which cannot write into a tensor
+            that they are handed; then caches are copied as they grow.
         appended: How often a cache grew in place.
         moved: How often one was copied to a new buffer.
     """
 
     def __init__(self) -> None:
+        self.replayed = False
         self.appended = 0
         self.moved = 0
         self._newest = WeakTensorKeyDictionary()

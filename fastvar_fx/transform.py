@@ -63,8 +63,9 @@ def transform(
             that the loop makes of the block's caches and other inputs.
         kv_buffer: Whether KV caches that a block grows by `torch.cat` grow in place, in buffers of
             their final length, from the cache step on. The caches hold the same values, but are
-            views with gaps between their rows, and an older one shares memory with the newer. With
-            gradients enabled, and under your own `torch.compile`, they are copied as they grow.
+            views with gaps between their rows, and an older one shares memory with the newer. They
+            are copied as ever with gradients enabled, under your own `torch.compile`, and where
+            `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
@@ -178,12 +179,20 @@ def compile(
     plan = _plan(fast)
     options = {"fullgraph": fullgraph, **options}
     plan.compilation = Compilation(plan.schedule, options, fallback=fallback)
+    if plan.kv_buffers is not None:
+        plan.kv_buffers.replayed = _records_cuda_graphs(fast, options)
     store = ProgramStore(plan)
     for name in plan.blocks:
         block = module_at(fast, name)
         if _RUNTIME not in vars(block):
             _attach(block, DenseRuntime(name, _take_forward(name, block), plan, store))
     return fast
+
+
+def _records_cuda_graphs(fast: nn.Module, options: dict[str, Any]) -> bool:
+    asked = options.get("mode") in ("reduce-overhead", "max-autotune")
+    asked = asked or bool((options.get("options") or {}).get("triton.cudagraphs"))
+    return asked and any(parameter.is_cuda for parameter in fast.parameters())
 
 
 def explain(fast: nn.Module) -> Report:

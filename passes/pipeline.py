@@ -254,26 +254,25 @@ def _with_buffers(
         found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
     outputs = outputs_of(made.captured.graph_module.graph)
     pruned = {node for b in wanted if isinstance(b, Branch) for node in b.region}
-    growths = [
+    growths = tuple(
         replace(cache, spare=later.pruned if outputs[cache.output] in pruned else later.dense)
         for cache in found
         if isinstance(cache, Growth)
-    ]
+    )
+    reasons = {cache.input: cache.reason for cache in found if isinstance(cache, Copied)}
     if growths:
-        graph_module = append_in_place(made.graph_module, growths)
+        buffered = Buffered(append_in_place(made.graph_module, growths), growths)
         if dump is not None:
-            dump("buffered", graph_module)
-        buffered = Buffered(graph_module, tuple(growths))
+            dump("buffered", buffered.graph_module)
         wrong = _check_buffered(call, made, buffered, features)
         if wrong is None:
             made = replace(made, buffered=buffered)
         else:
-            copied = {growth.input for growth in growths}
-            found = [Copied(c.input, wrong) if c.input in copied else c for c in found]
-    reasons = {cache.input: cache.reason for cache in found if isinstance(cache, Copied)}
-    names = {cache.input: show(made.inputs[cache.input][1:]) for cache in found}
-    reports = tuple(CacheReport(name, reasons.get(place)) for place, name in names.items())
-    return replace(made, caches=reports)
+            reasons |= {growth.input: wrong for growth in growths}
+    reports = [
+        CacheReport(show(made.inputs[cache.input][1:]), reasons.get(cache.input)) for cache in found
+    ]
+    return replace(made, caches=tuple(reports))
 
 
 def _rewritten(made: StepProgram) -> list[int]:
