@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fastvar_fx.kv_buffers import KVBuffers
 from passes.capture import BlockProgram
 from passes.pipeline import Call, StepProgram
 from passes.sizes import Place, Varying
@@ -34,12 +35,14 @@ class BoundProgram:
         prunes: The branches that prune.
     """
 
-    def __init__(self, program: StepProgram, call: Call) -> None:
+    def __init__(self, program: StepProgram, call: Call, buffers: KVBuffers | None = None) -> None:
         captured_call = program.captured
         block = call.module
         self.features = program.features
         self.prunes = program.prunes
         self._graph = program.graph_module
+        self._buffered = program.buffered
+        self._buffers = buffers
         self._reads = [_reader(block, path) for path in program.inputs]
         values = [_read(r, call.args, call.kwargs) for r in self._reads]
         self._conditions = captured_call.conditions
@@ -143,11 +146,26 @@ class BoundProgram:
             What the block returns, and the features if this is the cache step's program.
         """
         inputs = [_read(reader, args, kwargs) for reader in self._reads]
-        outputs = execute(self._graph, [*inputs, *features])
+        graph = self._into_buffers(inputs) or self._graph
+        outputs = execute(graph, [*inputs, *features])
         place = self._results
         for writer in self._writes:
             place = writer(outputs, place, args, kwargs)
         return self._result(outputs), outputs[self._results + self._written :]
+
+    def _into_buffers(self, inputs: list[Any]) -> GraphModule | None:
+        """Puts grown caches in the place of caches; returns the graph that takes them, if any.
+
+        Autograd may need the caches of all steps as they were, and under the user's own
+        `torch.compile` no tensor has an identity.
+        """
+        if self._buffers is None or self._buffered is None or self._buffers.replayed:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        for growth in self._buffered.growths:
+            inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)
+        return self._buffered.graph_module
 
     def _result(self, outputs: Sequence[Tensor]) -> Any:
         if self._single:

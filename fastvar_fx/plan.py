@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol
 
@@ -15,11 +16,13 @@ from torch.fx import GraphModule
 
 from fastvar_fx import ops
 from fastvar_fx.errors import RunError
+from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import StepTimes
 from passes.branches import Kind
 from passes.costs import BranchReport
+from passes.kv_buffer import CacheReport, LaterRows
 from passes.refusal import Refusal
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
@@ -41,6 +44,7 @@ class StepRecord:
     branches: tuple[BranchReport, ...]
     program: int | None
     refusal: Refusal | None = None
+    caches: tuple[CacheReport, ...] = ()
 
 
 class Executor(Protocol):
@@ -91,6 +95,7 @@ class Plan:
     operators: ops.Operators
     live_rows: LiveRows | None = None
     executor: Executor | None = None
+    kv_buffers: KVBuffers | None = None
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
     early_calls: Counter[int] = field(default_factory=Counter)
@@ -116,6 +121,7 @@ class Plan:
             self,
             skipped=copy.deepcopy(self.skipped, memo),
             executor=self.executor and self.executor.anew(),
+            kv_buffers=None if self.kv_buffers is None else self.kv_buffers.anew(),
             records={},
             dense_calls=Counter(),
             early_calls=Counter(),
@@ -139,6 +145,18 @@ class Plan:
     def last_layer(self) -> int:
         """The last block that the cache step came to; there may be others that no loop calls."""
         return max(layer for layer, step in self.records if step == self.schedule.cache_step)
+
+    def later_rows(self, step: int) -> LaterRows | None:
+        """What branches append to their caches at the steps after `step`; None without buffers.
+
+        A step without a program runs the user's own forward, whose caches are in no buffer.
+        """
+        if self.kv_buffers is None:
+            return None
+        after = range(step + 1, self.schedule.steps)
+        steps = list(takewhile(self.pruned_steps.__contains__, after))
+        pruned, dense = (sum(map(of, steps)) for of in (self.schedule.kept, self.schedule.tokens))
+        return LaterRows(pruned, dense)
 
     @property
     def pruned_anything(self) -> bool:

@@ -117,10 +117,13 @@ class ProgramStore:
             () if refused else program.branches,  # type: ignore[union-attr]
             None if refused else entry.number,
             program if refused else None,  # type: ignore[arg-type]
+            () if refused else program.caches,  # type: ignore[union-attr]
         )
         if refused:
             log.info("%s stays dense at step %d: %s", block.name, step, program)
-        bound = BoundProgram(program, call) if isinstance(program, StepProgram) else None
+        bound = None
+        if isinstance(program, StepProgram):
+            bound = BoundProgram(program, call, self._plan.kv_buffers)
         known.append(bound or StaysDense.of(call))
         return known[-1]
 
@@ -196,12 +199,15 @@ class ProgramStore:
         plan = self._plan
         number = len(self._entries)
         dump = plan.dump_dir and Dump(plan.dump_dir, f"{number:02}_{block.name}_step{step}")
+        later = plan.later_rows(step)
         try:
             if step == plan.schedule.cache_step:
-                return make_capture(call, real, plan.kinds, dump or None)
+                return make_capture(call, real, plan.kinds, later, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
             at = Step(plan.schedule.kept(step), *scales, last=step == plan.last_step)
-            return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
+            return make_pruned(
+                call, real, plan.kinds, at, plan.operators, captured, later, dump or None
+            )
         except RefusedError as error:
             return error.refusal
         except (AssertionError, AttributeError, LookupError, TypeError) as error:

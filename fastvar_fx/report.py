@@ -162,6 +162,38 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Caches:
+    """KV caches that blocks grow by `cat`, of the blocks that were traced.
+
+    Attributes:
+        buffered: How many grow in place, in buffers of their final length.
+        copied: Why others are copied as they grow, by module path and place in the block.
+        appended: How often a cache has grown in place so far.
+        moved: How often one was copied to a new buffer, which is once per generation unless the
+            loop replaces the cache.
+    """
+
+    buffered: int
+    copied: dict[str, str]
+    appended: int
+    moved: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Caches | None:
+        """Returns what a plan does with caches, unless it is to leave them as they are."""
+        if plan.kv_buffers is None:
+            return None
+        found: dict[str, str | None] = {}
+        for record in plan.records.values():
+            for cache in record.caches:
+                name = f"{record.block}.{cache.name}"
+                found[name] = found.get(name) or cache.copied
+        copied = {name: reason for name, reason in found.items() if reason is not None}
+        buffers = plan.kv_buffers
+        return cls(len(found) - len(copied), copied, buffers.appended, buffers.moved)
+
+
+@dataclass(frozen=True)
 class Report:
     """What every block and branch does at the cache step and the pruned steps met so far.
 
@@ -178,6 +210,7 @@ class Report:
         pruning: What is saved by dropping tokens.
         captured_bytes: Bytes of captured features held now.
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
+        caches: What becomes of the KV caches; None with `kv_buffer=False`.
         compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
         step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
     """
@@ -193,6 +226,7 @@ class Report:
     pruning: Pruning
     captured_bytes: int
     peak_captured_bytes: int
+    caches: Caches | None = None
     compiled: Compiled | None = None
     step_times: dict[int, StepTimes] = field(default_factory=dict)
 
@@ -222,6 +256,7 @@ class Report:
             Pruning.of(plan, rows),
             plan.captured_bytes,
             plan.peak_captured_bytes,
+            Caches.of(plan),
             Compiled.of(plan),
             plan.step_times,
         )
@@ -245,6 +280,7 @@ class Report:
         """Returns the report as a JSON object with the keys of its attributes."""
         data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
         data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
+        data |= {"caches": self.caches and vars(self.caches)}
         data |= {"compiled": self.compiled and vars(self.compiled)}
         data |= {"step_times": {step: t.as_dict() for step, t in self.step_times.items()}}
         return json.dumps(data)
@@ -327,11 +363,26 @@ def _notes(report: Report) -> list[str]:
     if report.peak_captured_bytes:
         held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
         notes.append(f"captured features: {held} held now, {peak} at most")
+    notes += _cache_lines(report.caches)
     if report.early_calls:
         counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
         notes.append(f"dense, before their generation's capture: {counts}")
     notes.append(f"tracing took {report.trace_seconds:.2f} s")
     return [*notes, *_compiled_notes(report)]
+
+
+def _cache_lines(caches: Caches | None) -> list[str]:
+    if caches is None or not (caches.buffered or caches.copied):
+        return []
+    text = (
+        f"KV caches: {caches.buffered} in buffers, grown in place {caches.appended} times and "
+        f"moved {caches.moved} times"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in caches.copied.items():
+        by_reason.setdefault(reason, []).append(name)
+    more = {reason: f" (+{len(n) - 1})" * (len(n) > 1) for reason, n in by_reason.items()}
+    return [text, *(f"copied as it grows: {n[0]}{more[r]}, for {r}" for r, n in by_reason.items())]
 
 
 def _compiled_notes(report: Report) -> list[str]:

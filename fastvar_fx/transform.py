@@ -13,6 +13,7 @@ from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks, module_at
 from fastvar_fx.compiled import Compilation, with_own_code
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import OnFull, Skipped, install
 from fastvar_fx.payoff import time_steps
 from fastvar_fx.plan import LIVE_ROWS, Executor, LiveRows, Plan, StepOf
@@ -38,6 +39,7 @@ def transform(
     step_of: StepOf | None = None,
     on_full: OnFull = "skip",
     live_rows: LiveRows | None = None,
+    kv_buffer: bool = True,
     strict: bool = True,
     dump_dir: str | Path | None = None,
     select: ops.Select = ops.pivotal_token_selection,
@@ -61,6 +63,11 @@ def transform(
         live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
             after the cache step, as when it switches guidance off. None tells it from the slices
             that the loop makes of the block's caches and other inputs.
+        kv_buffer: Whether KV caches that a block grows by `torch.cat` grow in place, in buffers of
+            their final length, from the cache step on. The caches hold the same values, but are
+            views with gaps between their rows, and an older one shares memory with the newer. They
+            are copied as ever with gradients enabled, under your own `torch.compile`, and where
+            `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
@@ -90,6 +97,7 @@ def transform(
     operators = ops.Operators(_named(select), _named(restore), anew)
     names = tuple(found)
     plan = Plan(schedule, skipped, names, kinds, step_of, strict, folder, operators, live_rows)
+    plan.kv_buffers = KVBuffers() if kv_buffer else None
     store = ProgramStore(plan)
     fast, copies = copy_structure(model)
     for layer, (name, block) in enumerate(found.items()):
@@ -199,7 +207,10 @@ def compile(
         >>> fast = compile(transform(model, schedule))  # doctest: +SKIP
     """
     options = {"fullgraph": fullgraph, **options}
-    run_by(fast, lambda plan: Compilation(plan.schedule, options, fallback=fallback))
+    made = run_by(fast, lambda plan: Compilation(plan.schedule, options, fallback=fallback))
+    buffers = plan_of(fast).kv_buffers
+    if buffers is not None:
+        buffers.replayed = made.makes_cuda_graphs
     return fast
 
 

@@ -6,6 +6,7 @@ A captured call passes, in this order, through
     branches    its residual branches are found and asked, op by op, if tokens may be dropped
     features    (cache step) the graph also returns what its branches add
     prune       (pruned steps) its branches become PTS -> branch -> CTR
+    kv_buffer   the caches it grows by `cat` become buffers that it appends to
     validate    the graph, unpruned and with permuted tokens, is run against the real call
 
 `pipeline` holds that order; `costs` counts the FLOPs for the report.

@@ -24,10 +24,20 @@ from passes.capture import BlockProgram, Forward, capture, placeholder_of, run_e
 from passes.costs import BranchReport, dense_report, pruned_report
 from passes.features import capture_features
 from passes.graphs import outputs_of
+from passes.kv_buffer import (
+    Buffered,
+    CacheReport,
+    Copied,
+    Growth,
+    LaterRows,
+    append_in_place,
+    find_growing,
+    new_buffer,
+)
 from passes.prune import Operators, PruneRefusedError, Step, prune
 from passes.refusal import Refusal, RefusedError, refuse, where
 from passes.sizes import NOTHING_VARIES, Varying
-from passes.state import Path, get, roots
+from passes.state import Path, get, roots, show
 from passes.validate import PermutedTokens, SomeTokens, check_permutation, check_translation
 
 log = logging.getLogger(__name__)
@@ -62,6 +72,8 @@ class StepProgram:
         inputs: Where its inputs are read.
         features: The branches whose features it makes (cache step) or takes (pruned step).
         branches: What became of every branch.
+        caches: The caches that it grows.
+        buffered: The same program on buffers, if any cache can be in one.
     """
 
     captured: BlockProgram = field(repr=False)
@@ -69,6 +81,8 @@ class StepProgram:
     inputs: tuple[Path, ...] = field(repr=False)
     features: tuple[int, ...]
     branches: tuple[BranchReport, ...]
+    caches: tuple[CacheReport, ...] = ()
+    buffered: Buffered | None = field(default=None, repr=False)
 
     @property
     def prunes(self) -> tuple[int, ...]:
@@ -131,22 +145,37 @@ def branches_of(program: BlockProgram, stream: Path) -> list[FoundBranch]:
 
 
 def make_capture(
-    call: Call, real: Reference, kinds: Sequence[Kind], dump: Dump | None
+    call: Call,
+    real: Reference,
+    kinds: Sequence[Kind],
+    later: LaterRows | None,
+    dump: Dump | None,
 ) -> StepProgram:
-    """Makes the program of the cache step: the dense block that also returns its features."""
+    """Makes the program of the cache step: the dense block that also returns its features.
+
+    Args:
+        call: The live call at that step.
+        real: What `reference` gave for it.
+        kinds: Kinds of branches that prune.
+        later: What will be appended to caches; None leaves them as they are.
+        dump: Writes the graphs, if given.
+    """
     analysed = analyse(call, real)
     program = analysed.program
     wanted = [branch for branch in analysed.found if branch.kind in kinds]
     graph_module = capture_features(program.graph_module, wanted)
+    earlier = None
     if program.earlier is not None:
         others = _same_branches(call, program.earlier, wanted)
-        _check_sizes(graph_module, capture_features(program.earlier.graph_module, others))
+        earlier = capture_features(program.earlier.graph_module, others)
+        _check_sizes(graph_module, earlier)
     if dump is not None:
         dump("captured", program.graph_module)
         dump("features", graph_module)
     reports = tuple(replace(dense_report(b), refusal=None) for b in analysed.found)
     features = tuple(branch.index for branch in wanted)
-    return StepProgram(program, graph_module, program.inputs, features, reports)
+    made = StepProgram(program, graph_module, program.inputs, features, reports)
+    return _with_buffers(call, made, earlier, wanted, [], later, dump)
 
 
 def make_pruned(
@@ -156,6 +185,7 @@ def make_pruned(
     step: Step,
     operators: Operators,
     captured: dict[int, Tensor],
+    later: LaterRows | None,
     dump: Dump | None,
 ) -> StepProgram:
     """Makes the program of a pruned step: its branches run on the kept tokens.
@@ -167,6 +197,7 @@ def make_pruned(
         step: How many tokens each branch keeps, and the scales.
         operators: Selection and restoration.
         captured: The features of the cache step by branch index.
+        later: What will be appended to caches; None leaves them as they are.
         dump: Writes the graphs, if given.
     """
     analysed = analyse(call, real)
@@ -189,18 +220,93 @@ def make_pruned(
             found = [_refuse(b, error.refusal) if b.index == error.branch else b for b in found]
         else:
             break
+    earlier = None
     if program.earlier is not None:
         same = _same_branches(call, program.earlier, wanted)
         others = [branch for branch in same if isinstance(branch, Branch)]
-        other = prune(program.earlier.graph_module, others, step, operators, feature_of)
-        _check_sizes(pruned.graph_module, other.graph_module)
+        earlier = prune(
+            program.earlier.graph_module, others, step, operators, feature_of
+        ).graph_module
+        _check_sizes(pruned.graph_module, earlier)
     if dump is not None:
         dump("captured", program.graph_module)
         dump("pruned", pruned.graph_module)
     reports = tuple(pruned_report(b, wanted, step.kept, pruned.graph_module) for b in found)
     inputs = tuple(program.inputs[i] for i in pruned.inputs)
     features = tuple(branch.index for branch in wanted)
-    return StepProgram(program, pruned.graph_module, inputs, features, reports)
+    made = StepProgram(program, pruned.graph_module, inputs, features, reports)
+    live = [captured[index] for index in features]
+    return _with_buffers(call, made, earlier, wanted, live, later, dump)
+
+
+def _with_buffers(
+    call: Call,
+    made: StepProgram,
+    earlier: GraphModule | None,
+    wanted: Sequence[FoundBranch],
+    features: Sequence[Tensor],
+    later: LaterRows | None,
+    dump: Dump | None,
+) -> StepProgram:
+    """Adds to a program how it grows its caches in buffers, where it can."""
+    if later is None:
+        return made
+    places = (_rewritten(made), _handed_in(made, call.stream))
+    found = find_growing(made.graph_module, *places)
+    if earlier is not None and find_growing(earlier, *places) != found:
+        found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
+    outputs = outputs_of(made.captured.graph_module.graph)
+    pruned = {node for b in wanted if isinstance(b, Branch) for node in b.region}
+    growths = tuple(
+        replace(cache, spare=later.pruned if outputs[cache.output] in pruned else later.dense)
+        for cache in found
+        if isinstance(cache, Growth)
+    )
+    reasons = {cache.input: cache.reason for cache in found if isinstance(cache, Copied)}
+    if growths:
+        buffered = Buffered(append_in_place(made.graph_module, growths), growths)
+        if dump is not None:
+            dump("buffered", buffered.graph_module)
+        wrong = _check_buffered(call, made, buffered, features)
+        if wrong is None:
+            made = replace(made, buffered=buffered)
+        else:
+            reasons |= {growth.input: wrong for growth in growths}
+    reports = [
+        CacheReport(show(made.inputs[cache.input][1:]), reasons.get(cache.input)) for cache in found
+    ]
+    return replace(made, caches=tuple(reports))
+
+
+def _rewritten(made: StepProgram) -> list[int]:
+    """The inputs in whose place the call stores something."""
+    stored = [(*write.path, write.step) for write in made.captured.writes]
+    return [i for i, path in enumerate(made.inputs) if any(path[: len(s)] == s for s in stored)]
+
+
+def _handed_in(made: StepProgram, stream: Path) -> list[int]:
+    """The inputs that the caller hands in, other than the token map."""
+    paths = enumerate(made.inputs)
+    return [i for i, path in paths if path[0][1] != "module" and path != stream]
+
+
+def _check_buffered(
+    call: Call, made: StepProgram, buffered: Buffered, features: Sequence[Tensor]
+) -> str | None:
+    """Runs a program with and without buffers; returns why it cannot do with them."""
+    expected = made.graph_module(*live_inputs(call, made.inputs), *features)
+    inputs = live_inputs(call, made.inputs)
+    for growth in buffered.growths:
+        past = inputs[growth.input]
+        inputs[growth.input] = growth.front(new_buffer(past, growth), past)
+    try:
+        outputs = buffered.graph_module(*inputs, *features)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an op that does not take a view with gaps
+        return f"the block does not run on a view: {type(error).__name__}: {error}"
+    wrong = check_translation(outputs, expected)
+    return None if wrong is None else f"the block gives other values on a view: {wrong.reason}"
 
 
 def _same_branches(

@@ -108,10 +108,11 @@ class Symbols:
         dims = self._varying.dims(path)
         if not dims:
             return self.mode.from_tensor(tensor, static_shapes=True)
-        # A view would be rebuilt from its base, whose sizes are nobody's business.
-        plain = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
+        # A view would be rebuilt from its base, whose sizes are nobody's business; nor are those
+        # of a buffer, which show as gaps between the rows of a view.
+        expanded = 0 in tensor.stride()
+        stride = (tensor if expanded else torch.empty_like(tensor, device="meta")).stride()
+        plain = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
         kinds = [
             DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.dim())
         ]
