@@ -168,6 +168,16 @@ class Runs:
         amounts = [(tokens, difference(ended, begun)) for tokens, begun, ended in passes]
         return per_step(amounts, self.subject.schedule, self.drawn)
 
+    @property
+    def loop(self) -> Spread:
+        """The blocks' time over all steps."""
+        return self.spread(range(self.subject.schedule.steps))
+
+    @property
+    def by_step(self) -> tuple[Spread, ...]:
+        """The blocks' time at each step."""
+        return tuple(self.spread([step]) for step in range(self.subject.schedule.steps))
+
     def spread(self, steps: Iterable[int]) -> Spread:
         """Returns the blocks' time over some steps."""
         chosen = tuple(steps)

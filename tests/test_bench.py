@@ -24,7 +24,7 @@ from fastvar_fx.bench.modules import (
     with_marks,
 )
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
-from fastvar_fx.bench.presets import needed_bytes, preset
+from fastvar_fx.bench.presets import needed_bytes, preset, subject_of
 from fastvar_fx.bench.resolutions import (
     QUANTITIES,
     AtResolution,
@@ -33,12 +33,14 @@ from fastvar_fx.bench.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.bench.rows import Result, Row, measure, phases
+from fastvar_fx.bench.rows import Result, Row, measure, phases, record_replays
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
 from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from fastvar_fx.timing import Runs
 from passes.prune import take_side
+from tests.graph_double import record
 
 ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]
 HART = preset("hart-tiny").schedule
@@ -94,6 +96,23 @@ def test_times_add_up(of_hart: Result) -> None:
         # With two runs, the median is the mean.
         total = sum(step.median for step in row.steps)
         assert row.transformer.median == pytest.approx(total)
+
+
+def test_a_replayed_loop_is_timed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    chosen = preset("infinity-tiny")
+    subject = subject_of("infinity-tiny", chosen, 2, torch.device("cpu"))
+    source = Runs(subject, transform(subject.model, chosen.schedule))
+    replays, peak = record_replays(source, chosen, 2, record)
+    drawn = replays.time()
+    torch.manual_seed(3)
+    again = chosen.draw(source.model, chosen.prompt(source.model, 2), None)
+    assert drawn.shape == again.shape
+    assert not torch.equal(drawn, again)
+    assert torch.equal(replays.draw(seed=3), again)  # type: ignore[call-arg]
+    assert peak > 0
+    assert replays.loop.median == replays.loop_seconds[0] <= replays.seconds[0]
+    assert replays.by_step == ()
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

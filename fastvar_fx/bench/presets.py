@@ -33,7 +33,9 @@ class Preset:
         build: Builds the model, on the CPU in float32.
         bare: Constructs it without filling in weights, to be called on the meta device.
         schedule: The scales that it draws, and the pruning ratios.
-        draw: Runs its token loop, (model, batch) -> latents (B, C, H, W).
+        prompt: Makes what a generation is conditioned on, (model, batch) -> a tensor.
+        draw: Runs its token loop, (model, prompt, seed) -> latents (B, C, H, W); without a seed,
+            it draws on from the device's generator.
         at: Returns the same model for another schedule.
         decode: Makes images of latents, (model, latents); None where the package has no decoder.
     """
@@ -41,7 +43,8 @@ class Preset:
     build: Callable[[], nn.Module]
     bare: Callable[[], nn.Module]
     schedule: Schedule
-    draw: Callable[[Any, int], Tensor]
+    prompt: Callable[[Any, int], Tensor]
+    draw: Callable[[Any, Tensor, int | None], Tensor]
     at: Callable[[Schedule], Preset]
     decode: Callable[[Any, Tensor], Tensor] | None = None
 
@@ -49,8 +52,11 @@ class Preset:
 def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
     sides = tuple(height for height, _ in schedule.scales)
 
-    def draw(model: var.VAR, batch: int) -> Tensor:
-        return model.infer_fhat(batch, 1, g_seed=0, top_k=100, top_p=0.95)
+    def prompt(model: var.VAR, batch: int) -> Tensor:
+        return torch.ones(batch, dtype=torch.int64, device=model.word_embed.weight.device)
+
+    def draw(model: var.VAR, classes: Tensor, seed: int | None) -> Tensor:
+        return model.infer_fhat(len(classes), classes, g_seed=seed, top_k=100, top_p=0.95)
 
     def decode(model: var.VAR, latents: Tensor) -> Tensor:
         return model.vae.decode(latents)
@@ -60,25 +66,25 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
         return config.new_var(config.new_vae())
 
     build = partial(var.build, name, scales=sides, **sizes)
-    return Preset(build, bare, schedule, draw, lambda s: _var(s, name, **sizes), decode)
+    return Preset(build, bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
 
 
 def _infinity(schedule: Schedule, name: str) -> Preset:
-    def draw(model: infinity.Infinity, batch: int) -> Tensor:
-        return model.autoregressive_infer_cfg(_text(model, batch), schedule.scales, g_seed=0)  # type: ignore[arg-type]
+    def draw(model: infinity.Infinity, text: Tensor, seed: int | None) -> Tensor:
+        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(infinity.Infinity, infinity.CONFIGS[name])
     build = partial(infinity.build, name)
-    return Preset(build, bare, schedule, draw, partial(_infinity, name=name))
+    return Preset(build, bare, schedule, _text, draw, partial(_infinity, name=name))
 
 
 def _hart(schedule: Schedule, name: str) -> Preset:
-    def draw(model: hart.HART, batch: int) -> Tensor:
-        return model.autoregressive_infer_cfg(_text(model, batch), schedule.scales, g_seed=0)  # type: ignore[arg-type]
+    def draw(model: hart.HART, text: Tensor, seed: int | None) -> Tensor:
+        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(hart.HART, hart.CONFIGS[name])
     build = partial(hart.build, name)
-    return Preset(build, bare, schedule, draw, partial(_hart, name=name))
+    return Preset(build, bare, schedule, _text, draw, partial(_hart, name=name))
 
 
 def _text(model: infinity.Infinity | hart.HART, batch: int) -> Tensor:
@@ -130,9 +136,10 @@ def subject_of(name: str, chosen: Preset, batch: int, device: torch.device) -> S
     model = chosen.build().to(device, dtype)
     if isinstance(model, var.VAR):
         model.vae.to(device, dtype)
+    prompt = chosen.prompt(model, batch)
 
     def run(model: nn.Module) -> Tensor:
-        latents = chosen.draw(model, batch)
+        latents = chosen.draw(model, prompt, 0)
         return latents if chosen.decode is None else chosen.decode(model, latents)
 
     return Subject(name, model, chosen.schedule, run, blocks="blocks")

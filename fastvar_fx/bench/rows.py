@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
 from fastvar_fx.errors import ModelError
 from fastvar_fx.models.cache import KVCache
+from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Runs, Spread, StepTimes, Subject, peak_bytes
+from fastvar_fx.timing import Clock, Runs, Spread, StepTimes, Subject, peak_bytes
 from fastvar_fx.transform import compile as compile_regions
 from fastvar_fx.transform import transform
 
 DENSE, DENSE_COMPILED = "dense-eager", "dense-compiled"
 PRUNED, PRUNED_COMPILED = "pruned-eager", "pruned-compiled"
 SKIPPED, SKIPPED_COMPILED = "pruned-eager-skip", "pruned-compiled-skip"
+GRAPH, SKIPPED_GRAPH = "pruned-compiled-graph", "pruned-compiled-skip-graph"
 PEER = "peer-eager"
 """Names of the rows."""
 _EAGER: Final = {
     DENSE_COMPILED: DENSE,
     PRUNED_COMPILED: PRUNED,
     SKIPPED_COMPILED: SKIPPED,
+    GRAPH: PRUNED,
+    SKIPPED_GRAPH: SKIPPED,
 }
 """The row that runs the same ops eagerly; FLOPs are counted there."""
+_RECORDED: Final = {GRAPH: PRUNED_COMPILED, SKIPPED_GRAPH: SKIPPED_COMPILED}
+"""The row whose generation is recorded as a CUDA graph."""
 
 _MIB: Final = 2**20
 
@@ -43,9 +50,10 @@ class Row:
 
     Attributes:
         name: What it is.
-        transformer: Time in the transformer blocks over a generation.
+        transformer: Time in the transformer blocks over a generation; where that is replayed, of
+            the token loop as a whole, head and sampling included.
         total: Time of the whole generation, with sampling and, if there is one, image decoder.
-        steps: Time in the blocks per step.
+        steps: Time in the blocks per step; empty where a generation is replayed.
         speedup: Transformer time of `dense-eager` over its own.
         compiled_speedup: That of `dense-compiled` over its own; None without that row.
         limit: FLOPs of the blocks, dense over its own: the speed-up if time followed them.
@@ -110,8 +118,10 @@ class Result:
 
 def phases(chosen: Preset, repeats: int, *, compiled: bool) -> int:
     """Returns how often `measure` reports progress."""
-    rows = (3 + 2 * compiled) + (1 + compiled) * bool(chosen.schedule.full_steps)
-    return 1 + rows * (2 + repeats)
+    skips = bool(chosen.schedule.full_steps)
+    rows = (3 + 2 * compiled) + (1 + compiled) * skips
+    recorded = (1 + skips) * (compiled and torch.cuda.is_available())
+    return 1 + rows * (2 + repeats) + recorded * (1 + repeats)
 
 
 def measure(
@@ -124,7 +134,8 @@ def measure(
 ) -> Result:
     """Returns times, FLOPs and memory of a preset, dense and pruned, in one process.
 
-    After untimed runs, of which the first traces or compiles, all rows take turns. Pruned rows run
+    After untimed runs, of which the first traces or compiles, all rows take turns. On a GPU there
+    are rows of replayed CUDA graphs too. Pruned rows run
     the steps of ratio 1 on no tokens; those named `-skip` leave them out. On a GPU the model is in
     bfloat16, else in float32.
 
@@ -148,6 +159,12 @@ def measure(
     subject = subject_of(name, chosen, batch, device)
     runs = _variants(subject, compiled=compiled)
     memory = {row: _warm_up(row, run, chosen, batch, progress) for row, run in runs.items()}
+    if device.type == "cuda":
+        for row, source in _RECORDED.items():
+            if source in runs:
+                progress(f"{row}, recording")
+                runs[row], peak = record_replays(runs[source], chosen, batch)
+                memory[row] = peak, memory[source][1]
     for turn in range(repeats):
         for row, run in runs.items():
             progress(f"{row}, run {turn + 1} of {repeats}")
@@ -187,21 +204,79 @@ def _warm_up(
     if row not in _EAGER:
         run.count()
     progress(f"{row}, memory")
-    loop = replace(run.subject, run=lambda model: chosen.draw(model, batch))
+    prompt = chosen.prompt(run.model, batch)
+    loop = replace(run.subject, run=lambda model: chosen.draw(model, prompt, 0))
     with _watch_keys(run.model) as sizes:
         peak = peak_bytes(lambda: loop.generate(run.model), run.subject.weight.device)
     return peak, max(sizes)
 
 
+@dataclass
+class Replays(Runs):
+    """Replays of a recorded token loop, inside of which nothing can be timed or counted.
+
+    Attributes:
+        draw: Replays it; returns latents.
+        decode: Makes images of them.
+        loop_seconds: Seconds of each timed replay.
+    """
+
+    draw: Callable[[], Tensor] = field(kw_only=True)
+    decode: Callable[[Tensor], object] = field(kw_only=True)
+    loop_seconds: list[float] = field(default_factory=list)
+
+    def time(self) -> Any:
+        """Times a replay and the decoder; returns the images."""
+        clock = Clock(self.subject.weight.device)
+        with torch.no_grad():
+            begun = clock.read()
+            latents = self.draw()
+            drawn = clock.read()
+            images = self.decode(latents)
+            decoded = clock.read()
+        self.loop_seconds.append(clock.seconds(drawn, begun))
+        self.seconds.append(clock.seconds(decoded, begun))
+        return images
+
+    @property
+    def loop(self) -> Spread:
+        """The time of the token loop."""
+        return Spread.of(self.loop_seconds)
+
+    @property
+    def by_step(self) -> tuple[Spread, ...]:
+        """Nothing: a replay has no steps."""
+        return ()
+
+
+def record_replays(
+    run: Runs, chosen: Preset, batch: int, record: Callable[..., Any] = cuda_graph
+) -> tuple[Replays, int]:
+    """Records the token loop of a compiled row; returns it with bytes at the peak of recording."""
+    recorded: list[Any] = []
+    prompt = chosen.prompt(run.model, batch)
+
+    def draw(model: Any, prompt: Tensor) -> Tensor:
+        return chosen.draw(model, prompt, None)
+
+    def keep_recording() -> None:
+        recorded.append(record(run.model, draw, prompt))
+
+    peak = peak_bytes(keep_recording, run.subject.weight.device)
+    replay, decode = partial(recorded[0], prompt), chosen.decode
+    images = (lambda latents: latents) if decode is None else partial(decode, run.model)
+    return Replays(run.subject, run.model, run.drawn, draw=replay, decode=images), peak
+
+
 @contextmanager
 def _watch_keys(model: Any) -> Iterator[list[int]]:
-    """Collects the bytes of all cached keys and values after each pass through the blocks."""
+    """Collects the bytes that cached keys and values hold after each pass through the blocks."""
     caches = [module for module in model.modules() if isinstance(module, KVCache)]
     sizes: list[int] = []
 
     def note(*_: object) -> None:
         held = [t for cache in caches for t in (cache.cached_k, cache.cached_v) if t is not None]
-        sizes.append(sum(t.nbytes for t in held))
+        sizes.append(sum(t.untyped_storage().nbytes() for t in held))
 
     hook = model.blocks[-1].register_forward_hook(note)
     try:
@@ -212,17 +287,16 @@ def _watch_keys(model: Any) -> Iterator[list[int]]:
 
 def _row(name: str, runs: Mapping[str, Runs], peak: int, keys: int) -> Row:
     run, dense, compiled = runs[name], runs[DENSE], runs.get(DENSE_COMPILED)
-    steps = range(run.subject.schedule.steps)
-    time = run.spread(steps)
-    speedup = dense.spread(steps).median / time.median
-    over_compiled = None if compiled is None else compiled.spread(steps).median / time.median
+    time = run.loop
+    speedup = dense.loop.median / time.median
+    over_compiled = None if compiled is None else compiled.loop.median / time.median
     limit = sum(dense.flops) / sum(runs[_EAGER.get(name, name)].flops)
     alike = over_compiled if name in _EAGER and over_compiled is not None else speedup
     return Row(
         name,
         time,
         Spread.of(run.seconds),
-        tuple(run.spread([step]) for step in steps),
+        run.by_step,
         speedup,
         over_compiled,
         limit,

@@ -181,6 +181,8 @@ def _print(measured: _Measured) -> None:
         f"weights. skip: steps of ratio 1 are left out, else they run on no tokens. peer: the "
         f"authors' argsort, interpolation and scatter. Random weights."
     )
+    if any(not row.steps for row in result.rows):
+        show("graph: a replayed CUDA graph of the token loop, all of which counts as ms.")
     for name, steps in result.slower_steps.items():
         for step in steps:
             show(
@@ -210,10 +212,11 @@ def _row_cells(row: Row) -> tuple[str, ...]:
 def _step_table(result: Result) -> Table:
     """Returns the time in the blocks per step, in ms."""
     schedule = result.subject.schedule
-    names = [row.name.replace("-", "\n") for row in result.rows]
+    rows = [row for row in result.rows if row.steps]
+    names = [row.name.replace("-", "\n") for row in rows]
     table = new_table("step", "scale", "tokens", "kept", *names)
     for step, scale in enumerate(schedule.scales):
-        times = [f"{1e3 * row.steps[step].median:.1f}" for row in result.rows]
+        times = [f"{1e3 * row.steps[step].median:.1f}" for row in rows]
         counts = (str(schedule.tokens(step)), str(schedule.kept(step)))
         table.add_row(str(step), sides_text(scale), *counts, *times)
     return table
