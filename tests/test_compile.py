@@ -239,7 +239,6 @@ def test_inductors_front_end_agrees() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of Inductor itself
 @pytest.mark.parametrize("compile_model", [compile_blocks, fastvar_fx.compile])
 def test_inductor_agrees_and_never_compiles_again(compile_model: Callable[..., object]) -> None:
     fast = transformed(1)

@@ -90,7 +90,6 @@ def test_measuring_leaves_torchs_generator_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of Inductor itself
 @pytest.mark.parametrize("options", [{}, {"mode": "default"}, {"options": {"cpp.threads": 1}}])
 def test_compiled_programs_run_it(options: dict[str, Any]) -> None:
     inputs = parts(LARGE)
@@ -100,7 +99,6 @@ def test_compiled_programs_run_it(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_users_own_pass_stays() -> None:
     met: list[Graph] = []
     _, code = compiled({"options": {"post_grad_custom_pre_pass": met.append}}, parts(LARGE))
