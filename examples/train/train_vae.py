@@ -8,10 +8,10 @@ likewise. Most steps see small crops, for the network is convolutional; the last
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoints
+import loop
 import torch
 import torch.nn.functional as F
 from data import SIDE, CropSet
@@ -22,22 +22,84 @@ from fastvar_fx.models.vqvae import VQVAE, QuantizedMap
 
 CONFIG = CONFIGS["demo"]
 PEAK_RATE = 1.5e-3
-WARM_UP = 50
 UNQUANTIZED = 0.15
 """Share of the steps before the quantizer comes in."""
 WHOLE = 0.75
 """Share of the steps after which the crops are whole."""
-COMMITMENT = 0.25
-"""Weight of the pull of the features towards their codes, against that of the codes; as VAR's."""
+SETTLED = 0.9
+"""Share of the steps after which no code is refilled."""
 REFILL_EVERY = 25
+COMMITMENT = 0.25
+"""Weight of the pull of the features towards their codes against that of the codes; as VAR's."""
 
 
-def rate(step: int, steps: int) -> float:
-    """Returns the learning rate's share of its peak: linear warm-up, then a cosine to zero."""
-    return min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+@dataclass
+class Objective:
+    """What the VQ-VAE is trained on.
+
+    Attributes:
+        vae: the model.
+        images: uint8 (N, 3, 256, 256).
+        steps: steps in all.
+        used: which codes have been used since the last refill, bool (V,).
+        bf16: whether encoder and decoder run in bfloat16.
+    """
+
+    vae: VQVAE
+    images: Tensor
+    steps: int
+    used: Tensor
+    bf16: bool
+
+    def __call__(self, step: int) -> tuple[Tensor, str]:
+        """Returns the loss of a step, and words on it."""
+        generator = torch.Generator().manual_seed(step)
+        whole = step >= WHOLE * self.steps
+        side, size, scales = (SIDE, 1, CONFIG.scales) if whole else (SIDE // 2, 4, VAR_256)
+        device = self.used.device
+        images = windows(self.images, side, size, generator)
+        images = images.to(device, memory_format=torch.channels_last)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast:
+            f = self.vae.features(images, scales)
+        f_hat, code_loss = self.quantized(step, f.float(), scales, generator)
+        with autocast:
+            made = self.vae.decoder(self.vae.post_quant_conv(f_hat))
+        made = made.float()
+        psnr = 10 * math.log10(4 / F.mse_loss(made, images).item())
+        words = f"psnr {psnr:.1f} dB, codes {code_loss.item():.4f}, {int(self.used.sum())} in use"
+        return picture_loss(made, images) + code_loss, words
+
+    def quantized(
+        self, step: int, f: Tensor, scales: tuple[int, ...], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the features for the decoder, with the gradient of `f`, and the codes' loss."""
+        since = step - math.ceil(UNQUANTIZED * self.steps)
+        if since < 0:
+            return f, f.new_zeros(())
+        quantize = self.vae.quantize
+        maps = list(quantize.quantized(f, scales))
+        if since % REFILL_EVERY == 0 and step < SETTLED * self.steps:
+            refill(quantize.embedding, ~self.used, maps, generator)
+            self.used.zero_()
+            maps = list(quantize.quantized(f, scales))
+        self.used[torch.cat([token_map.tokens for token_map in maps], 1).flatten()] = True
+        return straight_through(f, maps)
 
 
-def batch_of(images: Tensor, side: int, size: int, generator: torch.Generator) -> Tensor:
+def new_vae() -> VQVAE:
+    """Returns a VQ-VAE to train: random weights, but the convolutions of features the identity.
+
+    Several of them follow each other with nothing between; random ones would start as a blur.
+    """
+    vae = CONFIG.new_whole_vae()
+    vae.init_weights(torch.Generator().manual_seed(0))
+    for module in (vae.quant_conv, vae.post_quant_conv, *vae.quantize.quant_resi.qresi_ls):
+        nn.init.dirac_(module.get_parameter("weight"))
+    return vae
+
+
+def windows(images: Tensor, side: int, size: int, generator: torch.Generator) -> Tensor:
     """Returns random windows of random images, half of them mirrored, float32 in [-1, 1].
 
     Args:
@@ -56,22 +118,21 @@ def batch_of(images: Tensor, side: int, size: int, generator: torch.Generator) -
 
 
 def picture_loss(made: Tensor, images: Tensor) -> Tensor:
-    """Returns how far two batches of pictures are apart: their pixels, and their slopes."""
+    """Returns how far two batches of pictures are apart: in their pixels, and in their slopes."""
     loss = F.l1_loss(made, images) + F.mse_loss(made, images)
     for axis in (-2, -1):
         loss = loss + F.l1_loss(made.diff(dim=axis), images.diff(dim=axis))
     return loss
 
 
-def quantize(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tensor]:
+def straight_through(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tensor]:
     """Returns the quantized features, with the gradient of `f`, and the quantizer's loss.
 
     Args:
         f: features, (B, Cvae, H, W).
         maps: their token maps.
     """
-    f_hat = torch.zeros_like(f)
-    loss = f.new_zeros(())
+    f_hat, loss = torch.zeros_like(f), f.new_zeros(())
     for token_map in maps:
         f_hat = f_hat + token_map.added
         loss = loss + F.mse_loss(f_hat, f.detach())
@@ -80,82 +141,33 @@ def quantize(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def refill(codebook: nn.Embedding, unused: Tensor, maps: list[QuantizedMap]) -> None:
-    """Replaces unused codes by vectors of the maps, drawn alike from each map.
+def refill(
+    codebook: nn.Embedding, unused: Tensor, maps: list[QuantizedMap], generator: torch.Generator
+) -> None:
+    """Replaces unused codes by vectors that were to be quantized, equally many of each map.
 
     Args:
         codebook: V codes.
         unused: which of them, bool (V,).
         maps: a batch's token maps.
+        generator: source of the choice, on the CPU.
     """
     count = int(unused.sum())
-    maps = [token_map for token_map in maps if token_map.tokens.numel() > 0]
     share = math.ceil(count / len(maps))
     drawn = []
     for token_map in maps:
         vectors = token_map.z.transpose(0, 1).flatten(1).T  # (B * h * w, Cvae)
-        drawn.append(vectors[torch.randint(len(vectors), (share,))])
-    vectors = torch.cat(drawn)
-    codebook.weight[unused] = vectors[torch.randperm(len(vectors))[:count]]
+        drawn.append(vectors[torch.randint(len(vectors), (share,), generator=generator)])
+    chosen = torch.randperm(share * len(maps), generator=generator)[:count]
+    codebook.weight[unused] = torch.cat(drawn)[chosen]
 
 
 def train(set_path: Path, run: Path, steps: int, device: str, *, bf16: bool) -> None:
     """Trains until the given step, going on from the checkpoint in `run` if there is one."""
-    crops = CropSet.load(set_path)
-    vae = CONFIG.new_whole_vae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(0)
+    images = CropSet.load(set_path).images
+    vae = new_vae().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
     used = torch.zeros(CONFIG.vocab_size, dtype=torch.bool, device=device)
-    start = 0
+    objective = Objective(vae, images, steps, used, bf16)
     path = run / "vae.pt"
-    if path.exists():
-        state = checkpoints.read(path, "vae")
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        used, start = state["used"].to(device), state["step"]
-        print(f"going on from step {start}", flush=True)
-    said = saved = time.monotonic()
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate(step, steps)
-        whole = step >= WHOLE * steps
-        side, size, scales = (SIDE, 1, CONFIG.scales) if whole else (SIDE // 2, 4, VAR_256)
-        images = batch_of(crops.images, side, size, generator)
-        images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            f = vae.features(images, scales)
-        f = f.float()
-        f_hat, code_loss = f, f.new_zeros(())
-        first = math.ceil(UNQUANTIZED * steps)
-        if step >= first:
-            maps = list(vae.quantize.quantized(f, scales))
-            if step == first:
-                refill(vae.quantize.embedding, ~used, maps)
-                maps = list(vae.quantize.quantized(f, scales))
-            f_hat, code_loss = quantize(f, maps)
-            used[torch.cat([token_map.tokens for token_map in maps], 1).flatten()] = True
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            made = vae.decoder(vae.post_quant_conv(f_hat))
-        loss = picture_loss(made.float(), images)
-        optimizer.zero_grad()
-        (loss + code_loss).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step > first and step % REFILL_EVERY == 0:
-            live = int(used.sum())
-            if step < 0.9 * steps and live < len(used):
-                refill(vae.quantize.embedding, ~used, maps)
-            used.zero_()
-        if step % 50 == 0:
-            now = time.monotonic()
-            psnr = 20 * math.log10(2) - 10 * math.log10(F.mse_loss(made.float(), images).item())
-            print(f"step {step}: loss {loss.item():.4f}, codes {code_loss.item():.4f}, used {int(used.sum())}, "
-                  f"psnr {psnr:.1f} dB, {(now - said) / 50:.2f} s a step", flush=True)
-            said = now
-        if time.monotonic() - saved > 60 or step == steps - 1:
-            checkpoints.write(path, {
-                "model": vae.state_dict(), "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(), "used": used, "step": step + 1,
-            })
-            saved = time.monotonic()
+    loop.train(path, vae, optimizer, {"used": used}, objective, peak_rate=PEAK_RATE, steps=steps)

@@ -8,16 +8,16 @@ a window shows as well as the whole map.
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoints
+import loop
 import torch
 import torch.nn.functional as F
 from data import CropSet
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from train_vae import CONFIG, rate
+from torch import Tensor
+from train_vae import CONFIG
 
 from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
@@ -28,8 +28,8 @@ FIRST_MAPS = 7
 """Token maps that most steps see."""
 ALL_FROM = 0.6
 """Share of the steps after which all maps are seen."""
-WINDOW = 12
-"""Side of the window through which larger maps are seen then."""
+WINDOW = 13
+"""Side of the window through which larger maps are seen."""
 NO_CLASS = 0.1
 """Share of the images that are shown without their class, for guidance."""
 
@@ -37,7 +37,7 @@ NO_CLASS = 0.1
 def trained_vae(run: Path) -> VQVAE:
     """Returns the VQ-VAE of a run with its weights rounded to float16, as they are shipped."""
     vae = CONFIG.new_whole_vae()
-    state = checkpoints.read(run / "vae.pt", "vae")["model"]
+    state = loop.read(run / "vae.pt", "vae")["model"]
     vae.load_state_dict({key: value.half() for key, value in state.items()})
     return vae.eval().requires_grad_(False)
 
@@ -60,7 +60,7 @@ def tokenize(set_path: Path, run: Path) -> None:
         "held_out": tokens(crops.held_out),
         "held_out_labels": crops.held_out_labels,
     }
-    checkpoints.write(run / "tokens.pt", contents)
+    loop.write(run / "tokens.pt", contents)
 
 
 def new_var(vae: VQVAE) -> VAR:
@@ -77,20 +77,19 @@ def map_sides() -> Tensor:
     return torch.cat([torch.full((side**2,), side) for side in CONFIG.scales])
 
 
-def seen(maps: int, window: int, generator: torch.Generator) -> Tensor:
-    """Returns the tokens of the first maps, the larger ones through a window, rising.
+def seen(maps: int, generator: torch.Generator) -> Tensor:
+    """Returns the tokens of the first maps, the larger ones through a window, int64, rising.
 
     Args:
         maps: how many maps.
-        window: its side.
-        generator: source of its places.
+        generator: source of the windows' places, on the CPU.
     """
     kept, begin = [], 0
     for side in CONFIG.scales[:maps]:
         ids = begin + torch.arange(side**2).view(side, side)
-        if side > window:
-            top, left = torch.randint(side - window + 1, (2,), generator=generator).tolist()
-            ids = ids[top : top + window, left : left + window]
+        if side > WINDOW:
+            top, left = torch.randint(side - WINDOW + 1, (2,), generator=generator).tolist()
+            ids = ids[top : top + WINDOW, left : left + WINDOW]
         kept.append(ids.flatten())
         begin += side**2
     return torch.cat(kept)
@@ -112,63 +111,66 @@ def bits(var: VAR, vae: VQVAE, tokens: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@dataclass
+class Objective:
+    """What the VAR is trained on.
+
+    Attributes:
+        var: the model.
+        vae: whose tokens they are.
+        tokens: of all images, int16 (N, L).
+        labels: int64 (N,).
+        steps: steps in all.
+        bf16: whether the VAR runs in bfloat16.
+    """
+
+    var: VAR
+    vae: VQVAE
+    tokens: Tensor
+    labels: Tensor
+    steps: int
+    bf16: bool
+
+    def __call__(self, step: int) -> tuple[Tensor, str]:
+        """Returns the loss of a step, and words on it."""
+        generator = torch.Generator().manual_seed(step)
+        device = self.var.lvl_1L.device
+        whole = step >= ALL_FROM * self.steps
+        maps, size = (len(CONFIG.scales), 4) if whole else (FIRST_MAPS, 16)
+        only = seen(maps, generator).to(device)
+        chosen = torch.randint(len(self.tokens), (size,), generator=generator)
+        tokens = self.tokens[chosen].to(device).long()
+        nameless = torch.rand(size, generator=generator) < NO_CLASS
+        labels = self.labels[chosen].masked_fill(nameless, CONFIG.num_classes).to(device)
+        x = inputs(self.vae, tokens)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.var(labels, x, only)
+        losses = F.cross_entropy(logits.mT, tokens[:, only], reduction="none").mean(0)  # (n,)
+        # A map of s x s tokens weighs s, not s^2, for composition counts besides texture.
+        weights = 1 / map_sides()[only.cpu()].to(device)
+        loss = (losses * weights).sum() / weights.sum()
+        return loss, f"{losses.mean().item() / math.log(2):.3f} bits a token in {maps} maps"
+
+
 def train(run: Path, steps: int, device: str, *, bf16: bool) -> None:
-    """Trains until the given step, going on from the checkpoint in `run` if there is one."""
-    data = checkpoints.read(run / "tokens.pt", "tokens")
+    """Trains until the given step, going on from the checkpoint in `run` if there is one.
+
+    Ends with the bits that the tokens of held-out crops take.
+    """
+    data = loop.read(run / "tokens.pt", "tokens")
     vae = trained_vae(run).to(device)
     var = new_var(vae).to(device)
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(var.parameters(), PEAK_RATE, betas=(0.9, 0.95), weight_decay=DECAY)
-    sides = map_sides()
-    path, start = run / "var.pt", 0
-    if path.exists():
-        state = checkpoints.read(path, "var")
-        var.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        start = state["step"]
-        print(f"going on from step {start}", flush=True)
-    said = saved = time.monotonic()
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate(step, steps)
-        whole = step >= ALL_FROM * steps
-        maps, size = (len(CONFIG.scales), 4) if whole else (FIRST_MAPS, 16)
-        only = seen(maps, WINDOW if whole else max(CONFIG.scales), generator)
-        chosen = torch.randint(len(data["tokens"]), (size,), generator=generator)
-        tokens = data["tokens"][chosen].to(device)
-        labels = data["labels"][chosen]
-        labels = labels.where(torch.rand(size, generator=generator) >= NO_CLASS, CONFIG.num_classes)
-        with torch.no_grad():
-            x = inputs(vae, tokens)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            logits = var(labels.to(device), x, only.to(device))
-        losses = F.cross_entropy(logits.mT, tokens[:, only].long(), reduction="none").mean(0)  # (n,)
-        # A map of s x s tokens weighs s, not s^2: composition counts besides texture.
-        weights = (1 / sides[only]).to(device)
-        loss = (losses * weights).sum() / weights.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(var.parameters(), 1.0)
-        optimizer.step()
-        if step % 10 == 0:
-            now = time.monotonic()
-            print(f"step {step}: {losses.mean().item() / math.log(2):.3f} bits a token over "
-                  f"{maps} maps, {(now - said) / 10:.2f} s a step", flush=True)
-            said = now
-        if time.monotonic() - saved > 60 or step == steps - 1:
-            checkpoints.write(path, {
-                "model": var.state_dict(), "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(), "step": step + 1,
-            })
-            saved = time.monotonic()
+    optimizer = torch.optim.AdamW(var.parameters(), betas=(0.9, 0.95), weight_decay=DECAY)
+    objective = Objective(var, vae, data["tokens"], data["labels"], steps, bf16)
+    path = run / "var.pt"
+    loop.train(path, var, optimizer, {}, objective, peak_rate=PEAK_RATE, steps=steps)
 
 
 def export(run: Path, out: Path) -> None:
     """Writes the parameters of both models in float16 as one safetensors file."""
     vae = trained_vae(run)
     var = CONFIG.new_var(vae)
-    var.load_state_dict(checkpoints.read(run / "var.pt", "var")["model"])
+    var.load_state_dict(loop.read(run / "var.pt", "var")["model"])
     tensors = {
         f"{part}.{name}": parameter.detach().half().contiguous()
         for part, model in (("var", var), ("vae", vae))

@@ -846,9 +846,7 @@ def build(
     return var.eval().requires_grad_(False)
 
 
-def load(
-    name: str, var_path: str | Path | None = None, vae_path: str | Path | None = None
-) -> VAR:
+def load(name: str, var_path: str | Path | None = None, vae_path: str | Path | None = None) -> VAR:
     """Return a named model with trained weights, in eval mode, without gradients, on the CPU.
 
     The weights of ``demo`` come along with the package, and its ``.vae`` is a whole

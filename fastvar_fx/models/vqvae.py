@@ -174,7 +174,6 @@ class Quantizer(nn.Module):
         side = scales[si + 1]
         return f_hat, F.interpolate(f_hat, size=(side, side), mode="area")
 
-
     def nearest(self, z: Tensor) -> Tensor:
         """Return the ids of the code vectors nearest to ``z`` (B, Cvae, h, w), int64 (B, h * w)."""
         vectors = z.flatten(2).transpose(1, 2)  # (B, h * w, Cvae)
