@@ -66,6 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_vae, "VAR_256", (1, 2, 3, 4))
     monkeypatch.setattr(train_var, "FIRST_MAPS", 2)
     monkeypatch.setattr(train_var, "WINDOW", 4)
+    monkeypatch.setattr(loop, "WARM_UP", 5)
 
 
 @pytest.fixture
