@@ -50,7 +50,7 @@ def tokenize(set_path: Path, run: Path) -> None:
 
     def tokens(images: Tensor) -> Tensor:
         parts = []
-        for some in images.split(8):
+        for some in torch.split(images, 8):
             maps = vae.encode(some.float() / 127.5 - 1, CONFIG.scales)
             parts.append(torch.cat(maps, 1).short())
             print(f"{len(parts) * 8} of {len(images)}", flush=True)
@@ -104,7 +104,7 @@ def seen(maps: int, generator: torch.Generator) -> Tensor:
 
 def inputs(vae: VQVAE, tokens: Tensor) -> Tensor:
     """Returns the teacher-forced inputs of whole token sequences (B, L), (B, L - 1, Cvae)."""
-    maps = tokens.long().split([side**2 for side in CONFIG.scales], dim=1)
+    maps = torch.split(tokens.long(), [side**2 for side in CONFIG.scales], dim=1)
     return vae.quantize.inputs(maps[:-1], CONFIG.scales)
 
 
@@ -112,7 +112,7 @@ def inputs(vae: VQVAE, tokens: Tensor) -> Tensor:
 def bits(var: VAR, vae: VQVAE, tokens: Tensor, labels: Tensor) -> Tensor:
     """Returns the bits that each token of each image takes, (N, L)."""
     parts = []
-    for some, classes in zip(tokens.split(2), labels.split(2), strict=True):
+    for some, classes in zip(torch.split(tokens, 2), torch.split(labels, 2), strict=True):
         logits = var(classes, inputs(vae, some))  # (B, L, V)
         parts.append(F.cross_entropy(logits.mT, some.long(), reduction="none") / math.log(2))
     return torch.cat(parts)
@@ -183,7 +183,7 @@ def measure(run: Path) -> None:
     }
     for name, (tokens, labels) in parts.items():
         taken = bits(var, vae, tokens, labels).mean(0)  # (L,)
-        maps = taken.split([side**2 for side in CONFIG.scales])
+        maps = torch.split(taken, [side**2 for side in CONFIG.scales])
         sides = zip(CONFIG.scales, maps, strict=True)
         print(
             f"{name}, {count} crops: {taken.mean():.3f} bits a token; by side of the map:",
