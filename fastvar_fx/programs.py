@@ -200,7 +200,8 @@ class ProgramStore:
             if step == plan.schedule.cache_step:
                 return make_capture(call, real, plan.kinds, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
-            at = Step(plan.schedule.kept(step), *scales, last=step == plan.last_step)
+            last, once = step == plan.last_step, plan.operators.selects_once
+            at = Step(plan.schedule.kept(step), *scales, last=last, selects_once=once)
             return make_pruned(call, real, plan.kinds, at, plan.operators, captured, dump or None)
         except RefusedError as error:
             return error.refusal
