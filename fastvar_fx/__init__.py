@@ -25,7 +25,7 @@ from fastvar_fx.errors import (
 from fastvar_fx.extend import axis_rule, register_opaque
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule, presets
-from fastvar_fx.transform import compile, explain, trace, transform
+from fastvar_fx.transform import compile, explain, measure, trace, transform
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "axis_rule",
     "compile",
     "explain",
+    "measure",
     "presets",
     "register_opaque",
     "trace",

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fastvar_fx import ops
 from fastvar_fx.errors import RunError
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
+from fastvar_fx.timing import StepTimes
 from passes.branches import Kind
 from passes.costs import BranchReport
 from passes.refusal import Refusal
-
-if TYPE_CHECKING:
-    from fastvar_fx.compiled import Compilation
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
 """Tells the step of a block call, (block, args, kwargs) -> index; None if it is no step."""
@@ -41,6 +41,29 @@ class StepRecord:
     branches: tuple[BranchReport, ...]
     program: int | None
     refusal: Refusal | None = None
+
+
+class Executor(Protocol):
+    """Runs what the blocks run in another way than eagerly, such as compiled."""
+
+    def run_program(
+        self, graph_module: GraphModule, inputs: Sequence[Any], block: str, tokens: int
+    ) -> Any:
+        """Runs a program on its inputs, for a call of `tokens` tokens of a block."""
+
+    def run_dense(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+    ) -> Any:
+        """Runs the own forward of a block, by its path, on arguments of which x is the map."""
+
+    def anew(self) -> Executor:
+        """Returns one for a copy of the model."""
 
 
 class Holder(Protocol):
@@ -64,13 +87,15 @@ class Plan:
     dump_dir: Path | None
     operators: ops.Operators
     live_rows: LiveRows | None = None
-    compilation: Compilation | None = None
+    executor: Executor | None = None
     records: dict[tuple[int, int], StepRecord] = field(default_factory=dict)
     dense_calls: Counter[int] = field(default_factory=Counter)
     early_calls: Counter[int] = field(default_factory=Counter)
     trace_seconds: float = 0.0
     holders: list[Holder] = field(default_factory=list)
     peak_captured_bytes: int = 0
+    prunes_now: bool = True
+    step_times: dict[int, StepTimes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         schedule = self.schedule
@@ -87,15 +112,25 @@ class Plan:
         memo[id(self)] = made = replace(
             self,
             skipped=copy.deepcopy(self.skipped, memo),
-            compilation=self.compilation and self.compilation.anew(),
+            executor=self.executor and self.executor.anew(),
             records={},
             dense_calls=Counter(),
             early_calls=Counter(),
             trace_seconds=0.0,
             holders=[],
             peak_captured_bytes=0,
+            step_times={},
         )
         return made
+
+    @contextmanager
+    def running_dense(self) -> Iterator[None]:
+        """Within it, whole generations run dense at every step that the loop draws."""
+        self.prunes_now = False
+        try:
+            yield
+        finally:
+            self.prunes_now = True
 
     @property
     def last_layer(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from fastvar_fx.compiled import Compilation
+from fastvar_fx.timing import StepTimes
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -153,9 +155,10 @@ class Compiled:
     @classmethod
     def of(cls, plan: Plan) -> Compiled | None:
         """Returns what a plan's regions were compiled to, if compiling was asked for."""
-        if plan.compilation is None:
+        made = plan.executor
+        if not isinstance(made, Compilation):
             return None
-        return cls(dict(sorted(plan.compilation.graphs.items())), tuple(plan.compilation.failures))
+        return cls(dict(sorted(made.graphs.items())), tuple(made.failures))
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ class Report:
         captured_bytes: Bytes of captured features held now.
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
         compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
+        step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
     """
 
     rows: tuple[Row, ...]
@@ -190,6 +194,7 @@ class Report:
     captured_bytes: int
     peak_captured_bytes: int
     compiled: Compiled | None = None
+    step_times: dict[int, StepTimes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Report:
@@ -218,12 +223,18 @@ class Report:
             plan.captured_bytes,
             plan.peak_captured_bytes,
             Compiled.of(plan),
+            plan.step_times,
         )
 
     @property
     def refusals(self) -> tuple[Row, ...]:
         """The rows that were refused."""
         return tuple(row for row in self.rows if row.refusal is not None)
+
+    @property
+    def slower_steps(self) -> tuple[int, ...]:
+        """The steps that pruning makes no faster, of those that `fastvar_fx.measure` timed."""
+        return tuple(step for step, times in self.step_times.items() if not times.pays)
 
     def flops(self, step: int) -> tuple[int, int]:
         """Returns the branches' FLOPs at a step, (dense, as it runs)."""
@@ -235,6 +246,7 @@ class Report:
         data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
         data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
         data |= {"compiled": self.compiled and vars(self.compiled)}
+        data |= {"step_times": {step: t.as_dict() for step, t in self.step_times.items()}}
         return json.dumps(data)
 
     def __str__(self) -> str:
@@ -246,7 +258,7 @@ class Report:
             dense, pruned = self.flops(step)
             if dense != pruned:
                 lines.append(f"step {step}: {_change(dense, pruned)}")
-        lines += [*_savings(self), *_notes(self)]
+        lines += [*_savings(self), *_notes(self), *_payoff(self)]
         return "\n".join(lines)
 
 
@@ -329,6 +341,19 @@ def _compiled_notes(report: Report) -> list[str]:
     total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
     text = f"torch.compile: {total} graphs for calls of {counts} token counts"
     return [text, *(f"not compiled, so eager: {failure}" for failure in compiled.failures)]
+
+
+def _payoff(report: Report) -> list[str]:
+    lines = []
+    for step, times in report.step_times.items():
+        dense, pruned = (f"{1e3 * spread.median:.3g} ms" for spread in (times.dense, times.pruned))
+        verdict = (
+            f"{times.speedup:.2f}x"
+            if times.pays
+            else f"pruning does not pay here; schedule.without({step}) leaves the step dense"
+        )
+        lines.append(f"step {step}: {dense} dense, {pruned} pruned: {verdict}")
+    return lines
 
 
 def _savings(report: Report) -> list[str]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.bound import BoundProgram, StaysDense, token_map
-from fastvar_fx.compiled import Compilation
 from fastvar_fx.errors import (
     CaptureMismatchError,
     FastVARError,
@@ -26,7 +25,7 @@ from fastvar_fx.errors import (
     NothingPrunedError,
     RunError,
 )
-from fastvar_fx.plan import Plan
+from fastvar_fx.plan import Executor, Plan
 from fastvar_fx.programs import Block, Forward, ProgramStore
 from fastvar_fx.report import Report
 from passes.pipeline import Call
@@ -74,7 +73,7 @@ class BlockRuntime:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
-        step = self._step(block, args, kwargs)
+        step = self._step(block, args, kwargs) if self._plan.prunes_now else None
         if step is None:
             return self._dense(block, args, kwargs)
         if block.training:
@@ -145,11 +144,11 @@ class BlockRuntime:
         kwargs: dict[str, Any],
         features: Sequence[Tensor],
     ) -> tuple[Any, Sequence[Tensor]]:
-        compilation = _compilation(self._plan)
-        if compilation is None:
+        executor = _executor(self._plan)
+        if executor is None:
             return program.run(args, kwargs, features)
         tokens = self._plan.schedule.tokens(step)
-        execute = partial(compilation.run_program, block=self.name, tokens=tokens)
+        execute = partial(executor.run_program, block=self.name, tokens=tokens)
         return program.run(args, kwargs, features, execute)
 
     # --- the cache step ------------------------------------------------------------------------
@@ -419,9 +418,9 @@ class _Streams:
         return token_map(self.path(block, args, kwargs), args, kwargs)
 
 
-def _compilation(plan: Plan) -> Compilation | None:
-    """Returns what compiles; under the user's own torch.compile, that does."""
-    return None if torch.compiler.is_compiling() else plan.compilation
+def _executor(plan: Plan) -> Executor | None:
+    """Returns what runs the blocks; under the user's own torch.compile, that does."""
+    return None if torch.compiler.is_compiling() else plan.executor
 
 
 def _run_dense(
@@ -433,11 +432,11 @@ def _run_dense(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    compilation = _compilation(plan)
-    if compilation is None:
+    executor = _executor(plan)
+    if executor is None:
         return forward(block, *args, **kwargs)
     x = streams.of(block, args, kwargs)
-    return compilation.run_dense(name, forward, block, args, kwargs, x)
+    return executor.run_dense(name, forward, block, args, kwargs, x)
 
 
 def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:

@@ -170,6 +170,31 @@ class Schedule:
                 )
         return made
 
+    def without(self, *steps: int) -> Schedule:
+        """Returns a schedule that leaves steps dense which this one prunes; the rest stays.
+
+        Where pruning does not pay is what `fastvar_fx.measure` finds out.
+
+        Args:
+            steps: Pruned steps, counted from 0.
+
+        Raises:
+            ScheduleError: If a step is none of `pruned_steps`.
+
+        Example:
+            >>> Schedule((1, 2, 3, 4), (0.5, 0.75)).without(2).ratios
+            (0.0, 0.75)
+        """
+        strange = [step for step in steps if step not in self.pruned_steps]
+        if strange:
+            raise ScheduleError(
+                f"without leaves pruned steps dense, {list(self.pruned_steps)} here; found "
+                f"{strange}"
+            )
+        first = self.steps - len(self.ratios)
+        ratios = [0.0 if first + i in steps else ratio for i, ratio in enumerate(self.ratios)]
+        return Schedule(self.scales, ratios, cache_step=self.cache_step, layers=self.layers)
+
     # --- as data -------------------------------------------------------------------------------
 
     def to_json(self) -> str:

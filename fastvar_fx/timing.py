@@ -1,8 +1,9 @@
-"""Runs of a model that are counted and timed step by step, for `fastvar-fx demo` and `bench`."""
+"""Runs of a model that are counted and timed step by step."""
 
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,34 @@ class Spread:
         return {name: round(1e3 * value, 3) for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class StepTimes:
+    """The blocks' time at one step, run dense and pruned.
+
+    Attributes:
+        dense: Dense, with all else the same.
+        pruned: As the schedule has it.
+    """
+
+    dense: Spread
+    pruned: Spread
+
+    @property
+    def speedup(self) -> float:
+        """Dense over pruned median."""
+        return self.dense.median / self.pruned.median
+
+    @property
+    def pays(self) -> bool:
+        """Whether pruning makes the step faster."""
+        return self.speedup > 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain data; times in milliseconds."""
+        times = {"ms_dense": self.dense.as_dict(), "ms_pruned": self.pruned.as_dict()}
+        return times | {"speedup": self.speedup, "pays": self.pays}
+
+
 @dataclass
 class Runs:
     """Runs a model, original or transformed, and keeps what it measured per step.
@@ -114,25 +143,30 @@ class Runs:
         """Counts FLOPs per step; returns what the run returns."""
         formulas = {_CPU_ATTENTION: _attention_flops}
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            result, per_step = self._run(counter.get_total_flops)
-        self.flops = [int(value) for value in per_step]
+            result, passes = self._run(counter.get_total_flops)
+        self.flops = [int(value) for value in self._by_step(passes, operator.sub)]
         return result
 
     def time(self) -> Any:
         """Times the run and its steps; returns what the run returns."""
-        device = self.subject.weight.device
-        started = _clock(device)
-        result, per_step = self._run(lambda: _clock(device))
-        self.seconds.append(_clock(device) - started)
-        self.step_seconds.append(per_step)
+        clock = Clock(self.subject.weight.device)
+        started = clock.read()
+        result, passes = self._run(clock.read)
+        self.seconds.append(clock.seconds(clock.read(), started))
+        self.step_seconds.append(self._by_step(passes, clock.seconds))
         return result
 
-    def _run(self, read: Callable[[], float]) -> tuple[Any, list[float]]:
+    def _run(self, read: Callable[[], Any]) -> tuple[Any, list[Pass]]:
         names = list(find_blocks(self.subject.model, self.subject.blocks))
-        first, last = module_at(self.model, names[0]), module_at(self.model, names[-1])
-        with _read_around(first, last, read) as passes:
+        with read_around(self.model, names, read) as passes:
             result = self.subject.generate(self.model)
-        return result, per_step(passes, self.subject.schedule, self.drawn)
+        return result, passes
+
+    def _by_step(
+        self, passes: Sequence[Pass], difference: Callable[[Any, Any], float]
+    ) -> list[float]:
+        amounts = [(tokens, difference(ended, begun)) for tokens, begun, ended in passes]
+        return per_step(amounts, self.subject.schedule, self.drawn)
 
     def spread(self, steps: Iterable[int]) -> Spread:
         """Returns the blocks' time over some steps."""
@@ -140,24 +174,51 @@ class Runs:
         return Spread.of([sum(run[s] for s in chosen) for run in self.step_seconds])
 
 
+class Clock:
+    """Reads the time of a device. In the middle of a run, it does not make the host wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def read(self) -> Any:
+        """Returns a reading: the host's time for a CPU, else a mark in the device's own queue."""
+        if self.device.type == "cpu":
+            return perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, ended: Any, begun: Any) -> float:
+        """Returns the seconds between two readings, once the device has come to the later one."""
+        if self.device.type == "cpu":
+            return ended - begun  # type: ignore[no-any-return]
+        ended.synchronize()
+        return 1e-3 * begun.elapsed_time(ended)  # type: ignore[no-any-return]
+
+
+Pass = tuple[int, Any, Any]
+"""A pass through all blocks: its tokens, and what was read before and after it."""
+
+
 @contextmanager
-def _read_around(
-    first: nn.Module, last: nn.Module, read: Callable[[], float]
-) -> Iterator[list[tuple[int, float]]]:
-    """Collects (tokens, difference of two readings) of each pass from the first to the last block.
+def read_around(
+    model: nn.Module, blocks: Sequence[str], read: Callable[[], Any]
+) -> Iterator[list[Pass]]:
+    """Collects the passes from the first to the last of the blocks at these paths.
 
     The hooks sit around the call of a block, outside of what is traced or rewritten.
     """
-    passes: list[tuple[int, float]] = []
-    begun = 0.0
+    passes: list[Pass] = []
+    begun: Any = None
 
     def before(*_: object) -> None:
         nonlocal begun
         begun = read()
 
     def after(_module: nn.Module, _args: object, output: object) -> None:
-        passes.append((_tokens(output), read() - begun))
+        passes.append((_tokens(output), begun, read()))
 
+    first, last = module_at(model, blocks[0]), module_at(model, blocks[-1])
     hooks = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
     try:
         yield passes
@@ -211,12 +272,6 @@ def per_step(
             f"{[tokens for tokens, _ in passes]}; give the schedule that the loop runs"
         )
     return sums
-
-
-def _clock(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return perf_counter()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch.fx import Graph, Node
@@ -61,6 +61,11 @@ class Branch:
     axes: dict[Node, Axes | list[Axes]] = field(repr=False)
     edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
 
+    @property
+    def label(self) -> dict[str, Any]:
+        """What its nodes are marked with, under `meta["fastvar"]`."""
+        return {"branch": self.index, "kind": self.kind}
+
 
 @dataclass(frozen=True, eq=False)
 class RefusedBranch:
@@ -72,6 +77,11 @@ class RefusedBranch:
     out: Node = field(repr=False)
     region: tuple[Node, ...] = field(repr=False)
     refusal: Refusal
+
+    @property
+    def label(self) -> dict[str, Any]:
+        """What its nodes are marked with, under `meta["fastvar"]`."""
+        return {"branch": self.index, "kind": self.kind}
 
 
 FoundBranch = Branch | RefusedBranch

@@ -109,6 +109,9 @@ def analyse(call: Call, real: Reference) -> _Analysed:
     results, written = real
     program = capture(call.forward, call.module, call.args, call.kwargs, call.varying)
     found = branches_of(program, call.stream)
+    for branch in found:
+        for node in branch.region:
+            node.meta["fastvar"] = dict(branch.label)
     features = capture_features(program.graph_module, found)
     inputs = live_inputs(call, program.inputs)
     outputs = features(*inputs)

@@ -314,7 +314,7 @@ class _BranchEmitter:
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:
         node = self._graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-        node.meta["fastvar"] = {"branch": self.branch.index, "kept": self._kept}
+        node.meta["fastvar"] = self.branch.label | {"kept": self._kept}
         try:
             node.meta["val"] = target(*example_values(args), **example_values(kwargs))
         except Exception as error:

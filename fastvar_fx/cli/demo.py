@@ -1,0 +1,216 @@
+"""`fastvar-fx demo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from math import inf
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Final
+
+import typer
+from rich.table import Table
+
+from fastvar_fx.cli.options import (
+    DEMO,
+    NAMES,
+    Asked,
+    Batch,
+    Blocks,
+    Json,
+    PresetName,
+    Ratios,
+    Run,
+    ScheduleFile,
+)
+from fastvar_fx.cli.terminal import (
+    environment,
+    environment_line,
+    headline,
+    new_table,
+    show,
+    show_progress,
+    sides_text,
+)
+from fastvar_fx.demo import (
+    Comparison,
+    Measurement,
+    StepResult,
+    draw_comparison,
+    draw_kept_tokens,
+    measure,
+    phases,
+)
+from fastvar_fx.timing import Spread, Subject
+
+_REPEATS: Final = 3
+_PATIENCE: Final = 60.0
+"""Seconds that measuring may take; repeats are left out for it unless their number was asked."""
+
+DemoModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help=f"One of {NAMES} (random weights), or package.module:factory.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for the pictures.")]
+Repeats = Annotated[
+    int | None,
+    typer.Option(
+        "--repeats",
+        min=1,
+        help=f"Timed runs of each model; {_REPEATS}, or fewer on a slow machine.",
+    ),
+]
+
+
+def run_demo(
+    out: Out = Path("demo"),
+    model: DemoModel = DEMO,
+    preset: PresetName = None,
+    schedule: ScheduleFile = None,
+    ratios: Ratios = None,
+    blocks: Blocks = None,
+    run: Run = None,
+    batch: Batch = None,
+    seed: Seed = 0,
+    repeats: Repeats = None,
+    as_json: Json = False,
+) -> None:
+    """Generate a batch dense and pruned, compare the times, and draw both."""
+    started = perf_counter()
+    asked = Asked(model, preset, schedule, ratios, blocks, run, batch, seed)
+    times, patience = (_REPEATS, _PATIENCE) if repeats is None else (repeats, inf)
+    with show_progress(phases(times) + 2) as progress:
+        progress("building the model")
+        subject = asked.subject()
+        out.mkdir(parents=True, exist_ok=True)
+        result = measure(subject, repeats=times, patience=patience, progress=progress)
+        progress("drawing")
+        files = _draw(subject, result, out)
+    seconds = perf_counter() - started
+    if as_json:
+        print(json.dumps(_demo_dict(subject, result, files, seconds)))
+    else:
+        _print_demo(subject, result, files, seconds)
+
+
+def _demo_dict(
+    subject: Subject, result: Measurement, files: Sequence[Path], seconds: float
+) -> dict[str, Any]:
+    return {
+        "model": subject.name,
+        "note": subject.note,
+        "seed": subject.seed,
+        **environment(subject),
+        "schedule": json.loads(subject.schedule.to_json()),
+        **result.as_dict(),
+        "files": [str(path) for path in files],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _print_demo(
+    subject: Subject, result: Measurement, files: Sequence[Path], seconds: float
+) -> None:
+    show(headline(subject))
+    show(environment_line(subject, len(result.dense_images)))
+    show(_step_table(result))
+    show(_speedup_table(result))
+    for line in _remarks(subject, result):
+        show(line)
+    print(f"wrote {', '.join(map(str, files))}; {seconds:.0f} s in all")
+
+
+def _step_table(result: Measurement) -> Table:
+    measured = ("ms\ndense", "ms\npruned", "GFLOP\ndense", "GFLOP\npruned")
+    table = new_table("step", "scale", "tokens", "kept", *measured, "speed-up", "limit")
+    for step in result.steps:
+        table.add_row(*_step_cells(step))
+    return table
+
+
+def _step_cells(step: StepResult) -> tuple[str, ...]:
+    pruned = step.kept < step.tokens
+    return (
+        str(step.step),
+        sides_text(step.scale),
+        str(step.tokens),
+        str(step.kept) if pruned else "all",
+        _milliseconds(step.dense),
+        _milliseconds(step.pruned),
+        f"{step.dense_flops / 1e9:.1f}",
+        f"{step.pruned_flops / 1e9:.1f}",
+        f"{step.speedup:.2f}x",
+        _times(step.limit) if pruned else "",
+    )
+
+
+def _speedup_table(result: Measurement) -> Table:
+    table = new_table("", "ms dense", "ms pruned", "speed-up", "limit", "of limit", left=1)
+    parts = {
+        "transformer, pruned steps": result.pruned_steps,
+        "transformer, all steps": result.transformer,
+        "whole run with image decoder": result.total,
+    }
+    for name, part in parts.items():
+        table.add_row(name, *_comparison_cells(part))
+    return table
+
+
+def _comparison_cells(part: Comparison) -> tuple[str, ...]:
+    share = part.share_of_limit
+    return (
+        _milliseconds(part.dense),
+        _milliseconds(part.pruned),
+        f"{part.speedup:.2f}x",
+        _times(part.limit),
+        "-" if share is None else f"{share:.0%}",
+    )
+
+
+def _remarks(subject: Subject, result: Measurement) -> Iterator[str]:
+    several = f"median of {result.repeats} alternating runs after a warm-up, ± half of max - min"
+    yield (
+        f"ms: {several if result.repeats > 1 else 'one run after a warm-up'}. "
+        f"limit: dense FLOPs / pruned FLOPs of the blocks' matrix products; for the whole run, all "
+        f"else taking as long as in the dense run."
+    )
+    pruned, branches = result.branch_counts
+    refused = "" if pruned == branches else "; fastvar-fx explain says why the others do not"
+    yield f"{pruned} of {branches} branches prune{refused}. Step skipping: none."
+    if result.repeats == 1:
+        yield "one run shows no spread, and what else ran meanwhile counts in full; see --repeats"
+    elif result.unsteady:
+        yield "the times spread by more than 20 %: something else was running; measure again"
+    if result.slower_steps:
+        yield f"slower than dense at steps {', '.join(map(str, result.slower_steps))}"
+    if result.repeat_difference > 0:
+        yield (
+            f"two dense runs differ by up to {result.repeat_difference:.2g}: the run is not "
+            f"deterministic, and the difference picture holds that too"
+        )
+    if subject.note:
+        yield subject.note
+
+
+def _milliseconds(time: Spread) -> str:
+    middle, half = 1e3 * time.median, 1e3 * (time.high - time.low) / 2
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:.{digits}f}" + (f" ±{half:.{digits}f}" if half else "")
+
+
+def _times(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:.2f}x"
+
+
+def _draw(subject: Subject, result: Measurement, out: Path) -> list[Path]:
+    comparison, kept = out / "demo.png", out / "kept_tokens.png"
+    about = f"{environment_line(subject, len(result.dense_images))}, seed {subject.seed}"
+    note = f"{about}; {subject.note}" if subject.note else about
+    draw_comparison(result, headline(subject), note, comparison)
+    draw_kept_tokens(result, headline(subject), note, kept)
+    return [comparison, kept]

@@ -1,0 +1,168 @@
+"""The options that several commands take, and the model that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from torch import Tensor
+
+from fastvar_fx.cli.terminal import usage
+from fastvar_fx.cli.user_code import call_factory, load, users_code
+from fastvar_fx.errors import ModelError, RunError, ScheduleError
+from fastvar_fx.models.var import CONFIGS, VAR, VAR_512, build
+from fastvar_fx.schedule import Schedule
+from fastvar_fx.timing import Subject
+
+_RATIOS: Final = (0.5, 0.75)
+DEMO: Final = "demo"
+"""The demo's own model: large enough for pruning to pay, small enough for two cores."""
+_DEMO_SIZES: Final[dict[str, Any]] = {
+    "depth": 6,
+    "width": 512,
+    "heads": 8,
+    "num_classes": 10,
+}
+NAMES: Final = ", ".join((DEMO, *CONFIGS))
+
+
+class OnFull(Enum):
+    """Choices of `--on-full`."""
+
+    SKIP = "skip"
+    CACHE = "cache"
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help=f"One of {NAMES} (random weights), or package.module:factory, "
+        f"where factory() returns a model in eval mode."
+    ),
+]
+PresetName = Annotated[str | None, typer.Option("--preset", help="Name of a schedule.")]
+ScheduleFile = Annotated[
+    Path | None,
+    typer.Option("--schedule", exists=True, dir_okay=False, help="JSON file of a schedule."),
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option("--ratios", help="Pruning ratios of the last steps, such as 0.5,0.75."),
+]
+Blocks = Annotated[
+    str | None,
+    typer.Option("--blocks", help="Module path of the transformer blocks; else found."),
+]
+OnFullName = Annotated[
+    OnFull,
+    typer.Option("--on-full", help="Whether the last steps of ratio 1 are left out, or run."),
+]
+Run = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        help="package.module:function, where function(model) runs one generation and (for the "
+        "demo) returns images (B, 3, H, W) in [0, 1]. Needed for a model of your own.",
+    ),
+]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images at once.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options that say which model, which schedule and how to run it."""
+
+    model: str
+    preset: str | None
+    schedule_file: Path | None
+    ratios: str | None
+    blocks: str | None
+    run: str | None
+    batch: int | None
+    seed: int = 0
+
+    def subject(self) -> Subject:
+        """Builds the model and its schedule."""
+        return self._own_model() if ":" in self.model else self._named_model()
+
+    def _named_model(self) -> Subject:
+        if self.run is not None:
+            usage(f"--run goes with package.module:factory; {self.model} brings its own run")
+        schedule = self._schedule(self._named_scales())
+        sides = _square_sides(schedule)
+        name, sizes = ("tiny", _DEMO_SIZES) if self.model == DEMO else (self.model, {})
+        try:
+            var = build(name, scales=sides, **sizes)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{self.model} cannot be built: {error}") from error
+        name = f"VAR, {var.depth} blocks, width {var.width}"
+        note = "random weights: the pictures show texture, no objects"
+        run = partial(_run_var, batch=self.batch or 2, seed=self.seed)
+        return Subject(name, var, schedule, run, self.blocks, self.seed, note)
+
+    def _named_scales(self) -> tuple[int, ...]:
+        if self.model == DEMO:
+            return VAR_512
+        if self.model not in CONFIGS:
+            names = (DEMO, *CONFIGS)
+            close = get_close_matches(self.model, names) or names
+            raise ModelError(
+                f"no model is named {self.model!r}; did you mean {' or '.join(close)}? A model of "
+                f"your own is given as package.module:factory"
+            )
+        return CONFIGS[self.model].scales
+
+    def _own_model(self) -> Subject:
+        if self.run is None:
+            usage(
+                f"{self.model} needs --run package.module:function, which runs one generation, "
+                f"such as  def run(model): return model.generate(batch=2)"
+            )
+        if self.batch is not None:
+            usage("--batch is for the named models; your --run function decides the batch")
+        schedule = self._schedule(None)
+        run = users_code(f"--run {self.run}", RunError)(load(self.run, "--run"))
+        return Subject(self.model, call_factory(self.model), schedule, run, self.blocks, self.seed)
+
+    def _schedule(self, own: Sequence[int] | None) -> Schedule:
+        if self.preset is not None and self.schedule_file is not None:
+            usage("--preset and --schedule exclude each other")
+        if self.preset is not None:
+            base = Schedule.preset(self.preset)
+        elif self.schedule_file is not None:
+            base = Schedule.from_json(self.schedule_file.read_text(encoding="utf-8"))
+        elif own is not None:
+            base = Schedule(own, _RATIOS)
+        else:
+            usage(f"{self.model} needs --preset NAME or --schedule FILE with the scales it draws")
+        return base if self.ratios is None else _with_ratios(base, self.ratios)
+
+
+def _with_ratios(schedule: Schedule, text: str) -> Schedule:
+    """Returns a schedule with other ratios; their number moves the cache step along."""
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        usage(f"--ratios takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
+    kept_step = schedule.cache_step if len(ratios) == len(schedule.ratios) else None
+    return Schedule(schedule.scales, ratios, cache_step=kept_step, layers=schedule.layers)
+
+
+def _square_sides(schedule: Schedule) -> tuple[int, ...]:
+    if any(len(scale) != 2 or scale[0] != scale[1] for scale in schedule.scales):
+        raise ScheduleError(
+            f"the named models draw square maps; found {schedule.scales}. Give a model of your own "
+            f"as package.module:factory"
+        )
+    return tuple(scale[0] for scale in schedule.scales)
+
+
+def _run_var(model: VAR, *, batch: int, seed: int) -> Tensor:
+    return model.autoregressive_infer_cfg(batch, None, g_seed=seed, top_k=100, top_p=0.95)

@@ -1,0 +1,102 @@
+"""What goes to the terminal: tables, texts and progress."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fastvar_fx.cli import say
+from fastvar_fx.ops import Scale
+from fastvar_fx.timing import Subject
+
+_WIDTH: Final = 100
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def usage(message: str) -> NoReturn:
+    """Ends with a message on what is wrong with the command line."""
+    raise typer.BadParameter(message)
+
+
+def headline(subject: Subject) -> str:
+    """Returns a line on the model and its schedule."""
+    schedule = subject.schedule
+    ratios = ", ".join(f"{ratio:g}" for ratio in schedule.ratios) or "none"
+    return (
+        f"{subject.name}; {schedule.steps} scales, {sides_text(schedule.scales[0])} to "
+        f"{sides_text(schedule.scales[-1])}; ratios {ratios}; cache step {schedule.cache_step}"
+    )
+
+
+def sides_text(scale: Scale) -> str:
+    """Returns a scale as `h x w`."""
+    return "x".join(map(str, scale))
+
+
+def environment(subject: Subject) -> dict[str, Any]:
+    """Returns what the times depend on, as plain data."""
+    weight = subject.weight
+    device = str(weight.device)
+    if weight.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(weight.device)})"
+    return {
+        "device": device,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def environment_line(subject: Subject, batch: int) -> str:
+    """Returns what the times depend on, in a line."""
+    data = environment(subject)
+    return (
+        f"{data['device']}, {data['dtype']}, batch {batch}, "
+        f"{data['threads']} threads, torch {data['torch']}, Python {data['python']}"
+    )
+
+
+def new_table(*columns: str, left: int = 0) -> Table:
+    """Returns a table whose columns from `left` on are aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", vertical="bottom")
+    return table
+
+
+def show(what: object) -> None:
+    """Prints a table or a text to stdout."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(what)
+
+
+@contextmanager
+def show_progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done on stderr: a bar on a terminal, else a line each.
+
+    The bar moves only between runs, so that no thread draws while something is timed.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield say
+        return
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def advance(text: str) -> None:
+            bar.update(task, description=text, advance=1, refresh=True)
+
+        yield advance

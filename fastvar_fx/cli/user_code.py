@@ -1,0 +1,77 @@
+"""Code of the user's own, given as `package.module:name`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastvar_fx.cli.terminal import usage
+from fastvar_fx.errors import FastVARError, ModelError
+
+
+def call_factory(path: str) -> nn.Module:
+    """Returns the model that the function at `package.module:name` makes."""
+    factory = load(path, "MODEL")
+    with users_code(path, ModelError):
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{path} must return a torch.nn.Module; found {type(model).__name__}")
+    return model
+
+
+def load(path: str, what: str) -> Callable[..., Any]:
+    """Returns the callable at `package.module:name`."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        usage(f"{what} is given as package.module:name; found {path!r}")
+    with users_code(f"{what} {path}: importing {module_name}", ModelError):
+        found: Any = importlib.import_module(module_name)
+    names = [key for key, value in vars(found).items() if callable(value)]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        close = get_close_matches(name, names) or names[:8]
+        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no function"
+        raise ModelError(f"{what} {path}: {module_name} has no callable {name!r}; {hint}")
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
+    """Turns what the user's own code raises into one message that says where."""
+    try:
+        yield
+    except (FastVARError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        message = f"{what} failed: {type(error).__name__}: {error}"
+        raise kind(message + _place(error)) from error
+
+
+def _place(error: Exception) -> str:
+    """Returns where the user's code, or what it called, raised; nothing if it was not reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, contextlib.__file__, importlib.__file__)
+    reached = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
+    return f" ({reached[-1].filename}:{reached[-1].lineno})" if reached else ""
+
+
+@contextmanager
+def current_directory_importable() -> Iterator[None]:
+    """Lets `package.module` be found where the command runs."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
