@@ -108,8 +108,17 @@ class Case:
         return fast
 
 
-def draw_var(model: VAR, seed: int, classes: Sequence[int]) -> Generation:
-    """Draws an image of each class, with classifier-free guidance of 1.5."""
+def draw_var(
+    model: VAR, seed: int, classes: Sequence[int], on_step: var.OnStep | None = None
+) -> Generation:
+    """Draws an image of each class, with classifier-free guidance of 1.5.
+
+    Args:
+        model: Original or transformed.
+        seed: Of the draws; as long as they see the same, two models draw the same tokens.
+        classes: One for each image.
+        on_step: Called after each step with its index and the latents so far.
+    """
     device = model.lvl_1L.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens: list[Tensor] = []
@@ -121,7 +130,7 @@ def draw_var(model: VAR, seed: int, classes: Sequence[int]) -> Generation:
 
     labels = torch.tensor(classes, device=device)
     with torch.no_grad():
-        latents = model.infer_fhat(len(classes), labels, choose=choose)
+        latents = model.infer_fhat(len(classes), labels, on_step=on_step, choose=choose)
         return Generation(latents, model.vae.decode(latents).float(), tuple(tokens), labels)
 
 

@@ -72,6 +72,7 @@ class Score:
         dense: Of the dense model; None where it is itself compared with.
         pruned: Of the pruned model.
         difference: Pruned less dense, with the interval of the paired differences.
+        values: Of the pruned model, one per seed or image, so that rules can be compared in pairs.
     """
 
     metric: str
@@ -79,11 +80,12 @@ class Score:
     dense: Interval | None
     pruned: Interval
     difference: Interval | None
+    values: tuple[float, ...]
 
     @classmethod
     def to_dense(cls, metric: str, values: Sequence[float]) -> Score:
         """Returns what compares pruned with dense, one value per seed."""
-        return cls(metric, DENSE, None, Interval.of(values), None)
+        return cls(metric, DENSE, None, Interval.of(values), None, tuple(values))
 
     @classmethod
     def of_both(
@@ -91,8 +93,8 @@ class Score:
     ) -> Score:
         """Returns what holds both against something else, in pairs of values."""
         differences = [p - d for d, p in zip(dense, pruned, strict=True)]
-        intervals = (Interval.of(values) for values in (dense, pruned, differences))
-        return cls(metric, against, *intervals)
+        of = Interval.of
+        return cls(metric, against, of(dense), of(pruned), of(differences), tuple(pruned))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data."""
