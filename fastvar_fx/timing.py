@@ -255,14 +255,14 @@ def per_step(
         RunError: If a step did not occur.
     """
     sums = [0.0] * schedule.steps
-    step, before = -1, 0.0
+    step, before = -1, list[float]()
     for tokens, amount in passes:
         if step + 1 < schedule.steps and tokens == schedule.tokens(step + 1):
             step += 1
         elif step < 0 and schedule.steps > 1 and tokens == schedule.tokens(1) and before:
-            step, sums[0] = 1, before
+            step, sums[0] = 1, sum(before)
         elif step < 0 or tokens != schedule.tokens(step):
-            before += amount
+            before.append(amount)
             continue
         sums[step] += amount
     if step < (schedule.steps if drawn is None else drawn) - 1:

@@ -23,6 +23,7 @@ from fastvar_fx.schedule import Schedule
 from passes.branches import KINDS, Kind
 
 Model = TypeVar("Model", bound=nn.Module)
+Made = TypeVar("Made", bound=Executor)
 
 _RUNTIME: Final = "_fastvar"
 _PLAN: Final = "_fastvar_plan"
@@ -209,15 +210,16 @@ def compile(
     return fast
 
 
-def run_by(fast: nn.Module, make: Callable[[Plan], Executor]) -> None:
-    """Hands all that the blocks of a transformed model run to an executor, which `make` makes."""
+def run_by(fast: nn.Module, make: Callable[[Plan], Made]) -> Made:
+    """Hands all that the blocks of a transformed model run to an executor, which it returns."""
     plan = _plan(fast)
-    plan.executor = make(plan)
+    plan.executor = executor = make(plan)
     store = ProgramStore(plan)
     for name in plan.blocks:
         block = module_at(fast, name)
         if _RUNTIME not in vars(block):
             _attach(block, DenseRuntime(name, _take_forward(name, block), plan, store))
+    return executor
 
 
 def explain(fast: nn.Module) -> Report:

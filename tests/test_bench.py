@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from fastvar_fx import ModelError, bench
+from fastvar_fx import ModelError, Schedule, ScheduleError, transform
+from fastvar_fx.bench import presets, resolutions
+from fastvar_fx.bench.modules import (
+    MODULES,
+    ModuleClock,
+    late_modules,
+    measure_modules,
+    with_marks,
+)
+from fastvar_fx.bench.peer import peer_restoration, peer_selection
+from fastvar_fx.bench.presets import needed_bytes, preset
+from fastvar_fx.bench.resolutions import (
+    AtResolution,
+    Cost,
+    growth,
+    measure_resolutions,
+    schedule_at,
+)
+from fastvar_fx.bench.rows import Result, Row, measure, phases
+from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 
 ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]
-HART = bench.preset("hart-tiny").schedule
+HART = preset("hart-tiny").schedule
 
 
 @pytest.fixture(scope="module")
-def of_hart() -> bench.Result:
-    return bench.measure("hart-tiny", batch=2, repeats=2, compiled=False)
+def of_hart() -> Result:
+    return measure("hart-tiny", batch=2, repeats=2, compiled=False)
 
 
 def by_hand(pruned: bool) -> tuple[int, int]:
@@ -36,12 +60,12 @@ def by_hand(pruned: bool) -> tuple[int, int]:
     return 4 * config.depth * flops, 4 * config.depth * 2 * keys * width
 
 
-def row_of(result: bench.Result, name: str) -> bench.Row:
+def row_of(result: Result, name: str) -> Row:
     (row,) = (row for row in result.rows if row.name == name)
     return row
 
 
-def test_the_limit_is_the_flop_ratio_by_hand(of_hart: bench.Result) -> None:
+def test_the_limit_is_the_flop_ratio_by_hand(of_hart: Result) -> None:
     limit = by_hand(pruned=False)[0] / by_hand(pruned=True)[0]
     assert row_of(of_hart, "dense-eager").limit == 1
     for name in ("pruned-eager", "peer-eager"):
@@ -50,14 +74,14 @@ def test_the_limit_is_the_flop_ratio_by_hand(of_hart: bench.Result) -> None:
         assert row.limit_fraction == pytest.approx(row.speedup / limit)
 
 
-def test_keys_and_values_by_hand(of_hart: bench.Result) -> None:
+def test_keys_and_values_by_hand(of_hart: Result) -> None:
     for name, pruned in (("dense-eager", False), ("pruned-eager", True)):
         row = row_of(of_hart, name)
         assert row.kv_mib * 2**20 == 4 * by_hand(pruned)[1]
         assert row.peak_mib > row.kv_mib
 
 
-def test_times_add_up(of_hart: bench.Result) -> None:
+def test_times_add_up(of_hart: Result) -> None:
     assert [row.name for row in of_hart.rows] == ["dense-eager", "pruned-eager", "peer-eager"]
     dense = row_of(of_hart, "dense-eager")
     for row in of_hart.rows:
@@ -70,8 +94,8 @@ def test_times_add_up(of_hart: bench.Result) -> None:
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "bench --preset infinity-tiny --no-compile --repeats 1 --steps --json"
-    assert main(arguments.split()) == 0
+    asked = "--no-compile --repeats 1 --steps --modules --resolutions 192,160"
+    assert main(["bench", "--preset=infinity-tiny", *asked.split(), "--json"]) == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {"device", "dtype", "batch", "threads", "torch", "rows"} <= data.keys()
     assert [list(row) for row in data["rows"]] == 4 * [ROW]
@@ -79,31 +103,66 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["dense-eager", "pruned-eager", "pruned-eager-skip", "peer-eager"]
     assert rows["dense-eager"]["speedup"] == 1
     assert rows["pruned-eager-skip"]["limit"] >= rows["pruned-eager"]["limit"] > 1
-    assert {name: len(steps) for name, steps in data["step_ms"].items()} == dict.fromkeys(rows, 7)
-    assert data["step_ms"]["pruned-eager-skip"][-1] == 0
+    assert {name: len(steps) for name, steps in data["steps"].items()} == dict.fromkeys(rows, 7)
+    assert data["steps"]["pruned-eager-skip"][-1] == 0
     assert data["total_ms"]["peer-eager"] > rows["peer-eager"]["ms"]
+    assert data["modules"].keys() == {"dense-eager", "pruned-eager"}
+    assert [set(step) for step in data["modules"]["pruned-eager"]] == 7 * [set(MODULES)]
+    assert [row["pixels"] for row in data["resolutions"]] == [160, 192]
+    assert data["resolutions"][1]["pruned"].keys() == {"ms", "peak_mib", "gflops"}
+    assert data["exponents"]["gflops"]["dense"] > data["exponents"]["gflops"]["pruned"]
+    assert data["files"] == []
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--preset=hart-tiny", "--no-compile", "--repeats=1", "--steps"]) == 0
+def test_tables_and_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = "--no-compile --repeats 1 --steps --modules --resolutions 160,320"
+    folder = tmp_path / "made" / "here"
+    assert main(["bench", "--preset=hart-tiny", *asked.split(), f"--plot={folder}"]) == 0
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in ("dense-eager", "pruned-eager", "peer-eager"))
     assert "batch 1" in out
-    assert all(len(line) <= 100 for line in out.splitlines())
+    assert "PTS + CTR over the dense branches" in " ".join(out.split())
+    assert re.search(r" 320 +400 +80 ", out)
+    names = ("rows", "steps", "modules", "resolutions")
+    wrote = re.sub(r"\s", "", out).partition("wrote")[2]
+    assert wrote == ",".join(f"{folder}/{name}.png" for name in names)
+    for name in names:
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 300
+    assert all(len(line) <= 100 for line in out.partition("wrote")[0].splitlines())
+
+
+def test_a_step_where_pruning_does_not_pay(
+    of_hart: Result, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, pruned = (row_of(of_hart, name) for name in ("dense-eager", "pruned-eager"))
+    twice, half = (
+        replace(spread, median=f * spread.median)
+        for f, spread in ((2, dense.steps[7]), (0.5, dense.steps[8]))
+    )
+    slower = replace(pruned, steps=(*pruned.steps[:7], twice, half))
+    result = replace(of_hart, rows=(dense, slower))
+    assert result.slower_steps == {"pruned-eager": (7,)}
+    monkeypatch.setattr(cli_bench, "measure", lambda *_, **__: result)
+    assert main(["bench", "--preset=hart-tiny"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step 7: pruned-eager is no faster than dense" in out
+    assert "schedule.without(7)" in out
+    assert "without(8)" not in out
 
 
 def test_rows_with_compiled_ones() -> None:
-    schedule = bench.preset("infinity-tiny")
-    assert bench.phases(schedule, 3, compiled=True) == 1 + 7 * 5
-    assert bench.phases(schedule, 3, compiled=False) == 1 + 4 * 5
+    schedule = preset("infinity-tiny")
+    assert phases(schedule, 3, compiled=True) == 1 + 7 * 5
+    assert phases(schedule, 3, compiled=False) == 1 + 4 * 5
 
 
 def test_the_peer_does_what_our_operators_do() -> None:
     x, cached = torch.randn(2, 36, 8), torch.randn(2, 9, 8)
-    index = bench.peer_selection(x, 10)
+    index = peer_selection(x, 10)
     assert torch.equal(index.sort(dim=1).values, pivotal_token_selection(x, 10))
     call = (torch.randn(2, 10, 8), index, cached, (3, 3), (6, 6))
-    torch.testing.assert_close(bench.peer_restoration(*call), cached_token_restoration(*call))
+    torch.testing.assert_close(peer_restoration(*call), cached_token_restoration(*call))
 
 
 @pytest.mark.parametrize(
@@ -116,35 +175,128 @@ def test_the_peer_does_what_our_operators_do() -> None:
         ),
         ("--batch 0", 2, "--batch"),
         ("--repeats 0", 2, "--repeats"),
+        ("--resolutions 256,large", 2, "such as 256,512,1024; found '256,large'"),
+        ("--resolutions 256,500", 1, "a multiple of 16 pixels"),
+        ("--plot pyproject.toml", 2, "is a file"),
+        ("--plot pyproject.toml/figures", 1, "Not a directory"),
     ],
 )
 def test_bad_input(
     capsys: pytest.CaptureFixture[str], arguments: str, code: int, message: str
 ) -> None:
     assert main(["bench", *arguments.split()]) == code
-    assert message in capsys.readouterr().err
+    err = re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err)
+    assert message in " ".join(err.split())
 
 
 def test_bad_numbers() -> None:
     with pytest.raises(ModelError, match="batch is at least 1; found 0"):
-        bench.measure("var-tiny", batch=0)
+        measure("var-tiny", batch=0)
     with pytest.raises(ModelError, match="repeats is at least 1; found -1"):
-        bench.measure("var-tiny", repeats=-1)
+        measure("var-tiny", repeats=-1)
 
 
 def test_what_does_not_fit_says_so_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "free_bytes", lambda _: 3 * 2**30)
+    monkeypatch.setattr(presets, "free_bytes", lambda _: 3 * 2**30)
     told: list[str] = []
     message = r"infinity-2b-1024 at batch 4 needs about .* GiB .* 3.0 GiB free; .*fit: var-tiny"
     with pytest.raises(ModelError, match=message):
-        bench.measure("infinity-2b-1024", batch=4, progress=told.append)
+        measure("infinity-2b-1024", batch=4, progress=told.append)
     assert told == []
 
 
 def test_memory_needed_is_about_what_the_parameters_and_the_cache_take() -> None:
-    chosen = bench.preset("hart-tiny")
+    chosen = preset("hart-tiny")
     model = chosen.build()
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    needed = [bench.needed_bytes(chosen, batch, torch.float32) for batch in (1, 2, 3)]
+    needed = [needed_bytes(chosen, batch, torch.float32) for batch in (1, 2, 3)]
     assert needed[0] > weights
     assert needed[2] - needed[1] == needed[1] - needed[0] > 0
+
+
+# --- by module --------------------------------------------------------------------------------
+
+
+def test_marks_are_set_where_the_module_changes() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    nodes = [graph.call_function(torch.relu, (x,)) for _ in range(4)]
+    total = graph.call_function(torch.stack, (nodes,))
+    graph.output(total)
+    modules = dict(zip((*nodes, total), ("ffn", "ffn", "PTS", "ffn", "rest"), strict=True))
+    told: list[str] = []
+    marked = with_marks(torch.fx.GraphModule({}, graph), modules.__getitem__, told.append)
+    assert torch.equal(marked(torch.tensor([-1.0, 2.0])), torch.tensor([[0.0, 2.0]] * 4))
+    assert told == ["ffn", "PTS", "ffn", "rest"]
+
+
+def test_every_module_takes_time_where_it_should(of_hart: Result) -> None:
+    subject = of_hart.subject
+    images = subject.generate(transform(subject.model, HART, on_full="cache"))
+    told: list[str] = []
+    modules = measure_modules(subject, 1, told.append)
+    assert len(told) == 4
+    assert {name: len(steps) for name, steps in modules.items()} == {
+        "dense-eager": HART.steps,
+        "pruned-eager": HART.steps,
+    }
+    for name, steps in modules.items():
+        for step, times in enumerate(steps):
+            pruned = name == "pruned-eager" and step in HART.pruned_steps
+            assert times["attention"] + times["cross_attention"] > 0
+            assert min(times["ffn"], times["rest"]) > 0
+            assert (times["PTS"] > 0, times["CTR"] > 0) == (pruned, pruned)
+    assert late_modules(modules, HART) == ["attention", "ffn", "PTS", "CTR", "rest"]
+    fast = transform(subject.model, HART, on_full="cache")
+    ModuleClock.of(fast, subject.weight.device)
+    assert torch.equal(subject.generate(fast), images)
+
+
+# --- by resolution ----------------------------------------------------------------------------
+
+
+def test_a_schedule_for_other_sizes() -> None:
+    schedule = Schedule((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (0.5, 0.75))
+    same = schedule_at(schedule, 512)
+    assert same == schedule
+    larger = schedule_at(schedule, 1024)
+    assert larger.scales[:10] == schedule.scales
+    assert larger.scales[10:] == ((45, 45), (64, 64))
+    assert [larger.kept(step) for step in (8, 9, 10, 11)] == [288, 256, 8 * 45, 8 * 64]
+    assert larger.cache_step == schedule.cache_step
+    smaller = schedule_at(schedule, 256)
+    assert (smaller.scales[-2:], smaller.pruned_steps) == (((13, 13), (16, 16)), ())
+    skipping = schedule_at(preset("infinity-2b-1024").schedule, 1024)
+    kept = [skipping.kept(step) for step in range(9, 13)]
+    assert kept == pytest.approx([615, 800, 20 * 48, 20 * 64], abs=1)
+    assert skipping.layers == tuple(range(3, 28))
+
+
+@pytest.mark.parametrize("pixels", [0, 16, 500])
+def test_a_resolution_of_no_whole_tokens(pixels: int) -> None:
+    with pytest.raises(ScheduleError, match=f"a multiple of 16 pixels.*found {pixels}$"):
+        schedule_at(HART, pixels)
+
+
+def test_growth_is_the_exponent() -> None:
+    rows = [
+        AtResolution(16 * n, Schedule((1, 2, n), (0.5,)), {"dense": Cost(n**3, n, n**4)}, "")
+        for n in (4, 8, 16)
+    ]
+    rows.append(AtResolution(32, Schedule((1, 2), ()), {"dense": Cost(1e9, 1e9, 1e9)}, ""))
+    found = [growth(rows, "dense", quantity) for quantity in ("ms", "peak_mib", "gflops")]
+    assert found == pytest.approx([1.5, 0.5, 2.0])
+    assert isnan(growth(rows, "pruned", "ms"))
+
+
+def test_what_is_too_large_or_too_slow_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolutions, "PATIENCE", 0.0)
+    chosen = preset("infinity-tiny")
+    free = needed_bytes(chosen.at(schedule_at(chosen.schedule, 192)), 1, torch.float32)
+    monkeypatch.setattr(resolutions, "free_bytes", lambda _: free)
+    rows = measure_resolutions("infinity-tiny", [512, 192, 160])
+    assert [row.pixels for row in rows] == [160, 192, 512]
+    assert rows[0].costs["pruned"].gflops < rows[0].costs["dense"].gflops
+    assert [set(row.costs) for row in rows[1:]] == [set(), set()]
+    assert "dense would take 0 s, pruned would take 0 s" in rows[1].note
+    assert "GiB are free" in rows[2].note

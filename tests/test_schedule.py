@@ -191,6 +191,22 @@ def test_extend_keeps_what_was_the_default_cache_step() -> None:
     assert (longer.tokens(2), longer.cache_step) == (18, 0)
 
 
+def test_without_leaves_steps_dense() -> None:
+    schedule = Schedule([1, 2, 3, 4], [0.25, 0.5, 0.75], cache_step=0, layers=[2])
+    left = schedule.without(2)
+    assert (left.ratios, left.cache_step, left.layers) == ((0.25, 0.0, 0.75), 0, (2,))
+    assert (left.pruned_steps, left.kept(2)) == ((1, 3), 9)
+    assert schedule.without(1, 2, 3).pruned_steps == ()
+    assert schedule.without() == schedule
+    assert Schedule([1, 2, 3], [0.5, 1]).without(2).full_steps == ()
+
+
+@pytest.mark.parametrize("steps", [(0,), (2, 4), (-1,)])
+def test_without_takes_pruned_steps(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ScheduleError, match=r"leaves pruned steps dense, \[2, 3\] here; found"):
+        Schedule([1, 2, 3, 4], [0.5, 0.75]).without(*steps)
+
+
 def test_infinity_extends_to_2048() -> None:
     longer = Schedule.preset("infinity-1024").extend((84, 84), (128, 128))
     assert [longer.tokens(step) for step in longer.full_steps] == [2304, 4096, 7056, 16384]

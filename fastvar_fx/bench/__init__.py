@@ -1,0 +1,1 @@
+"""The benchmark: what `fastvar-fx bench` measures and draws."""
