@@ -239,7 +239,7 @@ def test_constructor_gives_usable_weights() -> None:
         (lambda: build("tiny", ch=48), ValueError, "ch=48: .*multiple of 32"),
         (lambda: VARConfig(depth=4, vocab_size=0), ValueError, "vocab_size=0"),
         (lambda: VQVAEDecoder(z_channels=0), ValueError, "z_channels=0: must be at least 1"),
-        (lambda: load("a", "b", "d17"), ValueError, "unknown model 'd17'; did you mean"),
+        (lambda: load("d17", "a", "b"), ValueError, "unknown model 'd17'; did you mean"),
     ],
 )
 def test_bad_sizes_and_names(call: Any, error: type[Exception], says: str) -> None:
@@ -589,17 +589,17 @@ def full_vae_state(model: VAR) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def files(var: VAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, str]:
-    """Checkpoints of ``var`` and its VQ-VAE, and the name of its sizes."""
+def files(var: VAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Path]:
+    """The name of the sizes of ``var``, and checkpoints of it and its VQ-VAE."""
     config = VARConfig(**SMALL, scales=SCALES, ch=32)
     monkeypatch.setattr(var_module, "CONFIGS", {**CONFIGS, "small": config})
     var_path, vae_path = tmp_path / "var.pth", tmp_path / "vae.pth"
     torch.save(var.state_dict(), var_path)
     torch.save(full_vae_state(var), vae_path)
-    return var_path, vae_path, "small"
+    return "small", var_path, vae_path
 
 
-def test_load_gives_the_saved_model(var: VAR, files: tuple[Path, Path, str]) -> None:
+def test_load_gives_the_saved_model(var: VAR, files: tuple[str, Path, Path]) -> None:
     before = torch.random.get_rng_state()
     loaded = load(*files)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -610,33 +610,33 @@ def test_load_gives_the_saved_model(var: VAR, files: tuple[Path, Path, str]) -> 
     assert torch.equal(a, loaded.autoregressive_infer_cfg(1, 3, g_seed=0))
 
 
-def test_load_refuses_unusable_files(files: tuple[Path, Path, str], tmp_path: Path) -> None:
-    var_path, vae_path, name = files
+def test_load_refuses_unusable_files(files: tuple[str, Path, Path], tmp_path: Path) -> None:
+    name, var_path, vae_path = files
     damaged, page, nested = tmp_path / "damaged.pth", tmp_path / "page.pth", tmp_path / "nested.pth"
     damaged.write_bytes(var_path.read_bytes()[:5000])
     page.write_text("<html>not found</html>")
     torch.save({"trainer": {"var": {}}}, nested)
     with pytest.raises(FileNotFoundError, match=r"none\.pth\nfound: no such file\ndo: download"):
-        load(tmp_path / "none.pth", vae_path, name)
+        load(name, tmp_path / "none.pth", vae_path)
     for path in (damaged, page):
         with pytest.raises(ValueError, match=r"that torch cannot read.*\ndo: download it again"):
-            load(path, vae_path, name)
+            load(name, path, vae_path)
     with pytest.raises(ValueError, match=r"keys \['trainer'\], not a dict of tensors"):
-        load(nested, vae_path, name)
+        load(name, nested, vae_path)
 
 
-def test_load_refuses_swapped_files(files: tuple[Path, Path, str]) -> None:
-    var_path, vae_path, name = files
+def test_load_refuses_swapped_files(files: tuple[str, Path, Path]) -> None:
+    name, var_path, vae_path = files
     with pytest.raises(ValueError, match="asked: the state dict of VAR's VQ-VAE\nfound: no codebo"):
-        load(var_path, var_path, name)
+        load(name, var_path, var_path)
     with pytest.raises(ValueError, match="asked: the state dict of a VAR\nfound: no pos_1LC"):
-        load(vae_path, vae_path, name)
+        load(name, vae_path, vae_path)
 
 
-def test_load_refuses_another_model(files: tuple[Path, Path, str]) -> None:
-    var_path, vae_path, _ = files
+def test_load_refuses_another_model(files: tuple[str, Path, Path]) -> None:
+    _, var_path, vae_path = files
     with pytest.raises(ValueError, match=r"asked: model 'd16'(.|\n)*depth=16, width=1024"):
-        load(var_path, vae_path, "d16")
+        load("d16", var_path, vae_path)
 
 
 def test_another_schedule_is_refused_with_both_named(var: VAR) -> None:

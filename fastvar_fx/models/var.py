@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx.models import packaged
 from fastvar_fx.models.cache import KVCache, kv_caching
 from fastvar_fx.models.named import check_heads, check_sizes, configured
-from fastvar_fx.models.vqvae import VQVAEDecoder
+from fastvar_fx.models.vqvae import PUBLISHED, VQVAE, Pyramid, VQVAEDecoder
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Sides of the ten token maps of a 256 x 256 image."""
@@ -381,7 +382,9 @@ class VAR(nn.Module):
         logits: Tensor = self.head(self.head_nm(x.to(dtype), cond).to(dtype))
         return logits.float()
 
-    def forward(self, label: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
+    def forward(
+        self, label: Tensor, x_BLCv_wo_first_l: Tensor, only: Tensor | None = None
+    ) -> Tensor:
         """Return teacher-forced logits of all scales at once, float32 (B, L, V).
 
         A mask keeps each scale from seeing later ones, so the logits equal those of the K cached
@@ -391,7 +394,11 @@ class VAR(nn.Module):
         Args:
             label: int64 class indices in [0, ``num_classes``], (B,); not checked for range.
             x_BLCv_wo_first_l: inputs of steps 1 to K - 1 side by side, each ``f_hat`` of the step
-                before averaged to the size of the step, (B, L - first_l, Cvae).
+                before averaged to the size of the step, (B, L - first_l, Cvae); the quantizer's
+                ``inputs`` makes them.
+            only: which tokens to run, int64 (n,) in [0, L), rising; None for all. The others do
+                not exist then: the result is (B, n, V), the same as without ``only`` if the tokens
+                are those of the first scales.
 
         Raises:
             ValueError: the shapes do not fit each other or the schedule.
@@ -408,9 +415,12 @@ class VAR(nn.Module):
         rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype))
         x = torch.cat((self._start(cond), rest), dim=1)  # (B, L, C)
         x = x + self._positions()
+        mask = self.attn_bias_for_masking
+        if only is not None:
+            x, mask = x[:, only], mask[:, :, only[:, None], only]
         ada = self.shared_ada_lin(cond)
         for block in self.blocks:
-            x = block(x, ada, self.attn_bias_for_masking)
+            x = block(x, ada, mask)
         return self.get_logits(x, cond)
 
     def autoregressive_infer_cfg(
@@ -747,6 +757,7 @@ class VARConfig:
     vocab_size: int = 4096
     z_channels: int = 32
     ch: int = 160
+    pyramid: Pyramid = PUBLISHED
 
     def __post_init__(self) -> None:
         width = 64 * self.depth if self.width is None else self.width
@@ -758,7 +769,15 @@ class VARConfig:
 
     def new_vae(self) -> VQVAEDecoder:
         """Return a VQ-VAE decoder side of these sizes with torch's default weights."""
-        return VQVAEDecoder(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch)
+        return VQVAEDecoder(**self._vae_sizes())
+
+    def new_whole_vae(self) -> VQVAE:
+        """Return a VQ-VAE of these sizes, encoder included, with torch's default weights."""
+        return VQVAE(**self._vae_sizes())
+
+    def _vae_sizes(self) -> dict[str, Any]:
+        names = ("vocab_size", "z_channels", "ch", "pyramid")
+        return {name: getattr(self, name) for name in names}
 
     def new_var(self, vae: VQVAEDecoder) -> VAR:
         """Return a VAR of these sizes with torch's default weights, on top of ``vae``."""
@@ -784,9 +803,21 @@ CONFIGS: Mapping[str, VARConfig] = MappingProxyType(
         "d30": VARConfig(depth=30),
         "d36-512": VARConfig(depth=36, shared_aln=True, scales=VAR_512),
         "tiny": VARConfig(depth=4, width=128, heads=4, vocab_size=512, ch=32),
+        "demo": VARConfig(
+            depth=6,
+            width=256,
+            heads=8,
+            shared_aln=True,
+            num_classes=5,
+            scales=VAR_512,
+            vocab_size=512,
+            z_channels=16,
+            ch=16,
+            pyramid=Pyramid(multipliers=(1, 2, 4, 8), res_blocks=1, groups=4, attention=False),
+        ),
     }
 )
-"""The published models by name, and ``tiny`` for tests and demonstrations."""
+"""The published models by name, ``tiny`` for tests, and ``demo``, whose weights come along."""
 
 
 def build(
@@ -825,20 +856,35 @@ def build(
     return var.eval().requires_grad_(False)
 
 
-def load(var_path: str | Path, vae_path: str | Path, name: str) -> VAR:
-    """Return a named model with published weights, in eval mode, without gradients, on the CPU.
+def load(name: str, var_path: str | Path | None = None, vae_path: str | Path | None = None) -> VAR:
+    """Return a named model with trained weights, in eval mode, without gradients, on the CPU.
+
+    The weights of ``demo`` come along with the package, and its ``.vae`` is a whole
+    :class:`~fastvar_fx.models.vqvae.VQVAE`. Those of the published models are downloads.
 
     Args:
-        var_path: the transformer, for example ``var_d16.pth``.
-        vae_path: the whole VQ-VAE, ``vae_ch160v4096z32.pth``; its encoder is not kept.
-        name: a key of ``CONFIGS``, the model that ``var_path`` holds.
+        name: a key of ``CONFIGS``.
+        var_path: the transformer of a published model, for example ``var_d16.pth``.
+        vae_path: its whole VQ-VAE, ``vae_ch160v4096z32.pth``; its encoder is not kept.
 
     Raises:
         FileNotFoundError: a file is not there.
+        TypeError: the model needs both files, or none.
         ValueError: ``name`` is unknown, a file is damaged or no state dict, or its contents do not
             fit the named model.
+
+    Example:
+        >>> load("demo").num_classes
+        5
     """
     config = configured(CONFIGS, name, {})
+    if (var_path is None) != (vae_path is None) or (var_path is None) == (name != packaged.NAME):
+        raise TypeError(
+            f"load({name!r}): the weights of {packaged.NAME!r} come along and take no file; the "
+            "other models need var_path and vae_path"
+        )
+    if var_path is None or vae_path is None:
+        return _load_packaged(config)
     vae_state, var_state = _read_state(vae_path), _read_state(var_path)
     try:
         vae = VQVAEDecoder.from_state_dict(vae_state)
@@ -852,6 +898,26 @@ def load(var_path: str | Path, vae_path: str | Path, name: str) -> VAR:
         raise ValueError(
             f"asked: model {name!r}\nfound: {var_path} does not hold it\n{error}"
         ) from error
+    return var.eval().requires_grad_(False)
+
+
+def _load_packaged(config: VARConfig) -> VAR:
+    """Return the model whose weights come along with the package."""
+    parts = packaged.weights()
+    with torch.device("meta"):
+        vae = config.new_whole_vae()
+        var = config.new_var(vae)
+    # What follows from the sizes is not in the file: levels, mask, zeros.
+    var.to_empty(device="cpu").init_weights(torch.Generator())
+    try:
+        vae.load_state_dict(parts["vae"], strict=True, assign=True)
+        var.load_state_dict(dict(var.named_buffers()) | parts["var"], strict=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"asked: the weights that come along\nfound: {packaged.WEIGHTS} does not hold them\n"
+            f"{error}\ndo: install the package again"
+        ) from error
+    vae.eval().requires_grad_(False)
     return var.eval().requires_grad_(False)
 
 

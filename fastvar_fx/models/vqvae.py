@@ -1,34 +1,59 @@
-"""The decoder side of VAR's multi-scale VQ-VAE: from token maps to an image.
+"""VAR's multi-scale VQ-VAE: from token maps to an image, and from an image to token maps.
 
-VAR draws an image as K square token maps of growing side. This module turns them into pixels::
+VAR draws an image as K square token maps of growing side. The decoder side turns them into pixels::
 
     token ids --codebook--> vectors --upsample, phi--> residual of one scale
     f_hat = sum of the K residuals          (B, Cvae, H, W), H = W = side of the last token map
-    image = decoder(post_quant_conv(f_hat)) (B, 3, 16 * H, 16 * W)
+    image = decoder(post_quant_conv(f_hat)) (B, 3, r * H, r * W), r = 16 as published
 
-It also turns a partial ``f_hat`` into the input of the next scale. There is no encoder here: it is
-needed to train the transformer, not to generate with it.
+It also turns a partial ``f_hat`` into the input of the next scale. Generation needs no more;
+:class:`VQVAE` adds the encoder, for training and for measuring on photographs.
 
 Source: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
-"""Decoder width per resolution, in units of ``ch``, from the image down to the token map."""
 
-RES_BLOCKS = 3
-"""Residual blocks at each resolution of the decoder."""
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """How encoder and decoder go from an image to the last token map; by default as published.
 
-GROUPS = 32
-"""Groups of every group norm in the decoder; ``ch`` is a multiple of it."""
+    Attributes:
+        multipliers: width per resolution, in units of the base width, from the image down.
+        res_blocks: residual blocks per resolution of the encoder; the decoder has one more.
+        groups: groups of every group norm, a divisor of the base width.
+        attention: whether the lowest resolution attends to itself.
+
+    Raises:
+        ValueError: a number is below 1, or there is no multiplier.
+    """
+
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    groups: int = 32
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.multipliers or min(*self.multipliers, self.res_blocks, self.groups) < 1:
+            raise ValueError(f"{self}: multipliers, res_blocks and groups must be at least 1")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of a token of the last map."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+PUBLISHED = Pyramid()
+"""The shape of ``vae_ch160v4096z32.pth``."""
 
 _ENCODER_PREFIXES = ("encoder.", "quant_conv.")
 _ENCODER_KEYS = ("quantize.ema_vocab_hit_SV",)
@@ -77,6 +102,20 @@ class PhiBank(nn.Module):
         nearest = int(np.argmin(np.abs(self.ticks - progress)))
         refined: Tensor = self.qresi_ls[nearest](h)
         return refined
+
+
+class QuantizedMap(NamedTuple):
+    """One token map of an image.
+
+    Attributes:
+        z: the vectors that were quantized, (B, Cvae, h, w).
+        tokens: their ids, int64 (B, h * w).
+        added: what the map adds to ``f_hat``, (B, Cvae, H, W).
+    """
+
+    z: Tensor
+    tokens: Tensor
+    added: Tensor
 
 
 class Quantizer(nn.Module):
@@ -135,9 +174,56 @@ class Quantizer(nn.Module):
         side = scales[si + 1]
         return f_hat, F.interpolate(f_hat, size=(side, side), mode="area")
 
+    def nearest(self, z: Tensor) -> Tensor:
+        """Return the ids of the code vectors nearest to ``z`` (B, Cvae, h, w), int64 (B, h * w)."""
+        vectors = z.flatten(2).transpose(1, 2)  # (B, h * w, Cvae)
+        codes = self.embedding.weight  # (V, Cvae)
+        # |z - c|^2 without |z|^2, which moves no minimum
+        return (codes.square().sum(1) - 2 * vectors @ codes.T).argmin(-1)
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    def quantized(self, f: Tensor, scales: Sequence[int]) -> Iterator[QuantizedMap]:
+        """Yield what each token map takes of the features; their sum over the maps is ``f_hat``.
+
+        Gradients reach codebook and phi through ``added``; none reach ``f``.
+
+        Args:
+            f: features of an image, (B, Cvae, H, W), H = W = ``scales[-1]``.
+            scales: sides of the token maps.
+
+        Source: VAR, arXiv 2404.02905, algorithm 1.
+        """
+        rest, steps = f.detach(), len(scales)
+        for step, side in enumerate(scales):
+            last = step == steps - 1
+            z = rest if last else F.interpolate(rest, size=(side, side), mode="area")
+            tokens = self.nearest(z.detach())
+            added = self.residual(tokens, step, steps, scales[-1])
+            rest = rest - added.detach()
+            yield QuantizedMap(z, tokens, added)
+
+    def inputs(self, tokens: Sequence[Tensor], scales: Sequence[int]) -> Tensor:
+        """Return the inputs of steps 1 to n for the token maps of the n steps before.
+
+        Args:
+            tokens: int64 ids of the first n token maps, each (B, h * h), n at least 1.
+            scales: sides of all K token maps, n < K.
+
+        Returns:
+            Side by side, each ``f_hat`` averaged to the size of its step, (B, L, Cvae).
+        """
+        side = scales[-1]
+        f_hat = self.embedding.weight.new_zeros(len(tokens[0]), 1, side, side)
+        averages = []
+        for step, ids in enumerate(tokens):
+            f_hat, average = self.get_next_autoregressive_input(
+                step, len(scales), f_hat, ids, scales
+            )
+            averages.append(average.flatten(2).transpose(1, 2))  # (B, h * h, Cvae)
+        return torch.cat(averages, dim=1)
+
+
+def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -146,13 +232,14 @@ class ResBlock(nn.Module):
     Args:
         channels_in: input channels.
         channels_out: output channels; where they differ a 1x1 convolution carries the shortcut.
+        groups: groups of the norms.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = _group_norm(channels_in)
+        self.norm1 = _group_norm(channels_in, groups)
         self.conv1 = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
-        self.norm2 = _group_norm(channels_out)
+        self.norm2 = _group_norm(channels_out, groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1)
         self.nin_shortcut: nn.Module = (
             nn.Identity()
@@ -162,8 +249,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, channels_out, H, W) for ``x`` (B, channels_in, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         y: Tensor = self.nin_shortcut(x) + h
         return y
 
@@ -173,11 +260,12 @@ class SpatialAttention(nn.Module):
 
     Args:
         channels: channels C in and out.
+        groups: groups of the norm.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _group_norm(channels)
+        self.norm = _group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
         self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
 
@@ -209,8 +297,8 @@ class Upsample(nn.Module):
         return doubled
 
 
-class Middle(nn.Module):
-    """The bottleneck of the decoder: residual block, attention, residual block.
+class Downsample(nn.Module):
+    """A 3x3 convolution with stride two, padded at the right and the bottom.
 
     Args:
         channels: channels in and out.
@@ -218,9 +306,29 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = SpatialAttention(channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H / 2, W / 2) for ``x`` (B, C, H, W)."""
+        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return halved
+
+
+class Middle(nn.Module):
+    """The bottleneck: residual block, attention where the pyramid has it, residual block.
+
+    Args:
+        channels: channels in and out.
+        pyramid: says the groups, and whether there is attention.
+    """
+
+    def __init__(self, channels: int, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, pyramid.groups)
+        self.attn_1: nn.Module = (
+            SpatialAttention(channels, pyramid.groups) if pyramid.attention else nn.Identity()
+        )
+        self.block_2 = ResBlock(channels, channels, pyramid.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) for ``x`` (B, C, H, W)."""
@@ -229,73 +337,126 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder.
+    """One resolution of the encoder or decoder.
 
     Args:
         channels_in: input channels.
         channels_out: output channels.
+        blocks: number of residual blocks.
+        groups: groups of the norms.
         attention: whether self-attention follows every residual block.
-        upsample: whether the level ends by doubling height and width.
+        resample: how the level ends, if not at the resolution it began with.
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, *, attention: bool, upsample: bool
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        blocks: int,
+        groups: int,
+        attention: bool,
+        resample: type[Upsample | Downsample] | None,
     ) -> None:
         super().__init__()
-        inputs = (channels_in,) + (channels_out,) * (RES_BLOCKS - 1)
-        self.block = nn.ModuleList([ResBlock(c, channels_out) for c in inputs])
+        inputs = (channels_in,) + (channels_out,) * (blocks - 1)
+        self.block = nn.ModuleList([ResBlock(c, channels_out, groups) for c in inputs])
         self.attn = nn.ModuleList(
-            [SpatialAttention(channels_out) for _ in inputs] if attention else []
+            [SpatialAttention(channels_out, groups) for _ in inputs] if attention else []
         )
-        # A level without upsampling has no child of that name: checkpoints have no key for it.
-        if upsample:
-            self.upsample = Upsample(channels_out)
-        self.doubles = upsample
+        # A level that keeps its resolution has no such child: checkpoints have no key for it.
+        self.resample = resample.__name__.lower() if resample else None
+        if resample and self.resample:
+            self.add_module(self.resample, resample(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, channels_out, H', W') with H' = 2H where the level upsamples, else H."""
+        """Return (B, channels_out, H', W') with H' = 2H, H / 2 or H as the level resamples."""
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        return self.upsample(x) if self.doubles else x
+        return self.get_submodule(self.resample)(x) if self.resample else x
+
+
+class Encoder(nn.Module):
+    """A convolutional encoder from an image to a feature map.
+
+    Args:
+        channels: channels Cvae of the output.
+        ch: base width, a multiple of the pyramid's groups.
+        pyramid: its resolutions.
+    """
+
+    def __init__(self, channels: int, ch: int, pyramid: Pyramid) -> None:
+        super().__init__()
+        widths = [ch * multiplier for multiplier in pyramid.multipliers]
+        lowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, ch, kernel_size=3, padding=1)
+        self.down = nn.ModuleList(
+            [
+                Level(
+                    widths[i - 1] if i else ch,
+                    widths[i],
+                    blocks=pyramid.res_blocks,
+                    groups=pyramid.groups,
+                    attention=pyramid.attention and i == lowest,
+                    resample=Downsample if i != lowest else None,
+                )
+                for i in range(len(widths))
+            ]
+        )
+        self.mid = Middle(widths[lowest], pyramid)
+        self.norm_out = _group_norm(widths[lowest], pyramid.groups)
+        self.conv_out = nn.Conv2d(widths[lowest], channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, Cvae, H / r, W / r) of an image (B, 3, H, W)."""
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        h = self.mid(h)
+        z: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return z
 
 
 class Decoder(nn.Module):
-    """A convolutional decoder that enlarges a feature map sixteen times.
+    """A convolutional decoder from a feature map to an image.
 
     Args:
         channels: channels Cvae of the input.
-        ch: base width, a multiple of 32.
+        ch: base width, a multiple of the pyramid's groups.
+        pyramid: its resolutions.
     """
 
-    def __init__(self, channels: int, ch: int) -> None:
+    def __init__(self, channels: int, ch: int, pyramid: Pyramid) -> None:
         super().__init__()
-        widths = [ch * multiplier for multiplier in CHANNEL_MULTIPLIERS]
+        widths = [ch * multiplier for multiplier in pyramid.multipliers]
         lowest = len(widths) - 1
         self.conv_in = nn.Conv2d(channels, widths[lowest], kernel_size=3, padding=1)
-        self.mid = Middle(widths[lowest])
+        self.mid = Middle(widths[lowest], pyramid)
         # Stored from the image down, run from the token map up.
         self.up = nn.ModuleList(
             [
                 Level(
                     widths[min(i + 1, lowest)],
                     widths[i],
-                    attention=i == lowest,
-                    upsample=i != 0,
+                    blocks=pyramid.res_blocks + 1,
+                    groups=pyramid.groups,
+                    attention=pyramid.attention and i == lowest,
+                    resample=Upsample if i != 0 else None,
                 )
                 for i in range(len(widths))
             ]
         )
-        self.norm_out = _group_norm(widths[0])
+        self.norm_out = _group_norm(widths[0], pyramid.groups)
         self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return an image of unbounded values (B, 3, 16H, 16W) for ``z`` (B, Cvae, H, W)."""
+        """Return an image of unbounded values (B, 3, rH, rW) for ``z`` (B, Cvae, H, W)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        image: Tensor = self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        image: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return image
 
 
@@ -308,11 +469,12 @@ class VQVAEDecoder(nn.Module):
     Args:
         vocab_size: codebook entries V.
         z_channels: code vector width Cvae.
-        ch: base width of the decoder, a multiple of 32.
+        ch: base width, a multiple of the pyramid's groups.
         phis: number of phi convolutions the scales share.
+        pyramid: the resolutions.
 
     Raises:
-        ValueError: a size is below 1, or ``ch`` is not a multiple of 32.
+        ValueError: a size is below 1, or ``ch`` is not a multiple of the groups.
 
     Example:
         >>> vae = VQVAEDecoder(vocab_size=16, z_channels=8, ch=32)
@@ -323,24 +485,32 @@ class VQVAEDecoder(nn.Module):
     """
 
     def __init__(
-        self, *, vocab_size: int = 4096, z_channels: int = 32, ch: int = 160, phis: int = 4
+        self,
+        *,
+        vocab_size: int = 4096,
+        z_channels: int = 32,
+        ch: int = 160,
+        phis: int = 4,
+        pyramid: Pyramid = PUBLISHED,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "z_channels": z_channels, "ch": ch, "phis": phis}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: must be at least 1")
-        if ch % GROUPS:
+        if ch % pyramid.groups:
             raise ValueError(
-                f"ch={ch}: the decoder normalizes in {GROUPS} groups; use a multiple of {GROUPS}"
+                f"ch={ch}: the decoder normalizes in {pyramid.groups} groups; use a multiple of "
+                f"{pyramid.groups}"
             )
         self.vocab_size, self.z_channels, self.ch = vocab_size, z_channels, ch
-        self.decoder = Decoder(z_channels, ch)
+        self.pyramid = pyramid
+        self.decoder = Decoder(z_channels, ch, pyramid)
         self.quantize = Quantizer(vocab_size, z_channels, phis)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
 
     def decode(self, f_hat: Tensor) -> Tensor:
-        """Return images in [0, 1], (B, 3, 16H, 16W).
+        """Return images in [0, 1], (B, 3, rH, rW).
 
         Args:
             f_hat: sum of the residuals of all scales, (B, Cvae, H, W).
@@ -429,6 +599,68 @@ class VQVAEDecoder(nn.Module):
             vae = cls(vocab_size=vocab_size, z_channels=z_channels, ch=ch, phis=max(phis, 1))
         vae.load_full_state_dict(state, assign=True)
         return vae.eval().requires_grad_(False)
+
+
+class VQVAE(VQVAEDecoder):
+    """The whole multi-scale VQ-VAE, with the encoder from an image to features.
+
+    Names and shapes are those of the published checkpoint. It is built like :class:`VQVAEDecoder`.
+
+    Example:
+        >>> vae = VQVAE(vocab_size=16, z_channels=8, ch=32)
+        >>> [tuple(ids.shape) for ids in vae.encode(torch.zeros(1, 3, 64, 64), (1, 2, 4))]
+        [(1, 1), (1, 4), (1, 16)]
+
+    Source: VAR, arXiv 2404.02905, section 3.2 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 4096,
+        z_channels: int = 32,
+        ch: int = 160,
+        phis: int = 4,
+        pyramid: Pyramid = PUBLISHED,
+    ) -> None:
+        super().__init__(
+            vocab_size=vocab_size, z_channels=z_channels, ch=ch, phis=phis, pyramid=pyramid
+        )
+        self.encoder = Encoder(z_channels, ch, pyramid)
+        self.quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+
+    def features(self, images: Tensor, scales: Sequence[int]) -> Tensor:
+        """Return unquantized features, (B, Cvae, H, W) with H = W the side of the last map.
+
+        Args:
+            images: (B, 3, rH, rW) in [-1, 1].
+            scales: sides of the token maps.
+
+        Raises:
+            ValueError: the images are not square, or not of the size the last token map draws.
+        """
+        side = self.pyramid.factor * scales[-1]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(
+                f"asked: images (B, 3, {side}, {side}), as token maps of sides {tuple(scales)} "
+                f"draw\nfound: {tuple(images.shape)}\ndo: resize or crop them"
+            )
+        f: Tensor = self.quant_conv(self.encoder(images))
+        return f
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, scales: Sequence[int]) -> list[Tensor]:
+        """Return the K token maps of images, each int64 (B, h * h).
+
+        Args:
+            images: (B, 3, rH, rW) in [-1, 1].
+            scales: sides of the token maps.
+
+        Raises:
+            ValueError: the images are of another size.
+        """
+        f = self.features(images, scales)
+        return [token_map.tokens for token_map in self.quantize.quantized(f, scales)]
 
 
 def _is_encoder_side(key: str) -> bool:

@@ -1,0 +1,246 @@
+"""Builds the training set: crops of the photographs that `photographs.csv` lists.
+
+The photographs are wallpapers of Debian packages under free licences. To fetch and unpack them:
+
+    apt-get download mate-backgrounds plasma-workspace-wallpapers \
+        lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
+    for file in *.deb; do dpkg-deb -x "$file" "packages/${file%%_*}"; done
+    python examples/train/data.py packages set.safetensors
+
+Each photograph is cut into 256 x 256 crops at three zooms; its class is its motif. A held-out
+photograph is held out with all its crops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIDE = 256
+ZOOMS = (1.0, 1.5, 2.5)
+"""Shorter side of the resized photograph, in units of `SIDE`."""
+
+LIST = Path(__file__).with_name("photographs.csv")
+TRAIN, HELD_OUT = "train", "held out"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A row of `photographs.csv`.
+
+    Attributes:
+        package: Debian package.
+        file: name of the file in it, or of the folder that holds it in several sizes.
+        author: who took it.
+        licence: of the photograph.
+        motif: its class.
+        split: `TRAIN` or `HELD_OUT`.
+    """
+
+    package: str
+    file: str
+    author: str
+    licence: str
+    motif: str
+    split: str
+
+
+@dataclass(frozen=True)
+class CropSet:
+    """Crops and their classes.
+
+    Attributes:
+        images: uint8 (N, 3, 256, 256).
+        labels: int64 (N,).
+        held_out: uint8 (M, 3, 256, 256), of other photographs.
+        held_out_labels: int64 (M,).
+        motifs: names of the classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    motifs: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "motifs"}
+        save_file(tensors, path, {"motifs": json.dumps(self.motifs)})
+
+    @classmethod
+    def load(cls, path: Path) -> CropSet:
+        """Reads what `save` wrote.
+
+        Raises:
+            SystemExit: the file is missing, damaged or of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                motifs = tuple(json.loads((file.metadata() or {})["motifs"]))
+                names = [f.name for f in fields(cls) if f.name != "motifs"]
+                made = cls(*(file.get_tensor(name) for name in names), motifs)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise SystemExit(
+                f"asked: the training set {path}\nfound: {type(error).__name__}: {error}\n"
+                "do: build it with examples/train/data.py"
+            ) from error
+        made._check(path)
+        return made
+
+    def _check(self, path: Path) -> None:
+        for name in ("images", "held_out"):
+            images = getattr(self, name)
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
+                raise SystemExit(
+                    f"asked: {name} of {path} as uint8 (N, 3, {SIDE}, {SIDE})\n"
+                    f"found: {images.dtype} {tuple(images.shape)}\n"
+                    "do: build the set with examples/train/data.py"
+                )
+
+
+def photographs(path: Path = LIST) -> list[Photograph]:
+    """Returns the rows of the list."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Photograph(*row) for row in list(csv.reader(file))[1:]]
+
+
+def motifs(listed: list[Photograph]) -> tuple[str, ...]:
+    """Returns the names of the classes."""
+    return tuple(dict.fromkeys(photograph.motif for photograph in listed))
+
+
+def find(photograph: Photograph, packages: Path) -> Path:
+    """Returns the largest picture of a photograph in the unpacked packages.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    inside = packages / photograph.package
+    found = [
+        path
+        for path in inside.rglob("*")
+        if path.suffix in {".jpg", ".png"}
+        and photograph.file in {path.name, *path.parts}
+        and path.stem != "screenshot"
+    ]
+    if not found:
+        raise SystemExit(
+            f"asked: {photograph.file} of {photograph.package}\nfound: no such picture under "
+            f"{inside}\ndo: unpack the package there, see the head of {Path(__file__).name}"
+        )
+    return max(found, key=lambda path: path.stat().st_size)
+
+
+def opened(path: Path) -> Image.Image:
+    """Returns a picture in RGB.
+
+    Raises:
+        SystemExit: the file is no picture, or smaller than one crop.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise SystemExit(
+            f"asked: the picture {path}\nfound: a file that cannot be read ({error})\n"
+            "do: unpack the package again"
+        ) from error
+    if min(picture.size) < SIDE:
+        raise SystemExit(
+            f"asked: crops of {SIDE} x {SIDE} pixels\nfound: {path} with {picture.size[0]} x "
+            f"{picture.size[1]} pixels\ndo: leave it out of the list"
+        )
+    return picture
+
+
+def crops(picture: Image.Image) -> Iterator[Tensor]:
+    """Yields crops of a picture, uint8 (3, 256, 256), at all zooms."""
+    for zoom in ZOOMS:
+        resized = resize(picture, zoom)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+        for top in _starts(resized.height):
+            for left in _starts(resized.width):
+                yield pixels[:, top : top + SIDE, left : left + SIDE].clone()
+
+
+def resize(picture: Image.Image, zoom: float) -> Image.Image:
+    """Returns a picture whose shorter side is `zoom` crops long; it is never enlarged."""
+    factor = min(zoom * SIDE / min(picture.size), 1.0)
+    width, height = (round(side * factor) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def save_held_out(listed: list[Photograph], packages: Path, folder: Path) -> None:
+    """Writes the middle of each held-out photograph as a JPEG whose name begins with its class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for photograph in listed:
+        if photograph.split == HELD_OUT:
+            picture = resize(opened(find(photograph, packages)), 1.5)
+            left, top = (picture.width - SIDE) // 2, (picture.height - SIDE) // 2
+            name = f"{motifs(listed).index(photograph.motif)}-{photograph.file}"
+            middle = picture.crop((left, top, left + SIDE, top + SIDE))
+            middle.save(folder / name, quality=90)
+
+
+def build(listed: list[Photograph], packages: Path) -> CropSet:
+    """Returns the crops of all photographs of a list.
+
+    Raises:
+        SystemExit: the folder is empty, or a photograph is missing, damaged or too small.
+    """
+    if not packages.is_dir() or not any(packages.iterdir()):
+        raise SystemExit(
+            f"asked: photographs under {packages}\nfound: no such folder, or an empty one\n"
+            f"do: unpack the packages there, see the head of {Path(__file__).name}"
+        )
+    parts: dict[str, tuple[list[Tensor], list[int]]] = {TRAIN: ([], []), HELD_OUT: ([], [])}
+    for photograph in listed:
+        images, labels = parts[photograph.split]
+        cut = list(crops(opened(find(photograph, packages))))
+        images += cut
+        labels += [motifs(listed).index(photograph.motif)] * len(cut)
+        print(f"{photograph.file}: {len(cut)} crops, {photograph.split}", flush=True)
+    (images, labels), (held_out, held_out_labels) = parts[TRAIN], parts[HELD_OUT]
+    return CropSet(
+        torch.stack(images),
+        torch.tensor(labels),
+        torch.stack(held_out),
+        torch.tensor(held_out_labels),
+        motifs(listed),
+    )
+
+
+def _starts(length: int) -> list[int]:
+    """Returns evenly spaced starts of crops that cover a side and overlap by a quarter or more."""
+    count = 1 + -(-4 * (length - SIDE) // (3 * SIDE))
+    return [round(start) for start in np.linspace(0, length - SIDE, count)]
+
+
+def main() -> None:
+    """Builds the set from the command line."""
+    parser = argparse.ArgumentParser(description="Build the training set from unpacked packages.")
+    parser.add_argument("packages", type=Path, help="folder with one subfolder per package")
+    parser.add_argument("out", type=Path, help="safetensors file to write")
+    parser.add_argument("--held-out", type=Path, help="folder for held-out photographs as JPEGs")
+    args = parser.parse_args()
+    if args.held_out:
+        save_held_out(photographs(), args.packages, args.held_out)
+    made = build(photographs(), args.packages)
+    made.save(args.out)
+    print(f"{args.out}: {len(made.images)} crops, {len(made.held_out)} held out, {made.motifs}")
+
+
+if __name__ == "__main__":
+    main()

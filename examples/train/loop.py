@@ -1,0 +1,123 @@
+"""The training loop: learning rate, progress, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 50
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints."""
+SAY_EVERY = 25
+"""Steps between lines of progress."""
+
+Loss = Callable[[int], tuple[Tensor, str]]
+"""From a step's index to its loss, a scalar, and words on it."""
+
+
+def rate(step: int, steps: int) -> float:
+    """Returns the learning rate's share of its peak: linear warm-up, then a cosine to zero."""
+    return min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def train(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    loss_of: Loss,
+    *,
+    peak_rate: float,
+    steps: int,
+) -> None:
+    """Trains until the given step, going on from the checkpoint if there is one.
+
+    Args:
+        path: the checkpoint's file.
+        model: its parameters and buffers are in the checkpoint.
+        optimizer: of the model; its learning rate is set here.
+        tensors: what else the checkpoint holds; changed in place.
+        loss_of: computes a step's loss.
+        peak_rate: highest learning rate.
+        steps: steps in all, from the first step ever.
+
+    Raises:
+        SystemExit: the checkpoint is damaged.
+    """
+    start = _resume(path, model, optimizer, tensors) if path.exists() else 0
+    said = saved = time.monotonic()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_rate * rate(step, steps)
+        loss, words = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % SAY_EVERY == 0:
+            pace = (time.monotonic() - said) / SAY_EVERY
+            print(f"step {step} of {steps}: {words}, {pace:.2f} s a step", flush=True)
+            said = time.monotonic()
+        if time.monotonic() - saved > SAVE_EVERY or step == steps - 1:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write(path, state | tensors | {"step": step + 1})
+            saved = time.monotonic()
+
+
+def write(path: Path, contents: dict[str, Any]) -> None:
+    """Writes a checkpoint; a reader finds the old one or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(contents, unfinished)
+    unfinished.replace(path)
+
+
+def read(path: Path, verb: str) -> dict[str, Any]:
+    """Returns a checkpoint.
+
+    Args:
+        path: its file.
+        verb: what `train.py` calls the part that writes it.
+
+    Raises:
+        SystemExit: there is none, or it is damaged.
+    """
+    try:
+        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"asked: {path}\nfound: no such file\ndo: run `train.py {verb}` first"
+        ) from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise SystemExit(
+            f"asked: the checkpoint {path}\nfound: a damaged file of {path.stat().st_size} bytes "
+            f"({type(error).__name__})\ndo: delete it and run `train.py {verb}`, which starts anew"
+        ) from error
+    return contents
+
+
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> int:
+    """Fills the model, the optimizer and the tensors; returns the step to go on from."""
+    state = read(path, path.stem)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+        start = int(state["step"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise SystemExit(
+            f"asked: the checkpoint {path}\nfound: one of another model ({error})\n"
+            "do: train in another folder, or delete it"
+        ) from error
+    print(f"{path}: going on from step {start}", flush=True)
+    return start

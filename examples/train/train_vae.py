@@ -1,0 +1,173 @@
+"""Trains the multi-scale VQ-VAE; `train.py vae` runs it.
+
+At first the features go to the decoder as they are. Then the quantizer comes in, its codebook
+filled with vectors that it is asked to quantize; later, codes that have gone unused are refilled
+likewise. Most steps see small crops, for the network is convolutional; the last see whole ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import loop
+import torch
+import torch.nn.functional as F
+from data import SIDE, CropSet
+from torch import Tensor, nn
+
+from fastvar_fx.models.var import CONFIGS, VAR_256
+from fastvar_fx.models.vqvae import VQVAE, QuantizedMap
+
+CONFIG = CONFIGS["demo"]
+PEAK_RATE = 1.5e-3
+UNQUANTIZED = 0.15
+"""Share of the steps before the quantizer comes in."""
+WHOLE = 0.75
+"""Share of the steps after which the crops are whole."""
+SETTLED = 0.9
+"""Share of the steps after which no code is refilled."""
+REFILL_EVERY = 25
+COMMITMENT = 0.25
+"""Weight of the pull of the features towards their codes against that of the codes; as VAR's."""
+
+
+@dataclass
+class Objective:
+    """What the VQ-VAE is trained on.
+
+    Attributes:
+        vae: the model.
+        images: uint8 (N, 3, 256, 256).
+        steps: steps in all.
+        used: which codes have been used since the last refill, bool (V,).
+        bf16: whether encoder and decoder run in bfloat16.
+    """
+
+    vae: VQVAE
+    images: Tensor
+    steps: int
+    used: Tensor
+    bf16: bool
+
+    def __call__(self, step: int) -> tuple[Tensor, str]:
+        """Returns the loss of a step, and words on it."""
+        generator = torch.Generator().manual_seed(step)
+        whole = step >= WHOLE * self.steps
+        side, size, scales = (SIDE, 1, CONFIG.scales) if whole else (SIDE // 2, 4, VAR_256)
+        device = self.used.device
+        images = windows(self.images, side, size, generator)
+        images = images.to(device, memory_format=torch.channels_last)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast:
+            f = self.vae.features(images, scales)
+        f_hat, code_loss = self.quantized(step, f.float(), scales, generator)
+        with autocast:
+            made = self.vae.decoder(self.vae.post_quant_conv(f_hat))
+        made = made.float()
+        psnr = 10 * math.log10(4 / F.mse_loss(made, images).item())
+        words = f"psnr {psnr:.1f} dB, codes {code_loss.item():.4f}, {int(self.used.sum())} in use"
+        return picture_loss(made, images) + code_loss, words
+
+    def quantized(
+        self, step: int, f: Tensor, scales: tuple[int, ...], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the features for the decoder, with the gradient of `f`, and the codes' loss."""
+        since = step - math.ceil(UNQUANTIZED * self.steps)
+        if since < 0:
+            return f, f.new_zeros(())
+        quantize = self.vae.quantize
+        maps = list(quantize.quantized(f, scales))
+        if since % REFILL_EVERY == 0 and step < SETTLED * self.steps:
+            refill(quantize.embedding, ~self.used, maps, generator)
+            self.used.zero_()
+            maps = list(quantize.quantized(f, scales))
+        self.used[torch.cat([token_map.tokens for token_map in maps], 1).flatten()] = True
+        return straight_through(f, maps)
+
+
+def new_vae() -> VQVAE:
+    """Returns a VQ-VAE to train: random weights, but the convolutions of features the identity.
+
+    Several of them follow each other with nothing between; random ones would start as a blur.
+    """
+    vae = CONFIG.new_whole_vae()
+    vae.init_weights(torch.Generator().manual_seed(0))
+    for module in (vae.quant_conv, vae.post_quant_conv, *vae.quantize.quant_resi.qresi_ls):
+        nn.init.dirac_(module.get_parameter("weight"))
+    return vae
+
+
+def windows(images: Tensor, side: int, size: int, generator: torch.Generator) -> Tensor:
+    """Returns random windows of random images, half of them mirrored, float32 in [-1, 1].
+
+    Args:
+        images: uint8 (N, 3, 256, 256).
+        side: of the windows.
+        size: how many.
+        generator: source of the draws, on the CPU.
+    """
+    chosen = []
+    for i in torch.randint(len(images), (size,), generator=generator).tolist():
+        top, left = torch.randint(SIDE - side + 1, (2,), generator=generator).tolist()
+        window = images[i, :, top : top + side, left : left + side]
+        mirrored = torch.rand((), generator=generator) < 0.5
+        chosen.append(window.flip(-1) if mirrored else window)
+    return torch.stack(chosen).float() / 127.5 - 1
+
+
+def picture_loss(made: Tensor, images: Tensor) -> Tensor:
+    """Returns how far two batches of pictures are apart: in their pixels, and in their slopes."""
+    loss = F.l1_loss(made, images) + F.mse_loss(made, images)
+    for axis in (-2, -1):
+        loss = loss + F.l1_loss(made.diff(dim=axis), images.diff(dim=axis))
+    return loss
+
+
+def straight_through(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tensor]:
+    """Returns the quantized features, with the gradient of `f`, and the quantizer's loss.
+
+    Args:
+        f: features, (B, Cvae, H, W).
+        maps: their token maps.
+    """
+    f_hat, loss = torch.zeros_like(f), f.new_zeros(())
+    for token_map in maps:
+        f_hat = f_hat + token_map.added
+        loss = loss + F.mse_loss(f_hat, f.detach())
+        loss = loss + COMMITMENT * F.mse_loss(f_hat.detach(), f)
+    return f + (f_hat - f).detach(), loss / len(maps)
+
+
+@torch.no_grad()
+def refill(
+    codebook: nn.Embedding, unused: Tensor, maps: list[QuantizedMap], generator: torch.Generator
+) -> None:
+    """Replaces unused codes by vectors that were to be quantized, equally many of each map.
+
+    Args:
+        codebook: V codes.
+        unused: which of them, bool (V,).
+        maps: a batch's token maps.
+        generator: source of the choice, on the CPU.
+    """
+    count = int(unused.sum())
+    share = math.ceil(count / len(maps))
+    drawn = []
+    for token_map in maps:
+        vectors = token_map.z.transpose(0, 1).flatten(1).T  # (B * h * w, Cvae)
+        drawn.append(vectors[torch.randint(len(vectors), (share,), generator=generator)])
+    chosen = torch.randperm(share * len(maps), generator=generator)[:count]
+    codebook.weight[unused] = torch.cat(drawn)[chosen]
+
+
+def train(set_path: Path, run: Path, steps: int, device: str, *, bf16: bool) -> None:
+    """Trains until the given step, going on from the checkpoint in `run` if there is one."""
+    images = CropSet.load(set_path).images
+    vae = new_vae().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
+    used = torch.zeros(CONFIG.vocab_size, dtype=torch.bool, device=device)
+    objective = Objective(vae, images, steps, used, bf16)
+    path = run / "vae.pt"
+    loop.train(path, vae, optimizer, {"used": used}, objective, peak_rate=PEAK_RATE, steps=steps)
