@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx import bench
 from fastvar_fx.alternatives import Rules
+from fastvar_fx.bench.presets import PRESETS
 from fastvar_fx.errors import ModelError, ScheduleError
-from fastvar_fx.models import var
+from fastvar_fx.models import packaged, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
 from fastvar_fx.models.var import VAR, sample_top_k_top_p
+from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
 from fastvar_fx.transform import trace, transform
 
-DEMO: Final = "demo"
+DEMO: Final = packaged.NAME
 """The model whose weights come along."""
 
 _SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
@@ -139,7 +140,7 @@ def draw_var(
 
 def case_names() -> tuple[str, ...]:
     """Returns the names of the models that `case` knows."""
-    return (DEMO, *bench.PRESETS)
+    return (DEMO, *PRESETS)
 
 
 def own_schedule(name: str) -> Schedule:
@@ -149,11 +150,11 @@ def own_schedule(name: str) -> Schedule:
         ModelError: If no model has this name; the message offers close ones.
     """
     if name == DEMO:
-        return Schedule(var.VAR_512, _RATIOS)
-    if name not in bench.PRESETS:
+        return Schedule(var.CONFIGS[DEMO].scales, _RATIOS)
+    if name not in PRESETS:
         close = " or ".join(get_close_matches(name, case_names()) or case_names())
         raise ModelError(f"no model to evaluate is named {name!r}; did you mean {close}?")
-    return bench.PRESETS[name].schedule
+    return PRESETS[name].schedule
 
 
 def case(
@@ -167,7 +168,7 @@ def case(
 
     Args:
         name: One of `case_names()`.
-        schedule: With the scales of the model; None for its own.
+        schedule: What it draws and how it is pruned; None for its own.
         classes: Classes to draw, one image each per seed; None for the first few.
         folder: Photographs of the size that the model draws. A file whose name begins with a number
             and a dash, such as `3-lake.jpg`, is of that class, others of none.
@@ -175,14 +176,11 @@ def case(
     Raises:
         ModelError: An unknown name or class, classes or photographs for a model that has none, or a
             folder without usable photographs.
-        ScheduleError: If the model draws other scales.
+        ScheduleError: If the trained model draws other scales.
     """
-    own = own_schedule(name)
-    schedule = schedule or own
-    if schedule.scales != own.scales:
-        raise ScheduleError(f"{name} draws {own.scales}; the schedule given has {schedule.scales}")
+    schedule = schedule or own_schedule(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = (_demo_model() if name == DEMO else bench.PRESETS[name].build()).to(device)
+    model: Any = _model(name, schedule).to(device)
     note = "" if name == DEMO else "random weights: the numbers say nothing of trained models"
     if isinstance(model, VAR):
         model.vae.to(device)
@@ -196,8 +194,18 @@ def case(
     return Case(name, model, schedule, partial(_draw_text, scales=schedule.scales), note=note)
 
 
-def _demo_model() -> VAR:
-    return var.build("tiny", scales=var.VAR_512)
+def _model(name: str, schedule: Schedule) -> nn.Module:
+    own = own_schedule(name)
+    if name != DEMO:
+        return PRESETS[name].at(schedule).build()
+    if schedule.scales != own.scales:
+        raise ScheduleError(
+            f"{name} was trained on maps {own.scales}; the schedule given has {schedule.scales}"
+        )
+    try:
+        return var.load(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be loaded: {error}") from error
 
 
 def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
@@ -224,24 +232,21 @@ def _check_classes(model: VAR, classes: Sequence[int] | None) -> tuple[int, ...]
 
 
 def _photographs_of(model: VAR, name: str, folder: Path | None) -> Photographs | None:
-    if folder is None:
+    if folder is not None:
+        side = model.vae.pyramid.factor * model.scales[-1]
+        images, labels = read_folder(folder, side, model.num_classes)
+    elif name == DEMO:
+        images, labels = packaged.held_out()
+        images = (images + 1) / 2
+    else:
         return None
-    side = _side(model)
-    images, labels = read_folder(folder, side, model.num_classes)
     return Photographs(images, labels, _tokens_of(model, images))
 
 
-def _side(model: VAR) -> int:
-    """Returns how many pixels an image of the model is high and wide."""
-    latents = torch.zeros(1, model.vae.z_channels, 1, 1, device=model.lvl_1L.device)
-    return model.scales[-1] * model.vae.decode(latents).shape[-1]
-
-
 def _tokens_of(model: VAR, images: Tensor) -> tuple[Tensor, ...] | None:
-    encode = getattr(model.vae, "encode", None)
-    if encode is None:
+    if not isinstance(model.vae, VQVAE):
         return None
-    maps = encode(images.to(model.lvl_1L.device) * 2 - 1, model.scales)
+    maps = model.vae.encode(images.to(model.lvl_1L.device) * 2 - 1, model.scales)
     return tuple(tokens.cpu() for tokens in maps)
 
 
