@@ -26,7 +26,8 @@ CAPTIONS = {
     "image: the share of the branches that keep a token.",
     "runtime.png": "Time of the transformer blocks at each step, medians of runs by turns.",
     "tradeoff.png": "Quality against speed of every row of the tables; the star is the dense "
-    "model. Lower and further to the right is better.",
+    "model, the line the pruning ratio of the last two steps. Lower and further to the right is "
+    "better.",
 }
 """By file name."""
 
@@ -35,7 +36,7 @@ SHOWN_STEPS, MOST_CLASSES = 6, 4
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
-    figure.savefig(out / name, dpi=100)
+    figure.savefig(out / name, dpi=120)
 
 
 def after_each_step(model: Any) -> list[Tensor]:
@@ -57,7 +58,7 @@ def draw_steps(case: Case, fast: nn.Module, out: Path) -> None:
     scales = case.schedule.scales
     drawn = {"dense": after_each_step(case.model), "pruned": after_each_step(fast)}
     steps = range(max(0, len(scales) - SHOWN_STEPS), len(scales))
-    figure = Figure(figsize=(2.6 * len(steps), 6), layout="constrained")
+    figure = Figure(figsize=(2.1 * len(steps), 5), layout="constrained")
     axes = figure.subplots(2, len(steps), squeeze=False)
     for row, (kind, images) in zip(axes, drawn.items(), strict=True):
         row[0].set_ylabel(kind, fontsize=15)
@@ -66,14 +67,14 @@ def draw_steps(case: Case, fast: nn.Module, out: Path) -> None:
             kept = case.schedule.kept(step)
             tokens = case.schedule.tokens(step)
             what = f"{kept} of {tokens} tokens" if kind == "pruned" and kept < tokens else ""
-            axis.set_xlabel(what or f"{tokens} tokens", fontsize=12)
+            axis.set_xlabel(what or f"all of {tokens}", fontsize=12)
             if kind == "dense":
                 axis.set_title(f"step {step}: {' x '.join(map(str, scales[step]))}")
     save(figure, out, "steps.png")
 
 
 def draw_spectra(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     steps = after_each_step(case.model)
     for step, images in enumerate(steps):
@@ -95,6 +96,9 @@ def draw_spectra(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
     right.legend()
     for axis in (left, right):
         axis.set(xlabel="spatial frequency, cycles per image side", xscale="log")
+        octaves = [2**i for i in range(12) if 2**i <= len(spectrum)]
+        axis.set_xticks(octaves, map(str, octaves))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     left.set_ylabel("mean power, dB")
     save(figure, out, "spectra.png")
@@ -102,7 +106,7 @@ def draw_spectra(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
 
 def draw_kept_tokens(case: Case, out: Path) -> None:
     scales = case.schedule.scales
-    figure = Figure(figsize=(3.4 * (1 + len(RATIOS)), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.6 * (1 + len(RATIOS)), 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(RATIOS))
     image = after_each_step(case.model)[-1][0]
     show(axes[0], image)
@@ -161,18 +165,22 @@ Point = tuple[str, float, float | None, float]
 
 
 def draw_tradeoff(points: Mapping[str, Sequence[Point]], out: Path) -> None:
-    figure = Figure(figsize=(14, 6.2), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = ("bits per token, more than dense", "distance of spectra to dense, dB")
     markers = "osD^vP*X"
     for place, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for i, (section, found) in enumerate(points.items()):
-            known = [(p[1], p[2 + place]) for p in found if p[2 + place] is not None]
-            xs, ys = zip(*known, strict=True)
-            axis.plot(xs, ys, markers[i], color=f"C{i}", ms=8, alpha=0.7, label=section)
+            known = [(p[0], p[1], p[2 + place]) for p in found if p[2 + place] is not None]
+            labels, xs, ys = zip(*known, strict=True)
+            swept = i == 0
+            style = {"ls": "-" if swept else "", "zorder": 3 if swept else 2}
+            axis.plot(xs, ys, markers[i], color=f"C{i}", ms=8, alpha=0.7, label=section, **style)
+            for label, x, y in zip(labels, xs, ys, strict=True) if swept else ():
+                axis.annotate(label, (x, y), xytext=(6, -14), textcoords="offset points")
         axis.plot(1, 0, "*", color="k", ms=20, label="dense")
-        axis.set(xlabel="speed-up of the transformer blocks", ylabel=title)
+        axis.set(xlabel="speed-up of the transformer blocks, times", ylabel=title)
         axis.grid(alpha=0.3)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=11)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=10)
     save(figure, out, "tradeoff.png")

@@ -55,8 +55,6 @@ PHOTOGRAPHS: Final = "photographs"
 Progress = Callable[[str], None]
 
 _PRUNED: Final = "pruned"
-_AT_ONCE: Final = 8
-"""Images whose bits are computed together."""
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -258,7 +256,8 @@ class Baseline:
         self.case = case
         self._progress = progress
         self.generations = dict(self._draw(case.model, seeds, DENSE))
-        reasons = _why_not(case, next(iter(self.generations.values())))
+        self._first = next(iter(self.generations.values()))
+        reasons = _why_not(case, self._first)
         asked = check_metrics(metrics)
         self.left_out = {name: reasons[name] for name in asked if name in reasons}
         self.metrics = tuple(name for name in asked if name not in reasons)
@@ -340,13 +339,18 @@ class Baseline:
         return Score.of_both(metric, PHOTOGRAPHS, dense, pruned)
 
     def _all_bits(self, model: Any, given: _Given, kind: str) -> Tensor:
-        """Returns bits per token of each image and step, (N, K)."""
+        """Returns bits per token of each image and step, (N, K).
+
+        The images are taken in batches of a generation's size, for which there are programs; the
+        last is filled up with the first images.
+        """
         self._progress(f"{kind}, bits of given tokens")
-        batches = [slice(i, i + _AT_ONCE) for i in range(0, len(given.labels), _AT_ONCE)]
+        count, batch = len(given.labels), len(self._first.latents)
+        indices = (torch.arange(-(-count // batch) * batch) % count).view(-1, batch)
         bits = [
-            token_bits(model, [t[at] for t in given.tokens], given.labels[at]) for at in batches
+            token_bits(model, [t[at] for t in given.tokens], given.labels[at]) for at in indices
         ]
-        return torch.cat(bits)
+        return torch.cat(bits)[:count]
 
 
 @dataclass(frozen=True)
