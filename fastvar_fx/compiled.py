@@ -20,11 +20,15 @@ from torch.fx import GraphModule
 
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
+from passes.linears import FasterLinears
 
 log = logging.getLogger(__name__)
 
 _MOST_SHARED: Final = 4
 """Graphs of a region after which other blocks get a new one: Dynamo stops at 8 for one code."""
+
+_LINEARS_PASS: Final = {"post_grad_custom_pre_pass": FasterLinears()}
+"""For Inductor; one object, for Dynamo compares options."""
 
 
 class _Region:
@@ -46,7 +50,7 @@ class Compilation:
 
     def __init__(self, schedule: Schedule, options: dict[str, Any], *, fallback: bool) -> None:
         self._schedule = schedule
-        self._options = options
+        self._options = _with_faster_linears(options)
         self._fallback = fallback
         self._programs: dict[GraphModule, _Region] = {}
         self._newest: dict[Any, _Region] = {}
@@ -54,7 +58,7 @@ class Compilation:
         self._plain: dict[str, nn.Module] = {}
         self.graphs: Counter[int] = Counter()
         self.failures: list[str] = []
-        _Region(_run_dense, options)  # torch checks the options' names
+        _Region(_run_dense, self._options)  # torch checks the options' names
 
     def anew(self) -> Compilation:
         """Returns one with the same options and nothing compiled, for a copy of the model."""
@@ -157,6 +161,16 @@ def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType
     """
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name)
+
+
+def _with_faster_linears(options: dict[str, Any]) -> dict[str, Any]:
+    """Adds a pass to the options of `torch.compile` for Inductor; one that is given stays."""
+    settings, mode = options.get("options"), options.get("mode")
+    if options.get("backend", "inductor") != "inductor" or (settings and mode):
+        return options
+    settings = settings or torch._inductor.list_mode_options(mode or "default")
+    others = {name: value for name, value in options.items() if name != "mode"}
+    return {**others, "options": {**_LINEARS_PASS, **settings}}
 
 
 def _run_dense(

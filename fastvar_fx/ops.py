@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
 from torch import Tensor
 
 Scale = tuple[int, ...]
@@ -46,8 +45,7 @@ def pivotal_scores(x: Tensor) -> Tensor:
     Half-precision inputs are scored in float32.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    mean = reduce(x, "b l c -> b 1 c", "mean")
-    scores: Tensor = torch.linalg.vector_norm(x - mean, dim=-1)
+    scores: Tensor = torch.linalg.vector_norm(x - x.mean(dim=1, keepdim=True), dim=-1)
     return scores
 
 
@@ -72,8 +70,11 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Returns the tokens (B, kept, C) of x (B, L, C) at `index` (B, kept)."""
-    rows = rearrange(x, "b l c -> (b l) c").index_select(0, _rows(index, x.shape[1]))
-    return rearrange(rows, "(b k) c -> b k c", b=x.shape[0])
+    if torch.compiler.is_compiling():
+        return _gathered(x, index)
+    batch, tokens, width = x.shape
+    rows = x.reshape(batch * tokens, width).index_select(0, _rows(index, tokens))
+    return rows.view(*index.shape, width)
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,11 @@ def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
     Jointly drawn maps are resized each by itself.
     """
     maps, h, w = _joint(cached_scale)
-    rows = rearrange(cached, "b (m h w) c -> (b m) h w c", m=maps, h=h, w=w)
+    batch, _, width = cached.shape
+    rows = cached.reshape(batch * maps, h, w, width)
     image = rows.permute(0, 3, 1, 2)  # channels last, also for one sample: no copy, a fast kernel
     resized = F.interpolate(image, size=scale[-2:], mode="area")
-    return rearrange(resized, "(b m) c h w -> b (m h w) c", m=maps)
+    return resized.permute(0, 2, 3, 1).reshape(batch, prod(scale), width)
 
 
 def cached_token_restoration(
@@ -136,17 +138,36 @@ def cached_token_restoration(
 
 
 def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
-    """Returns `full` (B, L, C) with its tokens at `index` (B, kept) overwritten by `kept`."""
+    """Returns `full` (B, L, C) with its tokens at `index` (B, kept) replaced by `kept`.
+
+    Eagerly it writes into the memory of `full`. Compiled it has every token read from where it is,
+    which a compiler fuses with what made `full` and with what reads the result; a scatter it
+    cannot.
+    """
+    if torch.compiler.is_compiling():
+        return _chosen(full, index, kept)
     batch, tokens, width = full.shape
     rows = full.reshape(batch * tokens, width)
-    rows = rows.index_copy_(0, _rows(index, tokens), rearrange(kept, "b k c -> (b k) c"))
-    return rearrange(rows, "(b l) c -> b l c", b=batch)
+    rows = rows.index_copy_(0, _rows(index, tokens), kept.reshape(-1, width))
+    return rows.view(full.shape)
+
+
+def _chosen(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
+    if not kept.shape[1]:
+        return full
+    order = torch.arange(kept.shape[1], device=index.device).expand_as(index)
+    place = index.new_full(full.shape[:2], -1).scatter(1, index, order)  # among the kept, or -1
+    return torch.where((place >= 0).unsqueeze(-1), _gathered(kept, place.clamp_min(0)), full)
+
+
+def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _rows(index: Tensor, tokens: int) -> Tensor:
     """Turns indices per sample (B, kept) into row numbers of the flattened (B * L) tokens."""
     first = torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)
-    return rearrange(index + rearrange(first, "b -> b 1"), "b k -> (b k)")
+    return (index + first.unsqueeze(1)).flatten()
 
 
 def _joint(scale: Scale) -> tuple[int, int, int]:

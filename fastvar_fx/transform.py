@@ -194,7 +194,10 @@ def compile(
         fallback: Whether calls that cannot be compiled run eagerly, with a warning in the log and a
             line in `explain`.
         fullgraph: Whether a graph break is a failure.
-        **options: Passed on to `torch.compile`, such as `backend` or `mode`.
+        **options: Passed on to `torch.compile`, such as `backend` or `mode`. Inductor is also
+            given a pass by which large float32 linear layers on a CPU run in oneDNN where that is
+            measured to be the faster library; `options={"post_grad_custom_pre_pass": ...}` takes
+            its place.
 
     Raises:
         ModelError: If `fast` is not transformed.

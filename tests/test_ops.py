@@ -1,6 +1,7 @@
 """Pivotal token selection and cached token restoration, against plain implementations."""
 
 import doctest
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -24,6 +25,12 @@ from fastvar_fx.ops import (
 
 FAST = settings(deadline=None, max_examples=40, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of the operators: that of eager runs, and that which compilers are given."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
 
 
 @pytest.mark.parametrize("module", [ops, schedule], ids=lambda module: module.__name__)
@@ -130,6 +137,7 @@ SCALES: list[tuple[Scale, Scale]] = [
 ]
 
 
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cached_scale", "scale"), SCALES)
 def test_restoration(cached_scale: Scale, scale: Scale, dtype: torch.dtype) -> None:
@@ -162,6 +170,7 @@ def test_rows_come_before_columns() -> None:
     assert resized == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 
+@pytest.mark.usefixtures("_form")
 def test_take_and_put_are_per_sample() -> None:
     x = torch.arange(12.0).view(2, 3, 2)
     index = torch.tensor([[2, 0], [1, 2]])
@@ -170,6 +179,23 @@ def test_take_and_put_are_per_sample() -> None:
     assert torch.equal(put_tokens(x.clone(), index, taken), x)
     put = put_tokens(torch.zeros(2, 3, 2), index, taken)
     assert put[0, 1].tolist() == put[1, 0].tolist() == [0.0, 0.0]
+
+
+def test_what_compilers_are_given_scatters_no_features() -> None:
+    def add_restored(trunk: Tensor, kept: Tensor, index: Tensor, cached: Tensor) -> Tensor:
+        return cached_token_restoration(kept, index, cached, (2, 2), (4, 4)).add_(trunk)
+
+    def backend(graph_module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        written = [n for n in graph_module.graph.nodes if "scatter" in str(n.target)]
+        assert [n.meta["example_value"].dtype for n in written] == [torch.int64]
+        assert "index_copy" not in graph_module.code
+        return graph_module.forward
+
+    trunk, kept, cached = torch.randn(2, 16, 3), torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    index = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    compiled = torch.compile(add_restored, backend=backend, fullgraph=True)
+    expected = add_restored(trunk, kept, index, cached)
+    assert torch.equal(compiled(trunk, kept, index, cached), expected)
 
 
 @pytest.mark.parametrize(
