@@ -41,7 +41,7 @@ _TEXT_TOKENS: Final = 30
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model drew from one seed.
+    """What a model drew from one seed, on the CPU.
 
     Attributes:
         latents: (B, C, h, w).
@@ -129,10 +129,11 @@ def draw_var(
         tokens.append(sample_top_k_top_p(logits, likeliest, _TOP_P, generator))
         return tokens[-1]
 
-    labels = torch.tensor(classes, device=device)
+    labels = torch.tensor(classes)
     with torch.no_grad():
         latents = model.infer_fhat(len(classes), labels, on_step=on_step, choose=choose)
-        return Generation(latents, model.vae.decode(latents).float(), tuple(tokens), labels)
+        images = model.vae.decode(latents).float().cpu()
+    return Generation(latents.cpu(), images, tuple(t.cpu() for t in tokens), labels)
 
 
 # --- by name ----------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(1, tokens, config.text_width, generator=generator).to(weight)
     with torch.no_grad():
-        return Generation(model.autoregressive_infer_cfg(text, scales, g_seed=seed).float())
+        return Generation(model.autoregressive_infer_cfg(text, scales, g_seed=seed).float().cpu())
 
 
 def _check_classes(model: VAR, classes: Sequence[int] | None) -> tuple[int, ...]:
