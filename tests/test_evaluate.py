@@ -88,6 +88,22 @@ def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -
     assert score.difference.mean == pytest.approx(score.pruned.mean - score.dense.mean)
 
 
+def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: Case) -> None:
+    """Batches are of two, so that the third photograph needs one that is filled up."""
+    three = draw_var(model, 7, classes=(2, 3, 4))
+    assert three.images is not None
+    assert three.tokens is not None
+    labels = torch.tensor([2, 3, -1])
+    photographs = Photographs(three.images, labels, three.tokens)
+    fast = subject.pruned()
+    fidelity = Baseline(replace(subject, photographs=photographs), ["bits"], [0]).compare(fast)
+    score = fidelity.score("bits", PHOTOGRAPHS)
+    assert score is not None
+    tokens = torch.tensor([float(side**2) for side in SIDES], dtype=torch.float64)
+    expected = token_bits(fast, three.tokens, labels) @ tokens / tokens.sum()  # type: ignore[arg-type]
+    assert score.values == pytest.approx(expected.tolist(), rel=1e-5)
+
+
 def test_without_photographs_the_bits_are_of_what_the_dense_model_drew(subject: Case) -> None:
     baseline = Baseline(replace(subject, photographs=None), ["bits", "frechet"], [0, 1])
     assert "no photographs" in baseline.left_out["frechet"]
