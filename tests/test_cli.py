@@ -203,6 +203,16 @@ def _check_picture(path: Path) -> None:
         assert all(low < high for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
 
 
+def test_demo_draws_with_trained_weights(cli: Cli, folder: Path) -> None:
+    code, out, err = cli("demo", "--repeats", "1", "--batch", "1", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["note"].startswith("trained on")
+    assert data["schedule"]["scales"][-2:] == [[24, 24], [32, 32]]
+    assert data["schedule"]["ratios"] == [0.5, 0.75]
+    assert data["pruned_branches"] == data["branches"]
+
+
 def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
     code, out, err = cli("demo", "--model", *OWN, "--repeats", "1")
     assert code == 0, err
@@ -290,6 +300,7 @@ def test_nothing_to_compare(subject: Subject) -> None:
     [
         ("explain --preset var-255", 1, "no preset is named 'var-255'; did you mean var-256"),
         ("explain tinny", 1, "no model is named 'tinny'; did you mean tiny"),
+        ("explain demo --preset var-256", 1, "--model random takes any"),
         ("explain --ratios 1.5", 1, "a pruning ratio lies in [0, 1]"),
         ("explain --ratios half", 2, "--ratios takes numbers in [0, 1]"),
         ("explain --preset var-256 --schedule schedule.json", 2, "exclude each other"),

@@ -7,7 +7,7 @@ The photographs are wallpapers of Debian packages under free licences. To fetch 
     for file in *.deb; do dpkg-deb -x "$file" "packages/${file%%_*}"; done
     python examples/train/data.py packages set.safetensors
 
-Each photograph is cut into 256 x 256 crops at three zooms; its class is its motif. A held-out
+Each photograph is cut into 256 x 256 crops at some zooms; its class is its motif. A held-out
 photograph is held out with all its crops.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -165,9 +165,9 @@ def opened(path: Path) -> Image.Image:
     return picture
 
 
-def crops(picture: Image.Image) -> Iterator[Tensor]:
+def crops(picture: Image.Image, zooms: Sequence[float]) -> Iterator[Tensor]:
     """Yields crops of a picture, uint8 (3, 256, 256), at all zooms."""
-    for zoom in ZOOMS:
+    for zoom in zooms:
         resized = resize(picture, zoom)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
         for top in _starts(resized.height):
@@ -189,12 +189,12 @@ def save_held_out(listed: list[Photograph], packages: Path, folder: Path) -> Non
         if photograph.split == HELD_OUT:
             picture = resize(opened(find(photograph, packages)), 1.5)
             left, top = (picture.width - SIDE) // 2, (picture.height - SIDE) // 2
-            name = f"{motifs(listed).index(photograph.motif)}-{photograph.file}"
+            name = f"{motifs(listed).index(photograph.motif)}-{Path(photograph.file).stem}.jpg"
             middle = picture.crop((left, top, left + SIDE, top + SIDE))
             middle.save(folder / name, quality=90)
 
 
-def build(listed: list[Photograph], packages: Path) -> CropSet:
+def build(listed: list[Photograph], packages: Path, zooms: Sequence[float] = ZOOMS) -> CropSet:
     """Returns the crops of all photographs of a list.
 
     Raises:
@@ -208,7 +208,7 @@ def build(listed: list[Photograph], packages: Path) -> CropSet:
     parts: dict[str, tuple[list[Tensor], list[int]]] = {TRAIN: ([], []), HELD_OUT: ([], [])}
     for photograph in listed:
         images, labels = parts[photograph.split]
-        cut = list(crops(opened(find(photograph, packages))))
+        cut = list(crops(opened(find(photograph, packages)), zooms))
         images += cut
         labels += [motifs(listed).index(photograph.motif)] * len(cut)
         print(f"{photograph.file}: {len(cut)} crops, {photograph.split}", flush=True)
@@ -234,10 +234,18 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="folder with one subfolder per package")
     parser.add_argument("out", type=Path, help="safetensors file to write")
     parser.add_argument("--held-out", type=Path, help="folder for held-out photographs as JPEGs")
+    parser.add_argument(
+        "--zooms",
+        type=float,
+        nargs="+",
+        default=ZOOMS,
+        metavar="ZOOM",
+        help="shorter sides of the resized photographs, in crops",
+    )
     args = parser.parse_args()
     if args.held_out:
         save_held_out(photographs(), args.packages, args.held_out)
-    made = build(photographs(), args.packages)
+    made = build(photographs(), args.packages, args.zooms)
     made.save(args.out)
     print(f"{args.out}: {len(made.images)} crops, {len(made.held_out)} held out, {made.motifs}")
 

@@ -18,10 +18,12 @@ from data import SIDE, CropSet
 from torch import Tensor, nn
 
 from fastvar_fx.models.var import CONFIGS, VAR_256
-from fastvar_fx.models.vqvae import VQVAE, QuantizedMap
+from fastvar_fx.models.vqvae import VQVAE, Downsample, QuantizedMap, ResBlock, Upsample
 
 CONFIG = CONFIGS["demo"]
 PEAK_RATE = 1.5e-3
+RESIDUAL = 0.2
+"""Gain of the last convolution of a residual block at first."""
 UNQUANTIZED = 0.15
 """Share of the steps before the quantizer comes in."""
 WHOLE = 0.75
@@ -55,7 +57,7 @@ class Objective:
         """Returns the loss of a step, and words on it."""
         generator = torch.Generator().manual_seed(step)
         whole = step >= WHOLE * self.steps
-        side, size, scales = (SIDE, 1, CONFIG.scales) if whole else (SIDE // 2, 4, VAR_256)
+        side, size, scales = (SIDE, 2, CONFIG.scales) if whole else (SIDE // 2, 8, VAR_256)
         device = self.used.device
         images = windows(self.images, side, size, generator)
         images = images.to(device, memory_format=torch.channels_last)
@@ -87,15 +89,23 @@ class Objective:
         return straight_through(f, maps)
 
 
+@torch.no_grad()
 def new_vae() -> VQVAE:
-    """Returns a VQ-VAE to train: random weights, but the convolutions of features the identity.
+    """Returns a VQ-VAE to train: random weights, but little in the way of a picture.
 
-    Several of them follow each other with nothing between; random ones would start as a blur.
+    Outside of residual blocks many convolutions follow each other with nothing between, and random
+    ones would start as a blur. So they start as the identity, and the blocks close to it.
     """
     vae = CONFIG.new_whole_vae()
     vae.init_weights(torch.Generator().manual_seed(0))
-    for module in (vae.quant_conv, vae.post_quant_conv, *vae.quantize.quant_resi.qresi_ls):
-        nn.init.dirac_(module.get_parameter("weight"))
+    plain = [vae.quant_conv, vae.post_quant_conv, *vae.quantize.quant_resi.qresi_ls]
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            module.conv2.weight.mul_(RESIDUAL)
+        elif isinstance(module, Upsample | Downsample):
+            plain.append(module.conv)
+    for convolution in plain:
+        nn.init.dirac_(convolution.get_parameter("weight"))
     return vae
 
 

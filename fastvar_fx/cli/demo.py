@@ -52,7 +52,7 @@ DemoModel = Annotated[
     str,
     typer.Option(
         "--model",
-        help=f"One of {NAMES} (random weights), or package.module:factory.",
+        help=f"One of {NAMES}, or package.module:factory.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]

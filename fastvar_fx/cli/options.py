@@ -16,20 +16,25 @@ from torch import Tensor
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError
-from fastvar_fx.models.var import CONFIGS, VAR, VAR_512, build
+from fastvar_fx.models import packaged, var
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
 
 _RATIOS: Final = (0.5, 0.75)
-DEMO: Final = "demo"
-"""The demo's own model: large enough for pruning to pay, small enough for two cores."""
-_DEMO_SIZES: Final[dict[str, Any]] = {
+DEMO: Final = packaged.NAME
+"""The demo's own model, which is trained."""
+RANDOM: Final = "random"
+"""A wider one that is not: large enough for pruning to pay, small enough for two cores."""
+_RANDOM_SIZES: Final[dict[str, Any]] = {
     "depth": 6,
     "width": 512,
     "heads": 8,
     "num_classes": 10,
 }
-NAMES: Final = ", ".join((DEMO, *CONFIGS))
+_KNOWN: Final = (DEMO, RANDOM, *(name for name in var.CONFIGS if name != DEMO))
+NAMES: Final = f"{', '.join(_KNOWN)} (random weights but for {DEMO})"
+_TRAINED: Final = "trained on 31 photographs: the pictures show their textures, loosely arranged"
+_UNTRAINED: Final = "random weights: the pictures show texture, no objects"
 
 
 class OnFull(Enum):
@@ -42,7 +47,7 @@ class OnFull(Enum):
 ModelName = Annotated[
     str,
     typer.Argument(
-        help=f"One of {NAMES} (random weights), or package.module:factory, "
+        help=f"One of {NAMES}, or package.module:factory, "
         f"where factory() returns a model in eval mode."
     ),
 ]
@@ -97,27 +102,25 @@ class Asked:
             usage(f"--run goes with package.module:factory; {self.model} brings its own run")
         schedule = self._schedule(self._named_scales())
         sides = _square_sides(schedule)
-        name, sizes = ("tiny", _DEMO_SIZES) if self.model == DEMO else (self.model, {})
         try:
-            var = build(name, scales=sides, **sizes)
-        except (TypeError, ValueError) as error:
+            model = _trained(sides) if self.model == DEMO else _random(self.model, sides)
+        except (OSError, TypeError, ValueError) as error:
             raise ModelError(f"{self.model} cannot be built: {error}") from error
-        name = f"VAR, {var.depth} blocks, width {var.width}"
-        note = "random weights: the pictures show texture, no objects"
+        name = f"VAR, {model.depth} blocks, width {model.width}"
+        note = _TRAINED if self.model == DEMO else _UNTRAINED
         run = partial(_run_var, batch=self.batch or 2, seed=self.seed)
-        return Subject(name, var, schedule, run, self.blocks, self.seed, note)
+        return Subject(name, model, schedule, run, self.blocks, self.seed, note)
 
     def _named_scales(self) -> tuple[int, ...]:
-        if self.model == DEMO:
-            return VAR_512
-        if self.model not in CONFIGS:
-            names = (DEMO, *CONFIGS)
-            close = get_close_matches(self.model, names) or names
+        if self.model == RANDOM:
+            return var.VAR_512
+        if self.model not in var.CONFIGS:
+            close = get_close_matches(self.model, _KNOWN) or _KNOWN
             raise ModelError(
                 f"no model is named {self.model!r}; did you mean {' or '.join(close)}? A model of "
                 f"your own is given as package.module:factory"
             )
-        return CONFIGS[self.model].scales
+        return var.CONFIGS[self.model].scales
 
     def _own_model(self) -> Subject:
         if self.run is None:
@@ -172,5 +175,21 @@ def _square_sides(schedule: Schedule) -> tuple[int, ...]:
     return tuple(scale[0] for scale in schedule.scales)
 
 
-def _run_var(model: VAR, *, batch: int, seed: int) -> Tensor:
+def _trained(sides: tuple[int, ...]) -> var.VAR:
+    model = var.load(DEMO)
+    if sides != model.scales:
+        raise ScheduleError(
+            f"{DEMO} was trained on maps of sides {model.scales}; found {sides}. --model {RANDOM} "
+            f"takes any"
+        )
+    return model
+
+
+def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
+    if name == RANDOM:
+        return var.build("tiny", scales=sides, **_RANDOM_SIZES)
+    return var.build(name, scales=sides)
+
+
+def _run_var(model: var.VAR, *, batch: int, seed: int) -> Tensor:
     return model.autoregressive_infer_cfg(batch, None, g_seed=seed, top_k=100, top_p=0.95)

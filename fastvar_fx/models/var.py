@@ -812,8 +812,10 @@ CONFIGS: Mapping[str, VARConfig] = MappingProxyType(
             scales=VAR_512,
             vocab_size=512,
             z_channels=16,
-            ch=16,
-            pyramid=Pyramid(multipliers=(1, 2, 4, 8), res_blocks=1, groups=4, attention=False),
+            ch=64,
+            pyramid=Pyramid(
+                multipliers=(1, 2), res_blocks=1, groups=8, attention=False, patch=4
+            ),
         ),
     }
 )

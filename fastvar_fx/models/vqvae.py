@@ -32,6 +32,7 @@ class Pyramid:
         res_blocks: residual blocks per resolution of the encoder; the decoder has one more.
         groups: groups of every group norm, a divisor of the base width.
         attention: whether the lowest resolution attends to itself.
+        patch: side of the squares of pixels that are the channels of the highest resolution.
 
     Raises:
         ValueError: a number is below 1, or there is no multiplier.
@@ -41,15 +42,17 @@ class Pyramid:
     res_blocks: int = 2
     groups: int = 32
     attention: bool = True
+    patch: int = 1
 
     def __post_init__(self) -> None:
-        if not self.multipliers or min(*self.multipliers, self.res_blocks, self.groups) < 1:
-            raise ValueError(f"{self}: multipliers, res_blocks and groups must be at least 1")
+        numbers = (*self.multipliers, self.res_blocks, self.groups, self.patch)
+        if not self.multipliers or min(numbers) < 1:
+            raise ValueError(f"{self}: there are multipliers, and every number is at least 1")
 
     @property
     def factor(self) -> int:
         """Pixels per side of a token of the last map."""
-        return 2 ** (len(self.multipliers) - 1)
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 PUBLISHED = Pyramid()
@@ -391,7 +394,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch * multiplier for multiplier in pyramid.multipliers]
         lowest = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, ch, kernel_size=3, padding=1)
+        self.patch = pyramid.patch
+        self.conv_in = nn.Conv2d(3 * pyramid.patch**2, ch, kernel_size=3, padding=1)
         self.down = nn.ModuleList(
             [
                 Level(
@@ -411,7 +415,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (B, Cvae, H / r, W / r) of an image (B, 3, H, W)."""
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for level in self.down:
             h = level(h)
         h = self.mid(h)
@@ -449,15 +453,15 @@ class Decoder(nn.Module):
             ]
         )
         self.norm_out = _group_norm(widths[0], pyramid.groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
+        self.patch = pyramid.patch
+        self.conv_out = nn.Conv2d(widths[0], 3 * pyramid.patch**2, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return an image of unbounded values (B, 3, rH, rW) for ``z`` (B, Cvae, H, W)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        image: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return image
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
 class VQVAEDecoder(nn.Module):
