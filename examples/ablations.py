@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from fastvar_fx.timing import Runs
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where something else is compared."""
-FASTVAR, TOME = "FastVAR", "ToMe"
+METHODS = FASTVAR, TOME = "FastVAR", "ToMe"
 BATCH = 3
 """Images per seed; guidance doubles them."""
 
@@ -81,92 +82,127 @@ class Section:
     better: tuple[tuple[str, str], ...] = ()
 
 
+class Tried:
+    """Ways to prune token maps of these scales."""
+
+    def __init__(self, scales: Sequence[Scale]) -> None:
+        self.scales = scales
+        self.paper = self.at(*PAPER)
+
+    def at(self, *ratios: float, cache_step: int | None = None, rules: str = FASTVAR) -> Setting:
+        return Setting(Schedule(self.scales, ratios, cache_step=cache_step), rules)
+
+    def ruled(self, *names: str) -> dict[str, Setting]:
+        return {name: self.at(*PAPER, rules=name) for name in names}
+
+
 def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
-    steps = len(scales)
-    paper = Setting(Schedule(scales, PAPER))
+    ablations = (ratio, scale, cache_step, extreme, selection, restoration, reuse, merging)
+    return tuple(section(Tried(scales)) for section in ablations)
 
-    def at(*ratios: float, cache_step: int | None = None) -> Setting:
-        return Setting(Schedule(scales, ratios, cache_step=cache_step))
 
-    def ruled(*names: str) -> dict[str, Setting]:
-        return {name: replace(paper, rules=name) for name in names}
-
-    def first_than_others(settings: dict[str, Setting]) -> tuple[tuple[str, str], ...]:
-        first, *others = settings
-        return tuple((first, other) for other in others)
-
-    swept = {percent(r, r): at(r, r) for r in (0.25, 0.5, 0.75, 0.9)}
-    alone = {f"step {steps - 1 - i} only": at(0.75, *[0.0] * i) for i in range(4)}
-    together = {f"last {n}": at(*[0.75] * n) for n in (2, 3, 4)}
-    cached = {
-        f"K-N{-back or ''}: step {step} ({sides(scales[step])})": at(*PAPER, cache_step=step)
-        for back, step in enumerate(range(steps - 3, steps - 7, -1))
-    }
-    chosen = {"pivotal tokens": paper, **ruled("random", "uniform grid", "lowest scores")}
-    restored = {"area of cached": paper} | ruled("zeros", "nearest kept token")
-    restored |= {f"{rules} of cached": s for rules, s in ruled("bilinear", "nearest").items()}
-    per_branch = {"per branch": paper, **ruled("once per block")}
-    half = at(0.5, 0.5)
-    merged = {
-        f"{rules}, {percent(*s.schedule.ratios)}": replace(s, rules=rules)
-        for s in (half, paper)
-        for rules in (FASTVAR, TOME)
-    }
-    names = list(merged)
-    return (
-        Section(
-            "Pruning ratio of the last two steps (figure 6)",
-            "Quality falls slowly at first; the more is dropped, the more is lost.",
-            swept,
-            tuple(zip(swept, list(swept)[1:], strict=False)),
-        ),
-        Section(
-            "Which scales are pruned, by 75 % (table 4)",
-            "The late scales bear pruning best. (They also have more tokens to drop.)",
-            alone | together,
-            first_than_others(alone),
-        ),
-        Section(
-            "Cache step (table A.4)",
-            "The nearest to the pruned steps, K-N, is best.",
-            cached,
-            first_than_others(cached),
-        ),
-        Section(
-            "Extreme ratios (table A.3)",
-            "Even with the last steps left out altogether, images remain usable.",
-            {
-                percent(*PAPER): paper,
-                percent(0.75, 0.95): at(0.75, 0.95),
-                f"{percent(0.5)}, last step skipped": at(0.5, 1.0),
-                "last two steps skipped": at(1.0, 1.0),
-            },
-        ),
-        Section(
-            "Which tokens are kept",
-            "Those that carry the high frequencies: pivotal token selection is best.",
-            chosen,
-            first_than_others(chosen),
-        ),
-        Section(
-            "What the others get",
-            "The cached output of the branch, area-interpolated, is best.",
-            restored,
-            first_than_others(restored),
-        ),
-        Section(
-            "How often tokens are selected",
-            "Each branch selects anew.",
-            per_branch,
-            first_than_others(per_branch),
-        ),
-        Section(
-            "Token merging at the same ratios (table 3)",
-            "At equal speed-up FastVAR loses less than merging.",
-            merged,
-            ((names[0], names[1]), (names[2], names[3])),
-        ),
+def ratio(tried: Tried) -> Section:
+    swept = {percent(r, r): tried.at(r, r) for r in (0.25, 0.5, 0.75, 0.9)}
+    return Section(
+        "Pruning ratio of the last two steps (figure 6)",
+        "Quality falls slowly at first; the more is dropped, the more is lost.",
+        swept,
+        tuple(pairwise(swept)),
     )
+
+
+def scale(tried: Tried) -> Section:
+    last = len(tried.scales) - 1
+    alone = {f"step {last - i} only": tried.at(0.75, *[0.0] * i) for i in range(4)}
+    together = {f"last {n}": tried.at(*[0.75] * n) for n in (2, 3, 4)}
+    return Section(
+        "Which scales are pruned, by 75 % (table 4)",
+        "The late scales bear pruning best. (They also have more tokens to drop.)",
+        alone | together,
+        first_than_others(alone),
+    )
+
+
+def cache_step(tried: Tried) -> Section:
+    nearest = tried.paper.schedule.cache_step
+    cached = {
+        f"K-N{-i or ''}: step {nearest - i} ({sides(tried.scales[nearest - i])})": tried.at(
+            *PAPER, cache_step=nearest - i
+        )
+        for i in range(4)
+    }
+    return Section(
+        "Cache step (table A.4)",
+        "The nearest to the pruned steps, K-N, is best.",
+        cached,
+        first_than_others(cached),
+    )
+
+
+def extreme(tried: Tried) -> Section:
+    return Section(
+        "Extreme ratios (table A.3)",
+        "Even with the last steps left out altogether, images remain usable.",
+        {
+            percent(*PAPER): tried.paper,
+            percent(0.75, 0.95): tried.at(0.75, 0.95),
+            f"{percent(0.5)}, last step skipped": tried.at(0.5, 1.0),
+            "last two steps skipped": tried.at(1.0, 1.0),
+        },
+    )
+
+
+def selection(tried: Tried) -> Section:
+    others = tried.ruled("random", "uniform grid", "lowest scores")
+    chosen = {"pivotal tokens": tried.paper} | others
+    return Section(
+        "Which tokens are kept",
+        "Those that carry the high frequencies: pivotal token selection is best.",
+        chosen,
+        first_than_others(chosen),
+    )
+
+
+def restoration(tried: Tried) -> Section:
+    restored = {"area of cached": tried.paper} | tried.ruled("zeros", "nearest kept token")
+    modes = tried.ruled("bilinear", "nearest")
+    restored |= {f"{mode} of cached": setting for mode, setting in modes.items()}
+    return Section(
+        "What the others get",
+        "The cached output of the branch, area-interpolated, is best.",
+        restored,
+        first_than_others(restored),
+    )
+
+
+def reuse(tried: Tried) -> Section:
+    selected = {"per branch": tried.paper} | tried.ruled("once per block")
+    return Section(
+        "How often tokens are selected",
+        "Each branch selects anew.",
+        selected,
+        first_than_others(selected),
+    )
+
+
+def merging(tried: Tried) -> Section:
+    settings: dict[str, Setting] = {}
+    better: list[tuple[str, str]] = []
+    for ratios in ((0.5, 0.5), PAPER):
+        pair = {f"{rules}, {percent(*ratios)}": tried.at(*ratios, rules=rules) for rules in METHODS}
+        settings |= pair
+        better += first_than_others(pair)
+    return Section(
+        "Token merging at the same ratios (table 3)",
+        "At equal speed-up FastVAR loses less than merging.",
+        settings,
+        tuple(better),
+    )
+
+
+def first_than_others(settings: dict[str, Setting]) -> tuple[tuple[str, str], ...]:
+    first, *others = settings
+    return tuple((first, other) for other in others)
 
 
 def percent(*ratios: float) -> str:
