@@ -161,13 +161,13 @@ def draw_runtime(scales: Sequence[Scale], pruned: Speed, merged: Speed, out: Pat
 
 
 Point = tuple[str, float, float | None, float]
-"""Label, speed-up, bits per token more than dense, distance of the spectra in dB."""
+"""Label, speed-up, bits per token of dense draws more than dense, distance of spectra in dB."""
 
 
 def draw_tradeoff(points: Mapping[str, Sequence[Point]], out: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(1, 2)
-    titles = ("bits per token, more than dense", "distance of spectra to dense, dB")
+    titles = ("bits per token of dense draws, more than dense", "distance of spectra to dense, dB")
     markers = "osD^vP*X"
     for place, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for i, (section, found) in enumerate(points.items()):

@@ -102,7 +102,7 @@ def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
 
 
 def ratio(tried: Tried) -> Section:
-    swept = {percent(r, r): tried.at(r, r) for r in (0.25, 0.5, 0.75, 0.9)}
+    swept = {percent(r): tried.at(r, r) for r in (0.25, 0.5, 0.75, 0.9)}
     return Section(
         "Pruning ratio of the last two steps (figure 6)",
         "Quality falls slowly at first; the more is dropped, the more is lost.",
@@ -229,10 +229,10 @@ class Row:
         return None if score is None else score.values
 
     @property
-    def bits(self) -> Interval | None:
-        """Bits per token more than dense, of the photographs or else of what the model drew."""
-        found = (self.fidelity.score("bits", against) for against in (PHOTOGRAPHS, DENSE))
-        return next((score.difference for score in found if score is not None), None)
+    def bits(self) -> float | None:
+        """Bits per token of what the dense model drew, more than its own."""
+        score = self.fidelity.score("bits", DENSE)
+        return None if score is None or score.difference is None else score.difference.mean
 
     @property
     def spectrum(self) -> float:
@@ -279,7 +279,8 @@ COLUMNS = {
     "tokens as dense": ("agreement", DENSE, 3),
     "spectrum to dense, dB": ("spectrum", DENSE, 2),
     "Frechet to photographs, more than dense": ("frechet", PHOTOGRAPHS, 2),
-    "bits per token, more than dense": ("bits", "", 4),
+    "bits per token of photographs, more than dense": ("bits", PHOTOGRAPHS, 4),
+    "bits per token of dense draws, more than dense": ("bits", DENSE, 4),
 }
 
 
@@ -296,8 +297,6 @@ def table(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
 
 
 def cell(row: Row, metric: str, against: str, digits: int) -> str:
-    if metric == "bits":
-        return "-" if row.bits is None else row.bits.text(digits, "+")
     score = row.fidelity.score(metric, against)
     if score is None:
         return "-"
@@ -310,20 +309,21 @@ def verdicts(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
     """What the pairs of the claim say, each image and seed held against itself."""
     for better, worse in section.better:
         pair = rows[section.settings[better]], rows[section.settings[worse]]
-        saved = paired("bits", (PHOTOGRAPHS, DENSE), *pair)
-        gained = paired("psnr", (DENSE,), *reversed(pair))
-        judged = (("bits per token saved", saved, 4), ("dB of PSNR gained", gained, 2))
-        parts = [f"{v.text(n, '+')} {unit}: {word(v)}" for unit, v, n in judged if v is not None]
+        judged = (
+            ("bits per token of photographs saved", paired("bits", PHOTOGRAPHS, *pair), 4),
+            ("of dense draws", paired("bits", DENSE, *pair), 4),
+            ("dB of PSNR gained", paired("psnr", DENSE, *reversed(pair)), 2),
+        )
+        parts = [f"{v.text(n, '+')} {what}: {word(v)}" for what, v, n in judged if v is not None]
         yield f"- {better} rather than {worse}: {'; '.join(parts)}."
 
 
-def paired(metric: str, against: Sequence[str], a: Row, b: Row) -> Interval | None:
+def paired(metric: str, against: str, a: Row, b: Row) -> Interval | None:
     """The differences b - a."""
-    for kind in against:
-        first, second = a.values(metric, kind), b.values(metric, kind)
-        if first is not None and second is not None:
-            return Interval.of([y - x for x, y in zip(first, second, strict=True)])
-    return None
+    first, second = a.values(metric, against), b.values(metric, against)
+    if first is None or second is None:
+        return None
+    return Interval.of([y - x for x, y in zip(first, second, strict=True)])
 
 
 def word(difference: Interval) -> str:
@@ -401,17 +401,11 @@ def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
     figures.draw_spectra(model, fast, out)
     figures.draw_kept_tokens(model, out)
     figures.draw_runtime(scales, rows[paper].speed, rows[merging].speed, out)
-    points = {}
+    points: dict[str, list[figures.Point]] = {}
     for section in sections(scales):
         found = [(label, rows[setting]) for label, setting in section.settings.items()]
         points[section.title] = [
-            (
-                label,
-                row.speed.transformer.speedup,
-                row.bits.mean if row.bits else None,
-                row.spectrum,
-            )
-            for label, row in found
+            (label, row.speed.transformer.speedup, row.bits, row.spectrum) for label, row in found
         ]
     figures.draw_tradeoff(points, out)
 

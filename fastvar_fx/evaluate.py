@@ -42,8 +42,8 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
         "agreement": "share of the tokens of the pruned steps that are those of the dense run",
         "spectrum": "distance of radial power spectra, rms over the rings, dB",
         "frechet": "Frechet distance of fixed texture features (not FID) to the photographs",
-        "bits": "bits per token that images given to the model's own loop cost: photographs, or "
-        "else what the dense model drew",
+        "bits": "bits per token that images given to the model's own loop cost: photographs, and "
+        "what the dense model drew",
     }
 )
 """What can be measured, by name."""
@@ -110,7 +110,8 @@ class StepScore:
         step: Its index.
         agreement: Share of the tokens that are those of the dense run; None if not measured, or if
             the step is skipped.
-        bits_dense: Bits per token, dense; None if not measured.
+        bits_dense: Bits per token, dense, of the photographs or, without any, of what the dense
+            model drew; None if not measured.
         bits_pruned: The same, pruned.
     """
 
@@ -266,8 +267,8 @@ class Baseline:
         if photographs is not None:
             self._spectrum = radial_spectrum(photographs.images).mean(0)
             self._features = texture_features(photographs.images)
-        self._given = _given_tokens(case, self.generations) if "bits" in self.metrics else None
-        self._bits = None if self._given is None else self._all_bits(case.model, self._given, DENSE)
+        given = _given_tokens(case, self.generations) if "bits" in self.metrics else []
+        self._given = [(each, self._all_bits(case.model, each, DENSE)) for each in given]
 
     def compare(self, fast: nn.Module, schedule: Schedule | None = None) -> Fidelity:
         """Returns how a transformed model differs from the dense one.
@@ -285,12 +286,12 @@ class Baseline:
             for step in range(drawn):
                 agreement = Interval.of([_agreement(d, p, [step]) for d, p in pairs]).mean
                 steps[step] = replace(steps[step], agreement=agreement)
-        if self._given is not None and self._bits is not None and drawn == schedule.steps:
-            bits = self._all_bits(fast, self._given, _PRUNED)
-            scores.append(_bits_score(self._given.against, self._bits, bits, schedule))
-            means = zip(self._bits.mean(0).tolist(), bits.mean(0).tolist(), strict=True)
-            for step, (dense, pruned) in enumerate(means):
-                steps[step] = replace(steps[step], bits_dense=dense, bits_pruned=pruned)
+        for given, dense in self._given if drawn == schedule.steps else ():
+            pruned = self._all_bits(fast, given, _PRUNED)
+            scores.append(_bits_score(given.against, dense, pruned, schedule))
+            if given is self._given[0][0]:
+                means = zip(steps, dense.mean(0).tolist(), pruned.mean(0).tolist(), strict=True)
+                steps = [replace(s, bits_dense=d, bits_pruned=p) for s, d, p in means]
         return Fidelity(tuple(scores), tuple(steps))
 
     def _draw(
@@ -344,7 +345,7 @@ class Baseline:
         The images are taken in batches of a generation's size, for which there are programs; the
         last is filled up with the first images.
         """
-        self._progress(f"{kind}, bits of given tokens")
+        self._progress(f"{kind}, bits of given tokens of {given.against}")
         count, batch = len(given.labels), len(self._first.latents)
         indices = (torch.arange(-(-count // batch) * batch) % count).view(-1, batch)
         bits = [
@@ -362,15 +363,16 @@ class _Given:
     against: str
 
 
-def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> _Given:
-    """Returns the tokens of the photographs; without any, those that the dense model drew."""
-    photographs = case.photographs
-    if photographs is not None and photographs.tokens is not None:
-        return _Given(photographs.labels, photographs.tokens, PHOTOGRAPHS)
+def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Given]:
+    """Returns the tokens of the photographs, if there are any, and those that were drawn."""
     drawn = [(g.labels, g.tokens) for g in generations.values()]
     known = [(labels, maps) for labels, maps in drawn if labels is not None and maps is not None]
-    maps = (torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
-    return _Given(torch.cat([labels for labels, _ in known]), tuple(maps), DENSE)
+    maps = tuple(torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
+    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE)]
+    photographs = case.photographs
+    if photographs is not None and photographs.tokens is not None:
+        given.insert(0, _Given(photographs.labels, photographs.tokens, PHOTOGRAPHS))
+    return given
 
 
 def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
@@ -458,7 +460,7 @@ def speed_of(dense: Runs, pruned: Runs) -> Speed:
 
 def phases(seeds: int, repeats: int) -> int:
     """Returns how often `evaluate` reports progress, at most."""
-    return 2 * seeds + 3 + (2 + 2 * repeats if repeats else 0)
+    return 2 * seeds + 5 + (2 + 2 * repeats if repeats else 0)
 
 
 def evaluate(

@@ -80,7 +80,7 @@ def test_the_report_and_its_figures(
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "%" in line]
     assert len(rows) == 8
-    assert len({row.split(" | ")[5] for row in rows}) == 7, "equal settings have equal bits"
+    assert len({row.split(" | ")[6] for row in rows}) == 7, "equal settings have equal bits"
     assert "rather than ToMe, 50, 75 %" in text
     assert "0 photographs" in text
     for name, caption in ablation_figures.CAPTIONS.items():

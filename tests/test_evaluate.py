@@ -104,7 +104,8 @@ def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: C
     assert score.values == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_without_photographs_the_bits_are_of_what_the_dense_model_drew(subject: Case) -> None:
+def test_the_bits_of_what_the_dense_model_drew(subject: Case) -> None:
+    """They need no photographs."""
     baseline = Baseline(replace(subject, photographs=None), ["bits", "frechet"], [0, 1])
     assert "no photographs" in baseline.left_out["frechet"]
     score = baseline.compare(subject.pruned()).score("bits", DENSE)
@@ -137,9 +138,11 @@ def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     result = evaluate(subject, seeds=3, repeats=0)
     found = {(s.metric, s.against): s.pruned for s in result.fidelity.scores}
     to_dense = {(m, DENSE) for m in ("psnr", "ssim", "agreement", "spectrum")}
-    assert set(found) == to_dense | {(m, PHOTOGRAPHS) for m in ("spectrum", "frechet", "bits")}
+    to_photographs = {(m, PHOTOGRAPHS) for m in ("spectrum", "frechet", "bits")}
+    assert set(found) == to_dense | to_photographs | {("bits", DENSE)}
     assert {key: value.count for key, value in found.items() if value.count != 3} == {
-        ("bits", PHOTOGRAPHS): 2
+        ("bits", PHOTOGRAPHS): 2,
+        ("bits", DENSE): 6,
     }
     assert 0 < found["ssim", DENSE].mean < 1
     steps = result.fidelity.steps
@@ -251,7 +254,7 @@ def test_the_command_prints_json(
     assert main([*command, *options, "--json"]) == 0
     assert asked == {"classes": [0, 2], "folder": None, "ratios": (0.25,)}
     data = json.loads(capsys.readouterr().out)
-    assert [score["metric"] for score in data["scores"]] == ["psnr", "bits"]
+    assert [score["metric"] for score in data["scores"]] == ["psnr", "bits", "bits"]
     assert data["steps"][-1]["bits_pruned"] != data["steps"][-1]["bits_dense"]
     assert data["speed"]["flops_pruned"] < data["speed"]["flops_dense"]
     assert main([*command, *options]) == 0
