@@ -22,6 +22,7 @@ from fastvar_fx.models import (
 )
 from fastvar_fx.models import var as var_module
 from fastvar_fx.models.var import SelfAttention, sample_top_k_top_p
+from fastvar_fx.models.vqvae import SpatialAttention
 
 SCALES = (1, 2, 3, 4)
 SMALL: dict[str, Any] = {
@@ -296,6 +297,7 @@ def test_block_follows_its_formula(shared_aln: bool, attn_l2_norm: bool) -> None
 
 def test_decoder_attention_follows_its_formula(var: VAR) -> None:
     attend = var.vae.decoder.mid.attn_1
+    assert isinstance(attend, SpatialAttention)
     x = torch.randn(2, 128, 3, 4, generator=torch.Generator().manual_seed(0))
     q, k, v = attend.qkv(attend.norm(x)).flatten(2).chunk(3, dim=1)
     weights = torch.einsum("bci,bcj->bij", q, k).div(128**0.5).softmax(dim=-1)

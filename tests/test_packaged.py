@@ -76,7 +76,7 @@ def test_the_model_draws_what_it_was_given(
 def test_the_model_expects_photographs_more_than_noise(
     trained: VAR, photographs: tuple[Tensor, Tensor]
 ) -> None:
-    images, labels = (part[:2] for part in photographs)
+    images, labels = (part[1:2] for part in photographs)
     maps = token_maps(trained, images)
     shuffled = [ids[:, torch.randperm(ids.shape[1])] for ids in maps]
     vocabulary = math.log2(trained.vae.vocab_size)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastvar_fx.models.vqvae import Pyramid
+from fastvar_fx.models.vqvae import Pyramid, QuantizedMap
 
 TRAIN = Path(__file__).parent.parent / "examples" / "train"
 sys.path.append(str(TRAIN))
@@ -66,6 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_vae, "VAR_256", (1, 2, 3, 4))
     monkeypatch.setattr(train_var, "FIRST_MAPS", 2)
     monkeypatch.setattr(train_var, "WINDOW", 4)
+    monkeypatch.setattr(loop, "WARM_UP", 5)
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_unused_codes_are_refilled_with_vectors_to_be_quantized() -> None:
     before = codebook.weight.clone()
     unused = torch.tensor([True, False, True, True, False, True])
     z = torch.stack((torch.arange(4.0), torch.arange(4.0) + 10)).view(1, 2, 2, 2)
-    maps = [train_vae.QuantizedMap(z, torch.zeros(1, 4), z)] * 2
+    maps = [QuantizedMap(z, torch.zeros(1, 4), z)] * 2
     train_vae.refill(codebook, unused, maps, torch.Generator().manual_seed(0))
     assert torch.equal(codebook.weight[~unused], before[~unused])
     assert torch.equal(codebook.weight[unused, 1], codebook.weight[unused, 0] + 10)

@@ -90,7 +90,7 @@ class CropSet:
             with safe_open(path, framework="pt") as file:
                 motifs = tuple(json.loads((file.metadata() or {})["motifs"]))
                 names = [f.name for f in fields(cls) if f.name != "motifs"]
-                made = cls(*(file.get_tensor(name) for name in names), motifs)
+                made = cls(**{name: file.get_tensor(name) for name in names}, motifs=motifs)
         except (OSError, KeyError, SafetensorError) as error:
             raise SystemExit(
                 f"asked: the training set {path}\nfound: {type(error).__name__}: {error}\n"

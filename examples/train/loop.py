@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 50
-SAVE_EVERY = 20.0
+SAVE_EVERY = 60.0
 """Seconds between checkpoints."""
 SAY_EVERY = 25
 """Steps between lines of progress."""

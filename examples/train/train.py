@@ -1,10 +1,14 @@
 """Trains the demonstration model: first its VQ-VAE, then its VAR on the VQ-VAE's tokens.
 
-    python examples/train/data.py packages set.safetensors --held-out held_out
-    python examples/train/train.py vae set.safetensors run --steps 2200
-    python examples/train/train.py tokens set.safetensors run
-    python examples/train/train.py var run --steps 2000
+    python examples/train/data.py packages close.safetensors --held-out held_out
+    python examples/train/data.py packages wide.safetensors --zooms 1 1.5
+    python examples/train/train.py vae close.safetensors run --steps 1150
+    python examples/train/train.py tokens wide.safetensors run
+    python examples/train/train.py var run --steps 800
+    python examples/train/train.py measure run
     python examples/train/train.py export run demo.safetensors
+
+The VQ-VAE learns from crops at three zooms, the VAR from the two wider ones, which show motifs.
 
 `run` is a folder. A training that was stopped goes on from the checkpoint in it, written about once
 a minute. On a GPU convolutions and matrix products run in bfloat16; on a CPU only with `--bf16`,
@@ -27,10 +31,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    vae, tokens, var, export = (verbs.add_parser(n) for n in ("vae", "tokens", "var", "export"))
+    names = ("vae", "tokens", "var", "measure", "export")
+    vae, tokens, var, measure, export = (verbs.add_parser(name) for name in names)
     for verb in (vae, tokens):
         verb.add_argument("set", type=Path, help="what data.py wrote")
-    for verb in (vae, tokens, var, export):
+    for verb in (vae, tokens, var, measure, export):
         verb.add_argument("run", type=Path, help="folder of the checkpoints")
     for verb in (vae, var):
         verb.add_argument("--steps", type=int, required=True, help="steps in all")
@@ -44,6 +49,8 @@ def main() -> None:
         train_var.tokenize(args.set, args.run)
     elif args.verb == "var":
         train_var.train(args.run, args.steps, device, bf16=args.bf16 or device == "cuda")
+    elif args.verb == "measure":
+        train_var.measure(args.run)
     else:
         train_var.export(args.run, args.out)
 

@@ -175,7 +175,7 @@ def refill(
 def train(set_path: Path, run: Path, steps: int, device: str, *, bf16: bool) -> None:
     """Trains until the given step, going on from the checkpoint in `run` if there is one."""
     images = CropSet.load(set_path).images
-    vae = new_vae().to(device, memory_format=torch.channels_last)
+    vae = new_vae().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
     used = torch.zeros(CONFIG.vocab_size, dtype=torch.bool, device=device)
     objective = Objective(vae, images, steps, used, bf16)

@@ -24,9 +24,11 @@ from fastvar_fx.models.vqvae import VQVAE
 
 PEAK_RATE = 1.5e-3
 DECAY = 0.03
+LOUDER = 6
+"""Factor on the first weights for code vectors, which here are about a third of unit size."""
 FIRST_MAPS = 7
 """Token maps that most steps see."""
-ALL_FROM = 0.6
+ALL_FROM = 0.55
 """Share of the steps after which all maps are seen."""
 WINDOW = 13
 """Side of the window through which larger maps are seen."""
@@ -48,7 +50,7 @@ def tokenize(set_path: Path, run: Path) -> None:
 
     def tokens(images: Tensor) -> Tensor:
         parts = []
-        for some in images.split(8):
+        for some in torch.split(images, 8):
             maps = vae.encode(some.float() / 127.5 - 1, CONFIG.scales)
             parts.append(torch.cat(maps, 1).short())
             print(f"{len(parts) * 8} of {len(images)}", flush=True)
@@ -63,12 +65,17 @@ def tokenize(set_path: Path, run: Path) -> None:
     loop.write(run / "tokens.pt", contents)
 
 
+@torch.no_grad()
 def new_var(vae: VQVAE) -> VAR:
-    """Returns a VAR to train: random weights, and a classifier that begins indifferent."""
+    """Returns a VAR to train: random weights that let the picture so far speak louder than places.
+
+    The classifier begins indifferent.
+    """
     var = CONFIG.new_var(vae)
     var.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        var.head.weight.mul_(0.05)
+    var.word_embed.weight.mul_(LOUDER)
+    var.pos_1LC.div_(LOUDER)
+    var.head.weight.div_(20)
     return var
 
 
@@ -97,7 +104,7 @@ def seen(maps: int, generator: torch.Generator) -> Tensor:
 
 def inputs(vae: VQVAE, tokens: Tensor) -> Tensor:
     """Returns the teacher-forced inputs of whole token sequences (B, L), (B, L - 1, Cvae)."""
-    maps = tokens.long().split([side**2 for side in CONFIG.scales], dim=1)
+    maps = torch.split(tokens.long(), [side**2 for side in CONFIG.scales], dim=1)
     return vae.quantize.inputs(maps[:-1], CONFIG.scales)
 
 
@@ -105,7 +112,7 @@ def inputs(vae: VQVAE, tokens: Tensor) -> Tensor:
 def bits(var: VAR, vae: VQVAE, tokens: Tensor, labels: Tensor) -> Tensor:
     """Returns the bits that each token of each image takes, (N, L)."""
     parts = []
-    for some, classes in zip(tokens.split(2), labels.split(2), strict=True):
+    for some, classes in zip(torch.split(tokens, 2), torch.split(labels, 2), strict=True):
         logits = var(classes, inputs(vae, some))  # (B, L, V)
         parts.append(F.cross_entropy(logits.mT, some.long(), reduction="none") / math.log(2))
     return torch.cat(parts)
@@ -136,7 +143,7 @@ class Objective:
         generator = torch.Generator().manual_seed(step)
         device = self.var.lvl_1L.device
         whole = step >= ALL_FROM * self.steps
-        maps, size = (len(CONFIG.scales), 4) if whole else (FIRST_MAPS, 16)
+        maps, size = (len(CONFIG.scales), 2) if whole else (FIRST_MAPS, 8)
         only = seen(maps, generator).to(device)
         chosen = torch.randint(len(self.tokens), (size,), generator=generator)
         tokens = self.tokens[chosen].to(device).long()
@@ -153,10 +160,7 @@ class Objective:
 
 
 def train(run: Path, steps: int, device: str, *, bf16: bool) -> None:
-    """Trains until the given step, going on from the checkpoint in `run` if there is one.
-
-    Ends with the bits that the tokens of held-out crops take.
-    """
+    """Trains until the given step, going on from the checkpoint in `run` if there is one."""
     data = loop.read(run / "tokens.pt", "tokens")
     vae = trained_vae(run).to(device)
     var = new_var(vae).to(device)
@@ -166,13 +170,41 @@ def train(run: Path, steps: int, device: str, *, bf16: bool) -> None:
     loop.train(path, var, optimizer, {}, objective, peak_rate=PEAK_RATE, steps=steps)
 
 
+def measure(run: Path) -> None:
+    """Prints the bits per token of held-out crops, and of as many of those trained on."""
+    data = loop.read(run / "tokens.pt", "tokens")
+    vae = trained_vae(run)
+    var = trained_var(run, vae)
+    count = len(data["held_out"])
+    spread = torch.linspace(0, len(data["tokens"]) - 1, count).long()
+    parts = {
+        "held out": (data["held_out"], data["held_out_labels"]),
+        "trained on": (data["tokens"][spread], data["labels"][spread]),
+    }
+    for name, (tokens, labels) in parts.items():
+        taken = bits(var, vae, tokens, labels).mean(0)  # (L,)
+        maps = torch.split(taken, [side**2 for side in CONFIG.scales])
+        sides = zip(CONFIG.scales, maps, strict=True)
+        print(
+            f"{name}, {count} crops: {taken.mean():.3f} bits a token; by side of the map:",
+            ", ".join(f"{side}: {part.mean():.2f}" for side, part in sides),
+        )
+
+
+def trained_var(run: Path, vae: VQVAE) -> VAR:
+    """Returns the VAR of a run with its weights rounded to float16, as they are shipped."""
+    var = CONFIG.new_var(vae)
+    state = loop.read(run / "var.pt", "var")["model"]
+    var.load_state_dict({key: value.half() for key, value in state.items()})
+    return var.eval().requires_grad_(False)
+
+
 def export(run: Path, out: Path) -> None:
     """Writes the parameters of both models in float16 as one safetensors file."""
     vae = trained_vae(run)
-    var = CONFIG.new_var(vae)
-    var.load_state_dict(loop.read(run / "var.pt", "var")["model"])
+    var = trained_var(run, vae)
     tensors = {
-        f"{part}.{name}": parameter.detach().half().contiguous()
+        f"{part}.{name}": parameter.half().contiguous()
         for part, model in (("var", var), ("vae", vae))
         for name, parameter in model.named_parameters()
     }

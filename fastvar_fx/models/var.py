@@ -433,9 +433,10 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Return generated images in [0, 1], (B, 3, 16H, 16W) with H the side of the last map.
+        """Return generated images in [0, 1], (B, 3, r * H, r * H).
 
-        This is :meth:`infer_fhat` followed by the VQ-VAE decoder.
+        This is :meth:`infer_fhat` followed by the VQ-VAE decoder. H is the side of the last map and
+        r the decoder's factor, 16 as published.
 
         Args:
             B: number of images, at least 1.
