@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,17 @@ from torch import Tensor
 Scale = tuple[int, ...]
 """A token map: (h, w), or (m, h, w) for m maps that are drawn jointly."""
 
-Select = Callable[[Tensor, int], Tensor]
-"""(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64, each at most once."""
+Select = Callable[[Tensor, int], Any]
+"""(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64, each at most once.
 
-Restore = Callable[[Tensor, Tensor, Tensor, Scale, Scale], Tensor]
-"""(kept (B, kept, C), index (B, kept), cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
+Or a tuple that starts with them, for a `Take` and a `Restore` that need to know more.
+"""
+
+Take = Callable[[Tensor, Any], Tensor]
+"""(x (B, L, C), what `Select` gave) -> the tokens that the branch runs on, (B, kept, C)."""
+
+Restore = Callable[[Tensor, Any, Tensor, Scale, Scale], Tensor]
+"""(kept (B, kept, C), what `Select` gave, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
@@ -61,6 +68,15 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
     return best.sort(dim=1).values
 
 
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Returns the tokens (B, kept, C) of x (B, L, C) at `index` (B, kept)."""
+    if torch.compiler.is_compiling():
+        return _gathered(x, index)
+    batch, tokens, width = x.shape
+    rows = x.reshape(batch * tokens, width).index_select(0, _rows(index, tokens))
+    return rows.view(*index.shape, width)
+
+
 @dataclass(frozen=True)
 class Operators:
     """What the rewritten graphs call: the paper's selection and restoration, or the user's.
@@ -69,25 +85,15 @@ class Operators:
         select: Selects the kept tokens.
         restore: Restores a branch's full output.
         restores_anew: Whether what `restore` returns is memory of its own, free to overwrite.
+        take: Makes what a branch runs on of the tokens.
+        selects_once: Whether all branches of a block keep what the first one selects.
     """
 
     select: Select
     restore: Restore
     restores_anew: bool = False
-
-    @staticmethod
-    def take(x: Tensor, index: Tensor) -> Tensor:
-        """Returns the tokens of x at `index`."""
-        return take_tokens(x, index)
-
-
-def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Returns the tokens (B, kept, C) of x (B, L, C) at `index` (B, kept)."""
-    if torch.compiler.is_compiling():
-        return _gathered(x, index)
-    batch, tokens, width = x.shape
-    rows = x.reshape(batch * tokens, width).index_select(0, _rows(index, tokens))
-    return rows.view(*index.shape, width)
+    take: Take = take_tokens
+    selects_once: bool = False
 
 
 def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:

@@ -204,7 +204,8 @@ class ProgramStore:
             if step == plan.schedule.cache_step:
                 return make_capture(call, real, plan.kinds, later, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
-            at = Step(plan.schedule.kept(step), *scales, last=step == plan.last_step)
+            last, once = step == plan.last_step, plan.operators.selects_once
+            at = Step(plan.schedule.kept(step), *scales, last=last, selects_once=once)
             return make_pruned(
                 call, real, plan.kinds, at, plan.operators, captured, later, dump or None
             )

@@ -43,7 +43,9 @@ def transform(
     strict: bool = True,
     dump_dir: str | Path | None = None,
     select: ops.Select = ops.pivotal_token_selection,
+    take: ops.Take = ops.take_tokens,
     restore: ops.Restore = ops.cached_token_restoration,
+    select_once: bool = False,
 ) -> Model:
     """Returns a copy of a next-scale model whose blocks run FastVAR in the model's own loop.
 
@@ -70,9 +72,14 @@ def transform(
             `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
-        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64.
+        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64, or a tuple
+            that starts with them, which `take` and `restore` then get in place of the indices.
+        take: Makes what a branch runs on: (x (B, L, C), index (B, kept)) -> (B, kept, C).
         restore: Restores a branch's output: (kept (B, kept, C), index (B, kept), cached
             (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
+            Rules to compare with are in `fastvar_fx.alternatives`.
+        select_once: Whether all branches of a block keep what its first one selects; else, as in
+            the paper, each selects anew.
 
     Raises:
         ModelError: No blocks found, training mode, already transformed, or a loop that cannot
@@ -94,7 +101,7 @@ def transform(
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
     anew = restore is ops.cached_token_restoration
-    operators = ops.Operators(_named(select), _named(restore), anew)
+    operators = ops.Operators(_named(select), _named(restore), anew, _named(take), select_once)
     names = tuple(found)
     plan = Plan(schedule, skipped, names, kinds, step_of, strict, folder, operators, live_rows)
     plan.kv_buffers = KVBuffers() if kv_buffer else None

@@ -29,30 +29,42 @@ class Operators(Protocol):
     """The runtime functions that the rewritten graph calls; all take and return real tensors."""
 
     @property
-    def select(self) -> Callable[[Tensor, int], Tensor]:
-        """(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64."""
+    def select(self) -> Callable[[Tensor, int], Any]:
+        """(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64.
+
+        Or a tuple that starts with them; `take` and `restore` then get the tuple.
+        """
 
     @property
     def restores_anew(self) -> bool:
         """Whether what `restore` returns is memory of its own, free to overwrite."""
 
     @property
-    def take(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x (B, L, C), index (B, kept)) -> the tokens at `index`, (B, kept, C)."""
+    def take(self) -> Callable[[Tensor, Any], Tensor]:
+        """(x (B, L, C), what `select` gave) -> what the branch runs on, (B, kept, C)."""
 
     @property
-    def restore(self) -> Callable[[Tensor, Tensor, Tensor, Scale, Scale], Tensor]:
-        """(kept (B, kept, C), index, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
+    def restore(self) -> Callable[[Tensor, Any, Tensor, Scale, Scale], Tensor]:
+        """(kept (B, kept, C), what `select` gave, cached (B, Lc, C), its scale, scale) -> all."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a pruned step keeps, the scales it restores from and to, and whether it is the last."""
+    """What a pruned step keeps.
+
+    Attributes:
+        kept: How many tokens.
+        cached_scale: The scale it restores from.
+        scale: Its own scale.
+        last: Whether no step comes after it.
+        selects_once: Whether all branches of a block keep the tokens that the first one selects.
+    """
 
     kept: int
     cached_scale: Scale
     scale: Scale
     last: bool = True
+    selects_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,10 @@ class _Rewriter:
         self._graph = Graph()
         self._dense: dict[Node, Node] = {}
         self._live, self._pruned_live = _liveness(graph_module.graph, branches, step.kept)
+        selected: dict[int, Node] = {}
         self._emitters = [
-            _BranchEmitter(self._graph, branch, step, operators, self._dense) for branch in branches
+            _BranchEmitter(self._graph, branch, step, operators, self._dense, selected)
+            for branch in branches
         ]
 
     def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
@@ -173,7 +187,10 @@ class _Rewriter:
 
 
 class _BranchEmitter:
-    """Emits one branch on the kept tokens."""
+    """Emits one branch on the kept tokens.
+
+    `selected` holds the selections of all branches of the block, by the branch that made them.
+    """
 
     def __init__(
         self,
@@ -182,6 +199,7 @@ class _BranchEmitter:
         step: Step,
         operators: Operators,
         dense: dict[Node, Node],
+        selected: dict[int, Node],
     ) -> None:
         self.branch = branch
         self.emitted: dict[Node, Node] = {}
@@ -190,7 +208,8 @@ class _BranchEmitter:
         self._kept = step.kept
         self._operators = operators
         self._dense = dense
-        self._index: Node | None = None
+        self._selected = selected
+        self._selector = 0 if step.selects_once else branch.index
         self._taken: dict[Node, Node] = {}
         self._gathered: dict[tuple[Node, Axes], Node] = {}
 
@@ -226,11 +245,11 @@ class _BranchEmitter:
         """Emits the restoration of the branch's full output."""
         out, scales = self.branch.out, (self._step.cached_scale, self._step.scale)
         if self._kept:
-            kept, index = self.emitted[out], self._kept_index(out)
+            kept, selection = self.emitted[out], self._selection(out)
         else:
             kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), {}, out)
-            index = self._call(_no_tokens, (cache,), {}, out)
-        return self._call(self._operators.restore, (kept, index, cache, *scales), {}, out)
+            selection = self._call(_no_tokens, (cache,), {}, out)
+        return self._call(self._operators.restore, (kept, selection, cache, *scales), {}, out)
 
     def _operand(self, value: Any, edit: object) -> Any:
         if not isinstance(value, Node):
@@ -263,17 +282,24 @@ class _BranchEmitter:
             return edit.compute(value, count)
         return self._call(edit.compute, (self._dense[value], count), {}, like)
 
-    def _kept_index(self, like: Node) -> Node:
-        """The kept tokens, ranked by the trunk as this branch reads it."""
-        if self._index is None:
+    def _selection(self, like: Node) -> Node:
+        """What is selected of the trunk as this branch reads it, or as the first branch does."""
+        if self._selector not in self._selected:
             read = [entry for entry in self.branch.entries if entry in self._dense]
             source = self._dense[read[-1]]  # a later alias may not be there yet
-            self._index = self._call(self._operators.select, (source, self._kept), {}, like)
-        return self._index
+            made = self._call(self._operators.select, (source, self._kept), {}, like)
+            self._selected[self._selector] = made
+        return self._selected[self._selector]
+
+    def _kept_index(self, like: Node) -> Node:
+        selection = self._selection(like)
+        if isinstance(selection.meta["val"], Tensor):
+            return selection
+        return self._call(operator.getitem, (selection, 0), {}, like)
 
     def _take(self, entry: Node) -> Node:
         if entry not in self._taken:
-            parts = (self._dense[entry], self._kept_index(entry))
+            parts = (self._dense[entry], self._selection(entry))
             self._taken[entry] = self._call(self._operators.take, parts, {}, entry)
         return self._taken[entry]
 

@@ -1,4 +1,4 @@
-"""The command line: `fastvar-fx presets | explain | demo | bench`, a module for each verb.
+"""The command line: `fastvar-fx presets | explain | demo | bench | evaluate`, a module each.
 
 Exit codes: 0 done; 1 it could not be done and stderr says why; 2 the command line is wrong, or
 packages of the extra `cli` are missing. With `--json`, stdout holds JSON and nothing else.

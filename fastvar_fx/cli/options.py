@@ -135,17 +135,25 @@ class Asked:
         return Subject(self.model, call_factory(self.model), schedule, run, self.blocks, self.seed)
 
     def _schedule(self, own: Sequence[int] | None) -> Schedule:
-        if self.preset is not None and self.schedule_file is not None:
-            usage("--preset and --schedule exclude each other")
-        if self.preset is not None:
-            base = Schedule.preset(self.preset)
-        elif self.schedule_file is not None:
-            base = Schedule.from_json(self.schedule_file.read_text(encoding="utf-8"))
-        elif own is not None:
-            base = Schedule(own, _RATIOS)
-        else:
-            usage(f"{self.model} needs --preset NAME or --schedule FILE with the scales it draws")
-        return base if self.ratios is None else _with_ratios(base, self.ratios)
+        base = None if own is None else Schedule(own, _RATIOS)
+        return chosen_schedule(self.model, self.preset, self.schedule_file, self.ratios, base)
+
+
+def chosen_schedule(
+    model: str, preset: str | None, file: Path | None, ratios: str | None, own: Schedule | None
+) -> Schedule:
+    """Returns the schedule asked for, else the model's own, with other ratios if they are given."""
+    if preset is not None and file is not None:
+        usage("--preset and --schedule exclude each other")
+    if preset is not None:
+        base = Schedule.preset(preset)
+    elif file is not None:
+        base = Schedule.from_json(file.read_text(encoding="utf-8"))
+    elif own is not None:
+        base = own
+    else:
+        usage(f"{model} needs --preset NAME or --schedule FILE with the scales it draws")
+    return base if ratios is None else _with_ratios(base, ratios)
 
 
 def _with_ratios(schedule: Schedule, text: str) -> Schedule:

@@ -43,6 +43,9 @@ VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its index and ``f_hat`` so far, (B, Cvae, H, W)."""
 
+Choose = Callable[[int, Tensor], Tensor]
+"""Picks a token map: (step, guided logits (B, l, V)) -> ids, int64 (B, l)."""
+
 _MAX_LOG_SCALE = math.log(100)
 
 
@@ -466,6 +469,7 @@ class VAR(nn.Module):
         top_k: int = 0,
         top_p: float = 0.0,
         on_step: OnStep | None = None,
+        choose: Choose | None = None,
     ) -> Tensor:
         """Return the feature maps that the VQ-VAE decodes to images, (B, Cvae, H, W).
 
@@ -481,6 +485,9 @@ class VAR(nn.Module):
             top_p: see there.
             on_step: called after each step with its index and ``f_hat`` so far, a tensor that
                 later steps do not overwrite.
+            choose: picks the tokens of each step, in place of the draws that ``top_k``, ``top_p``
+                and ``g_seed`` tell of; one that returns the tokens of an image shows how likely
+                they are in the very steps of generation.
 
         Raises:
             TypeError: see there.
@@ -510,7 +517,10 @@ class VAR(nn.Module):
                 logits = self.get_logits(x, cond)  # (2B, l, V)
                 t = cfg * (step / last)
                 logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
-                tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
+                if choose is None:
+                    tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
+                else:
+                    tokens = choose(step, logits)
                 f_hat, average = quantize.get_next_autoregressive_input(
                     step, len(self.scales), f_hat, tokens, self.scales
                 )
@@ -805,9 +815,7 @@ CONFIGS: Mapping[str, VARConfig] = MappingProxyType(
             vocab_size=512,
             z_channels=16,
             ch=64,
-            pyramid=Pyramid(
-                multipliers=(1, 2), res_blocks=1, groups=8, attention=False, patch=4
-            ),
+            pyramid=Pyramid(multipliers=(1, 2), res_blocks=1, groups=8, attention=False, patch=4),
         ),
     }
 )

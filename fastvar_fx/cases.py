@@ -1,0 +1,298 @@
+"""Models to evaluate: how each draws from a seed, and photographs to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvar_fx.alternatives import Rules
+from fastvar_fx.bench.presets import PRESETS
+from fastvar_fx.errors import ModelError, ScheduleError
+from fastvar_fx.models import packaged, var
+from fastvar_fx.models.hart import HART
+from fastvar_fx.models.infinity import Infinity
+from fastvar_fx.models.var import VAR, sample_top_k_top_p
+from fastvar_fx.models.vqvae import VQVAE
+from fastvar_fx.schedule import Schedule
+from fastvar_fx.timing import Subject
+from fastvar_fx.transform import trace, transform
+
+DEMO: Final = packaged.NAME
+"""The model whose weights come along."""
+
+_SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
+_RATIOS: Final = (0.5, 0.75)
+_MOST_CLASSES: Final = 5
+_TOP_K: Final = 100
+_TOP_P: Final = 0.95
+_TEXT_TOKENS: Final = 30
+
+
+# --- what is evaluated ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model drew from one seed, on the CPU.
+
+    Attributes:
+        latents: (B, C, h, w).
+        images: (B, 3, H, W) in [0, 1]; None where the package has no image decoder.
+        tokens: The token map of each step, int64 (B, l); None where the loop does not tell them.
+        labels: The classes drawn, int64 (B,); None where there are none.
+    """
+
+    latents: Tensor
+    images: Tensor | None = None
+    tokens: tuple[Tensor, ...] | None = None
+    labels: Tensor | None = None
+
+    @property
+    def picture(self) -> Tensor:
+        """The images, or the latents where there are none."""
+        return self.latents if self.images is None else self.images
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Images that a model never saw.
+
+    Attributes:
+        images: (N, 3, H, W) in [0, 1].
+        labels: Their classes, int64 (N,), -1 where unknown.
+        tokens: Their token maps, int64 (N, l) each; None if the model has no encoder.
+    """
+
+    images: Tensor
+    labels: Tensor
+    tokens: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to evaluate.
+
+    Attributes:
+        name: What to call it.
+        model: In eval mode.
+        schedule: What it draws, and how it is pruned.
+        draw: Draws a batch from a seed: (model, seed) -> generation.
+        photographs: What to compare with; None if there are none.
+        note: What a reader has to know; may be empty.
+    """
+
+    name: str
+    model: nn.Module
+    schedule: Schedule
+    draw: Callable[[Any, int], Generation]
+    photographs: Photographs | None = None
+    note: str = ""
+
+    def subject(self, seed: int) -> Subject:
+        """Returns how to count and time a generation."""
+        return Subject(
+            self.name, self.model, self.schedule, lambda model: self.draw(model, seed), seed=seed
+        )
+
+    def pruned(self, rules: Rules | None = None) -> nn.Module:
+        """Returns the transformed model, with its programs traced."""
+        fast = transform(self.model, self.schedule, **(rules or Rules()))
+        trace(fast, lambda model: self.draw(model, 0))
+        return fast
+
+
+def draw_var(
+    model: VAR, seed: int, classes: Sequence[int], on_step: var.OnStep | None = None
+) -> Generation:
+    """Draws an image of each class, with classifier-free guidance of 1.5.
+
+    Args:
+        model: Original or transformed.
+        seed: Of the draws; as long as they see the same, two models draw the same tokens.
+        classes: One for each image.
+        on_step: Called after each step with its index and the latents so far.
+    """
+    device = model.lvl_1L.device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens: list[Tensor] = []
+
+    def choose(step: int, logits: Tensor) -> Tensor:
+        likeliest = min(_TOP_K, logits.shape[-1])
+        tokens.append(sample_top_k_top_p(logits, likeliest, _TOP_P, generator))
+        return tokens[-1]
+
+    labels = torch.tensor(classes)
+    with torch.no_grad():
+        latents = model.infer_fhat(len(classes), labels, on_step=on_step, choose=choose)
+        images = model.vae.decode(latents).float().cpu()
+    return Generation(latents.cpu(), images, tuple(t.cpu() for t in tokens), labels)
+
+
+# --- by name ----------------------------------------------------------------------------------
+
+
+def case_names() -> tuple[str, ...]:
+    """Returns the names of the models that `case` knows."""
+    return (DEMO, *PRESETS)
+
+
+def own_schedule(name: str) -> Schedule:
+    """Returns the schedule that a model is evaluated by unless another is given.
+
+    Raises:
+        ModelError: If no model has this name; the message offers close ones.
+    """
+    if name == DEMO:
+        return Schedule(var.CONFIGS[DEMO].scales, _RATIOS)
+    if name not in PRESETS:
+        close = " or ".join(get_close_matches(name, case_names()) or case_names())
+        raise ModelError(f"no model to evaluate is named {name!r}; did you mean {close}?")
+    return PRESETS[name].schedule
+
+
+def case(
+    name: str,
+    schedule: Schedule | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    folder: Path | None = None,
+) -> Case:
+    """Returns a model to evaluate, on the CPU or, if there is one, the GPU.
+
+    Args:
+        name: One of `case_names()`.
+        schedule: What it draws and how it is pruned; None for its own.
+        classes: Classes to draw, one image each per seed; None for the first few.
+        folder: Photographs of the size that the model draws. A file whose name begins with a number
+            and a dash, such as `3-lake.jpg`, is of that class, others of none.
+
+    Raises:
+        ModelError: An unknown name or class, classes or photographs for a model that has none, or a
+            folder without usable photographs.
+        ScheduleError: If the trained model draws other scales.
+    """
+    schedule = schedule or own_schedule(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = _model(name, schedule).to(device)
+    note = "" if name == DEMO else "random weights: the numbers say nothing of trained models"
+    if isinstance(model, VAR):
+        model.vae.to(device)
+        drawn = _check_classes(model, classes)
+        photographs = _photographs_of(model, name, folder)
+        draw: Callable[[Any, int], Generation] = partial(draw_var, classes=drawn)
+        return Case(name, model, schedule, draw, photographs, note)
+    for what, given in (("classes", classes), ("decoder for images to compare", folder)):
+        if given is not None:
+            raise ModelError(f"{name} has no {what}; leave them out")
+    return Case(name, model, schedule, partial(_draw_text, scales=schedule.scales), note=note)
+
+
+def _model(name: str, schedule: Schedule) -> nn.Module:
+    own = own_schedule(name)
+    if name != DEMO:
+        return PRESETS[name].at(schedule).build()
+    if schedule.scales != own.scales:
+        raise ScheduleError(
+            f"{name} was trained on maps {own.scales}; the schedule given has {schedule.scales}"
+        )
+    try:
+        return var.load(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be loaded: {error}") from error
+
+
+def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
+    """Draws one image of a random prompt."""
+    config, weight = model.config, model.word_embed.weight
+    tokens = config.text_length if isinstance(model, HART) else _TEXT_TOKENS
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, config.text_width, generator=generator).to(weight)
+    with torch.no_grad():
+        return Generation(model.autoregressive_infer_cfg(text, scales, g_seed=seed).float().cpu())
+
+
+def _check_classes(model: VAR, classes: Sequence[int] | None) -> tuple[int, ...]:
+    if classes is None:
+        return tuple(range(min(model.num_classes, _MOST_CLASSES)))
+    unknown = [c for c in classes if not 0 <= c < model.num_classes]
+    if unknown or not classes:
+        found = unknown[0] if unknown else "none"
+        raise ModelError(f"the model has classes 0 to {model.num_classes - 1}; found {found}")
+    return tuple(classes)
+
+
+# --- photographs ------------------------------------------------------------------------------
+
+
+def _photographs_of(model: VAR, name: str, folder: Path | None) -> Photographs | None:
+    if folder is not None:
+        side = model.vae.pyramid.factor * model.scales[-1]
+        images, labels = read_folder(folder, side, model.num_classes)
+    elif name == DEMO:
+        images, labels = packaged.held_out()
+        images = (images + 1) / 2
+    else:
+        return None
+    return Photographs(images, labels, _tokens_of(model, images))
+
+
+def _tokens_of(model: VAR, images: Tensor) -> tuple[Tensor, ...] | None:
+    if not isinstance(model.vae, VQVAE):
+        return None
+    maps = model.vae.encode(images.to(model.lvl_1L.device) * 2 - 1, model.scales)
+    return tuple(tokens.cpu() for tokens in maps)
+
+
+def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Returns the images of a folder (N, 3, side, side) in [0, 1] and their classes, int64 (N,).
+
+    Args:
+        folder: Its files are read in order of their names; folders in it are not.
+        side: Pixels that each has to be high and wide.
+        classes: How many classes there are; see `case` for how a name tells it.
+
+    Raises:
+        ModelError: No such folder, no image in it, a file that cannot be read, or an image of
+            another size or an unknown class.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder} with photographs")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ModelError(f"{folder} holds no photograph; put files {', '.join(_SUFFIXES)} there")
+    images = torch.stack([_read(file, side) for file in files])
+    return images, torch.tensor([_class_of(file, classes) for file in files])
+
+
+def _read(file: Path, side: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise ModelError(f"{file} is no image that pillow can read: {error}") from error
+    if pixels.shape[:2] != (side, side):
+        height, width = pixels.shape[:2]
+        raise ModelError(
+            f"the model draws {side} x {side} pixels, but {file} has {width} x {height}; crop or "
+            f"resize it"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255  # (h, w, 3) -> (3, h, w)
+
+
+def _class_of(file: Path, classes: int) -> int:
+    number, dash, _ = file.name.partition("-")
+    if not (dash and number.isdecimal()):
+        return -1
+    if int(number) >= classes:
+        raise ModelError(f"{file} is of class {number}; the model has classes 0 to {classes - 1}")
+    return int(number)
