@@ -804,9 +804,7 @@ CONFIGS: Mapping[str, VARConfig] = MappingProxyType(
             vocab_size=512,
             z_channels=16,
             ch=64,
-            pyramid=Pyramid(
-                multipliers=(1, 2), res_blocks=1, groups=8, attention=False, patch=4
-            ),
+            pyramid=Pyramid(multipliers=(1, 2), res_blocks=1, groups=8, attention=False, patch=4),
         ),
     }
 )
