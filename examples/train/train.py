@@ -4,7 +4,7 @@
     python examples/train/data.py packages wide.safetensors --zooms 1 1.5
     python examples/train/train.py vae close.safetensors run --steps 1150
     python examples/train/train.py tokens wide.safetensors run
-    python examples/train/train.py var run --steps 800
+    python examples/train/train.py var run --steps 2400
     python examples/train/train.py measure run
     python examples/train/train.py export run demo.safetensors
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 import typer
 from torch import Tensor
 
@@ -192,4 +193,5 @@ def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
 
 
 def _run_var(model: var.VAR, *, batch: int, seed: int) -> Tensor:
-    return model.autoregressive_infer_cfg(batch, None, g_seed=seed, top_k=100, top_p=0.95)
+    classes = torch.arange(batch) % model.num_classes
+    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=100, top_p=0.95)
