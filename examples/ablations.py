@@ -195,7 +195,7 @@ def merging(tried: Tried) -> Section:
     (fastvar, _), (_, tome) = better  # merging costs time: these two are about as fast
     better.append((fastvar, tome))
     return Section(
-        "Token merging, at the same ratios and at about the same speed (table 3)",
+        "Token merging (table 3)",
         "At equal speed-up FastVAR loses less than merging.",
         settings,
         tuple(better),
