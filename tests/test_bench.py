@@ -201,6 +201,7 @@ def test_the_peer_does_what_our_operators_do() -> None:
         ("--resolutions 256,500", 1, "a multiple of 16 pixels"),
         ("--plot pyproject.toml", 2, "is a file"),
         ("--plot pyproject.toml/figures", 1, "Not a directory"),
+        ("--plot pyproject.toml/figures", 1, "give another folder"),
     ],
 )
 def test_bad_input(

@@ -30,6 +30,7 @@ from fastvar_fx.cli.terminal import (
     environment,
     environment_line,
     headline,
+    make_folder,
     new_table,
     show,
     show_progress,
@@ -89,7 +90,7 @@ def run_bench(
     for pixels in sizes:
         schedule_at(chosen.schedule, pixels)  # refuses what has no whole tokens, before all else
     if plot is not None:
-        plot.mkdir(parents=True, exist_ok=True)
+        make_folder(plot)
     total = phases(chosen, repeats, compiled=compiled) + modules * 2 * (1 + repeats) + len(sizes)
     with show_progress(total) as progress:
         result = measure(

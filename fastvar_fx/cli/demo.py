@@ -28,6 +28,7 @@ from fastvar_fx.cli.terminal import (
     environment,
     environment_line,
     headline,
+    make_folder,
     new_table,
     show,
     show_progress,
@@ -87,7 +88,7 @@ def run_demo(
     with show_progress(phases(times) + 2) as progress:
         progress("building the model")
         subject = asked.subject()
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         result = measure(subject, repeats=times, patience=patience, progress=progress)
         progress("drawing")
         files = _draw(subject, result, out)

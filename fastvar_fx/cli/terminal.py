@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
@@ -25,6 +26,21 @@ _WIDTH: Final = 100
 def usage(message: str) -> NoReturn:
     """Ends with a message on what is wrong with the command line."""
     raise typer.BadParameter(message)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for pictures.
+
+    Raises:
+        OSError: If it cannot be made, with what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"asked to write pictures to {folder}, which cannot be made: {error.strerror}; give "
+            f"another folder"
+        ) from error
 
 
 def headline(subject: Subject) -> str:
