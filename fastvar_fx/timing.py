@@ -262,23 +262,22 @@ def alternate(
 ) -> None:
     """Times each of several things in turn until all have `repeats` runs.
 
-    Alternating runs meet the same conditions. Runs that were made before count. The first turn
-    always takes place; a later one begins only if the budget has room for it, by the longest run of
-    each so far.
+    Alternating runs meet the same conditions. Runs that were made before count.
 
     Args:
-        timed: What to time, by what to call it.
+        timed: What to time, by what to call it; if time is short, the last ones get fewer runs.
         repeats: Timed runs of each, at least 1.
-        budget: Time that all of it may take; None for no bound.
+        budget: Time that all of it may take: a run beyond the first of each begins only if there is
+            time for the longest one so far. None for no bound.
         progress: Called before each run.
     """
     for turn in range(repeats):
-        if turn and budget and not budget.allows(sum(max(t.seconds) for t in timed.values())):
-            return
         for name, each in timed.items():
-            if len(each.seconds) <= turn:
-                progress(f"{name}, run {turn + 1} of {repeats}")
-                each.time()
+            done = len(each.seconds)
+            if done > turn or (done and budget and not budget.allows(max(each.seconds))):
+                continue
+            progress(f"{name}, run {done + 1} of {repeats}")
+            each.time()
 
 
 @dataclass
@@ -461,6 +460,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
         run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate(change for _, change in changes), default=0)

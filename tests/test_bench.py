@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar_fx import GraphError, ModelError, Schedule, ScheduleError, transform
 from fastvar_fx.bench import presets, resolutions
@@ -38,8 +40,9 @@ from fastvar_fx.bench.rows import Result, Row, default_variants, measure_rows
 from fastvar_fx.bench.variants import VARIANTS, Variant
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
-from fastvar_fx.models import hart
+from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from fastvar_fx.timing import Budget
 from passes.prune import take_side
 from tests.graph_double import record
 
@@ -152,6 +155,44 @@ def test_a_replay_goes_on_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replays.loop.median == replays.seconds[0] > 0
 
 
+def test_without_time_the_first_row_is_run_once() -> None:
+    result = measure_rows("hart-tiny", (PEER, PRUNED, DENSE), repeats=3, budget=Budget(0))
+    assert [(row.variant, row.transformer.runs) for row in result.rows] == [(DENSE, 1)]
+    assert result.left_out == (PRUNED, PEER)
+
+
+def test_a_row_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(bench_rows, "compile_regions", out_of_memory)
+    asked = "--preset=hart-tiny --rows=dense-compiled,dense-eager --repeats=1"
+    assert main(["bench", *asked.split(), "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in data["rows"]] == ["dense-eager"]
+    assert data["failed"] == {"dense-compiled": "OutOfMemoryError: no memory left"}
+
+
+def test_long_runs_are_timed_while_their_memory_is_observed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither the number of timed runs nor the memory found depends on it."""
+    monkeypatch.setattr(bench_rows, "compile_regions", lambda fast: fast)
+    rows = {}
+    for long in (0.0, 1e9):
+        monkeypatch.setattr(bench_rows, "_LONG", long)
+        told: list[str] = []
+        variants = (DENSE, Variant("pruned", compiled=True))
+        result = measure_rows("hart-tiny", variants, repeats=1, progress=told.append)
+        rows[long] = row_of(result, variants[1])
+        assert ("pruned-compiled, memory and first timed run" in told) == (long == 0)
+    assert rows[0.0].transformer.runs == rows[1e9].transformer.runs == 1
+    assert rows[0.0].kv_mib == rows[1e9].kv_mib
+    assert rows[0.0].peak_mib == pytest.approx(rows[1e9].peak_mib, rel=0.01)
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     asked = "--no-compile --repeats 1 --steps --modules --resolutions 192,160"
     assert main(["bench", "--preset=infinity-tiny", *asked.split(), "--json"]) == 0
@@ -218,8 +259,8 @@ def test_a_step_where_pruning_does_not_pay(
 def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     skipping = preset("infinity-tiny").schedule
     compiled = [Variant(what, compiled=True) for what in ("dense", "pruned", "skip")]
-    assert default_variants(HART) == (DENSE, PRUNED, PEER, *compiled[:2])
-    assert default_variants(skipping) == (DENSE, PRUNED, SKIP, PEER, *compiled)
+    assert default_variants(HART) == (DENSE, PRUNED, *compiled[:2], PEER)
+    assert default_variants(skipping) == (DENSE, PRUNED, SKIP, *compiled, PEER)
     assert default_variants(skipping, compiled=False) == (DENSE, PRUNED, SKIP, PEER)
     monkeypatch.setattr(bench_rows, "recorder", lambda _: record)
     graphs = [replace(variant, graph=True) for variant in (DENSE, PRUNED, *compiled[:2])]
@@ -295,6 +336,60 @@ def test_what_does_not_fit_says_so_before_it_starts(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ModelError, match=message):
         measure_rows("infinity-2b-1024", batch=4, progress=told.append)
     assert told == []
+
+
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the tensors that ops make: (device, dtype, elements)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = op(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                self.tensors.append((t.device.type, t.dtype, t.numel()))
+        return result
+
+
+@pytest.mark.parametrize("name", ["var-tiny", "infinity-tiny", "hart-tiny"])
+def test_weights_are_drawn_in_their_dtype(name: str) -> None:
+    chosen = preset(name)
+    with Made() as made:  # type: ignore[no-untyped-call]
+        model: Any = chosen.build("cpu", torch.bfloat16)
+    others = [model.vae] if name == "var-tiny" else []
+    weights = [p for part in (model, *others) for p in part.parameters()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert not any(weight.requires_grad or weight.is_meta for weight in weights)
+    sizes = {weight.numel() for weight in weights if weight.numel() > 1}
+    drawn = {dtype for device, dtype, numel in made.tensors if device == "cpu" and numel in sizes}
+    assert torch.bfloat16 in drawn
+    assert torch.float32 not in drawn
+
+
+@pytest.mark.parametrize("name", ["var-tiny", "infinity-tiny", "hart-tiny"])
+def test_weights_are_those_of_the_named_model(name: str) -> None:
+    build = {"var-tiny": var.build, "infinity-tiny": infinity.build, "hart-tiny": hart.build}[name]
+    found: Any = preset(name).build()
+    expected: Any = build("tiny")
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value)
+    if name == "var-tiny":
+        for a, b in zip(found.vae.parameters(), expected.vae.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_are_drawn_on_the_device() -> None:
+    with Made() as made:  # type: ignore[no-untyped-call]
+        model = preset("infinity-tiny").build("cuda", torch.bfloat16)
+    assert {weight.device.type for weight in model.parameters()} == {"cuda"}
+    assert [t for t in made.tensors if t[0] == "cpu" and t[2] > 1] == []
 
 
 def test_memory_needed_is_about_what_the_parameters_and_the_cache_take() -> None:

@@ -54,16 +54,16 @@ class Preset:
         The weights are drawn on the device in the dtype; there is no copy of another kind.
         """
         with torch.device("meta"):
-            model: Any = self.bare()
+            model = self.bare()
         # A VAR holds its VQ-VAE without owning it. Both are drawn from the same generator.
-        parts = [model.vae, model] if isinstance(model, var.VAR) else [model]
+        parts: list[Any] = [model.vae, model] if isinstance(model, var.VAR) else [model]
         generator = torch.Generator(device).manual_seed(0)
         for part in parts:
             part.to(dtype).to_empty(device=device)
             with torch.device(device):
                 part.init_weights(generator)
             part.eval().requires_grad_(False)
-        return parts[-1]
+        return model
 
 
 def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
-from fastvar_fx.bench.variants import VARIANTS, Variant, What
+from fastvar_fx.bench.variants import VARIANTS, Variant
 from fastvar_fx.errors import GraphError, ModelError, ScheduleError
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.recording import cuda_graph
@@ -37,6 +38,8 @@ from fastvar_fx.transform import transform
 log = logging.getLogger(__name__)
 
 _MIB: Final = 2**20
+_LONG: Final = 5.0
+"""Seconds of a dense run from which the time for observing its memory is negligible."""
 
 Record = Callable[..., Callable[..., Any]]
 """(fast, run, *inputs) -> a function that replays the run with inputs, as `cuda_graph`."""
@@ -251,7 +254,9 @@ def measure_rows(
     progress("building the model")
     rows = _Rows(chosen, subject_of(name, chosen, batch, device), batch, progress)
     left_out, failed = _first_runs(rows, ordered, budget)
-    timed = rows.timed if rows.decoder is None else {**rows.timed, "image decoder": rows.decoder}
+    timed: dict[Any, Runs | Whole] = {**rows.timed}
+    if rows.decoder is not None:
+        timed["image decoder"] = rows.decoder
     alternate(timed, repeats, budget=budget, progress=progress)
     return Result(
         subject=rows.subject,
@@ -289,7 +294,7 @@ def _first_runs(
 
 
 class _Rows:
-    """Rows as they are added; they share models, counted FLOPs and the image decoder.
+    """Rows as they are added; they share models, FLOPs and the image decoder.
 
     Attributes:
         subject: The original model and how to run its token loop.
@@ -299,6 +304,7 @@ class _Rows:
 
     def __init__(self, chosen: Preset, subject: Subject, batch: int, progress: Progress) -> None:
         self.subject = subject
+        self._device = subject.weight.device
         self.timed: dict[Variant, Runs | Whole] = {}
         self.decoder: Whole | None = None
         self._chosen = chosen
@@ -306,36 +312,36 @@ class _Rows:
         self._progress = progress
         self._played: dict[Variant, Runs] = {}
         self._memory: dict[Variant, tuple[int, int]] = {}
-        self._flops: dict[What, int] = {}
+        self._long = False
 
     def add(self, variant: Variant) -> None:
         """Prepares a row and runs it once."""
-        made = self._recorded(variant) if variant.graph else self._runs(variant)
-        self._count(variant.what)
-        self._count("dense")
-        self._progress(f"{variant}, first timed run")
-        made.time()
-        self.timed[variant] = made
+        for eager in (Variant("dense"), Variant(variant.what)):
+            self._runs(eager)  # counts FLOPs, which only eager ops show
+        timed = self._recorded(variant) if variant.graph else self._runs(variant)
+        if not timed.seconds:
+            self._progress(f"{variant}, first timed run")
+            timed.time()
+        self.timed[variant] = timed
         if self.decoder is None and self._chosen.decode is not None:
-            decode = partial(self._chosen.decode, self.subject.model, made.result)
-            self.decoder = Whole(decode, self.subject.weight.device)
-            self._progress("image decoder, warm-up")
-            decode()
+            self._progress("image decoder")
+            decode = partial(self._chosen.decode, self.subject.model, timed.result)
+            self.decoder = Whole(decode, self._device)
             self.decoder.time()
 
     def row(self, variant: Variant) -> Row:
-        """Returns a row; all have been run equally often."""
+        """Returns a row, which has been timed at least once."""
         runs, dense = self.timed[variant], self.timed.get(variant.dense)
-        limit = self._flops["dense"] / self._flops[variant.what]
+        flops, left = (sum(self._runs(Variant(w)).flops) for w in ("dense", variant.what))
         peak, keys = self._memory[variant]
-        decoded = self.decoder.seconds if self.decoder else [0.0] * len(runs.seconds)
+        decoder = Spread.of(self.decoder.seconds).median if self.decoder else 0.0
         return Row(
             variant=variant,
             transformer=runs.loop,
-            total=Spread.of([sum(pair) for pair in zip(runs.seconds, decoded, strict=True)]),
+            total=Spread.of([seconds + decoder for seconds in runs.seconds]),
             steps=runs.by_step,
-            comparison=None if dense is None else Comparison(dense.loop, runs.loop, limit),
-            limit=limit,
+            comparison=None if dense is None else Comparison(dense.loop, runs.loop, flops / left),
+            limit=flops / left,
             peak_mib=peak / _MIB,
             kv_mib=keys / _MIB,
         )
@@ -344,30 +350,31 @@ class _Rows:
         """Returns runs of a model that is traced or compiled, with its use of memory known."""
         if variant in self._played:
             return self._played[variant]
-        runs, device = self._new_runs(variant), self.subject.weight.device
-        if runs.model is not self.subject.model or device.type == "cuda":
+        runs = self._new_runs(variant)
+        if runs.model is not self.subject.model or self._device.type == "cuda":
             self._progress(f"{variant}, warm-up")
             runs.generate()
-        # One untimed run serves for memory and, where the ops can be seen, for FLOPs.
-        self._progress(f"{variant}, memory{'' if variant.compiled else ' and FLOPs'}")
+        begun = perf_counter()
         with _watch_keys(runs.model) as sizes:
-            peak = peak_bytes(runs.generate if variant.compiled else runs.count, device)
-        if not variant.compiled:
-            self._flops[variant.what] = sum(runs.flops)
+            peak = self._observe(variant, runs)
+        if runs.model is self.subject.model:
+            self._long = perf_counter() - begun > _LONG
         self._memory[variant] = peak, max(sizes)
         self._played[variant] = runs
         return runs
 
-    def _count(self, what: What) -> None:
-        """Counts FLOPs, unless an eager run of the same ops has done so."""
-        if what in self._flops:
-            return
-        runs = self._new_runs(Variant(what))
-        self._progress(f"{what}, FLOPs")
-        if runs.model is not self.subject.model:
-            runs.generate()  # traces, which is not to be counted
-        runs.count()
-        self._flops[what] = sum(runs.flops)
+    def _observe(self, variant: Variant, runs: Runs) -> int:
+        """Returns the bytes at the peak of one run, and counts FLOPs where the ops are visible.
+
+        On a GPU the peak costs no time, and on a CPU less than 1 % of a long run: a run in which no
+        FLOPs are counted is then timed as well.
+        """
+        if not variant.compiled:
+            self._progress(f"{variant}, memory and FLOPs")
+            return peak_bytes(runs.count, self._device)
+        timed = self._device.type == "cuda" or self._long
+        self._progress(f"{variant}, memory{' and first timed run' * timed}")
+        return peak_bytes(runs.time if timed else runs.generate, self._device)
 
     def _new_runs(self, variant: Variant) -> Runs:
         schedule = self.subject.schedule
@@ -384,16 +391,17 @@ class _Rows:
         elif variant.what == "pruned":
             fast = transform(model, schedule, on_full="cache")
         else:
-            rules = {"select": peer_selection, "restore": peer_restoration}
-            fast = transform(model, schedule, on_full="cache", **rules)
+            fast = transform(
+                model, schedule, on_full="cache", select=peer_selection, restore=peer_restoration
+            )
         return compile_regions(fast) if variant.compiled else fast
 
     def _recorded(self, variant: Variant) -> Whole:
         """Returns the token loop of the row without a graph, recorded."""
-        played, device = variant.played, self.subject.weight.device
-        runs, record = self._runs(played), recorder(device)
+        played = variant.played
+        runs, record = self._runs(played), recorder(self._device)
         if record is None:
-            raise GraphError(f"there are no CUDA graphs on {device}")
+            raise GraphError(f"there are no CUDA graphs on {self._device}")
         fast = self._transformed(played) if played == Variant("dense") else runs.model
         self._progress(f"{variant}, recording")
         made, peak = record_replays(fast, self._chosen, self._batch, record)

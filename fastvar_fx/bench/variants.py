@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from fastvar_fx.errors import ModelError
 
@@ -61,9 +62,13 @@ class Variant:
         return f"{self.what}-{mode}{'-graph' * self.graph}"
 
 
-VARIANTS: Final = tuple(
-    Variant(what, compiled, graph)
-    for compiled, graph, what in product((False, True), (False, True), get_args(What))
-)
-"""All of them, kind by kind: eager, eager graphs, compiled, compiled graphs; dense first."""
+def _all_variants() -> Iterator[Variant]:
+    groups: tuple[tuple[What, ...], ...] = (("dense", "pruned", "skip"), ("peer",))
+    for compared in groups:
+        for compiled, graph, what in product((False, True), (False, True), compared):
+            yield Variant(what, compiled, graph)
+
+
+VARIANTS: Final = tuple(_all_variants())
+"""All of them, kind by kind, dense first; the peer's come last."""
 _BY_NAME: Final = {str(variant): variant for variant in VARIANTS}

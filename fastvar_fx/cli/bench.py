@@ -102,7 +102,7 @@ def run_bench(
     preset_name: PresetName = "var-tiny",
     batch: Batch = 1,
     repeats: Repeats = 5,
-    seconds: Seconds = 300.0,
+    seconds: Seconds = 290.0,
     rows: Rows = None,
     compiled: Compiled = True,
     steps: Steps = False,
