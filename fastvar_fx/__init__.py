@@ -25,9 +25,9 @@ from fastvar_fx.errors import (
 )
 from fastvar_fx.extend import axis_rule, register_opaque
 from fastvar_fx.recording import cuda_graph
-from fastvar_fx.report import Report
+from fastvar_fx.engine.report import Report
 from fastvar_fx.schedule import Schedule, presets
-from fastvar_fx.transform import compile, explain, measure, trace, transform
+from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "measure",
     "presets",
     "register_opaque",
+    "reset",
     "trace",
     "transform",
 ]

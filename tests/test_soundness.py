@@ -80,7 +80,7 @@ def test_in_place_writes_of_a_branch_that_stays_dense_are_kept() -> None:
     }
     only = fastvar_fx.transform(_same(Block), SCHEDULE, branches=("attention",), strict=True)
     assert torch.equal(only.run()[-1], out)
-    pruned = first(fast)._fastvar._programs[2][0]._graph
+    pruned = first(fast)._fastvar.site.programs[2][0]._graph
     assert "mul_" in pruned.code
 
 
