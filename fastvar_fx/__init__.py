@@ -13,6 +13,7 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
         f"rename that module or put it behind fastvar_fx on sys.path"
     )
 
+from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import (
     CaptureMismatchError,
     CompileError,
@@ -25,7 +26,6 @@ from fastvar_fx.errors import (
 )
 from fastvar_fx.extend import axis_rule, register_opaque
 from fastvar_fx.recording import cuda_graph
-from fastvar_fx.engine.report import Report
 from fastvar_fx.schedule import Schedule, presets
 from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
 

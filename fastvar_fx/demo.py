@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastvar_fx import ops
-from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.engine.report import Report
+from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Runs, Spread, Subject
 from fastvar_fx.transform import trace, transform

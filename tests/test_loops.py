@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvar_fx
 from fastvar_fx import CaptureMismatchError, RunError, Schedule, ScheduleError
+from fastvar_fx.engine.engine import Engine
 from tests.reference import pivotal_indices
 
 WIDTH = 8

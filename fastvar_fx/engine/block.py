@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
@@ -44,7 +43,7 @@ class BlockRuntime:
         role = generation.at(call)
         if role.passes:
             return call.x
-        executor = EAGER if torch.compiler.is_compiling() else engine.executor
+        executor = EAGER if call.compiling else engine.executor
         if role.step is None:
             result = executor.run_dense(call)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from passes.pipeline import Call
@@ -65,6 +66,7 @@ class BlockCall:
         path: Where the token map is among the arguments.
         x: The token map (B, L, C).
         tokens: Its token count L.
+        compiling: Whether `torch.compile` traces the call: then nothing may be noted or made.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class BlockCall:
         (_, root), (_, key) = path
         self.x: Tensor = args[key] if root == "args" else kwargs[key]
         self.tokens: int = self.x.shape[1]
+        self.compiling: bool = torch.compiler.is_compiling()
         self._match: Match | None = None
 
     def match(self, step: int) -> Match | None:

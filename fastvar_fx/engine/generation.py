@@ -14,7 +14,7 @@ as a pruned step's), or an error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +25,9 @@ from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.watch import Watch
 from fastvar_fx.errors import CaptureMismatchError, ModelError, RunError
+
+_Live = tuple[int, torch.device, torch.dtype]
+"""Batch size, device and dtype of a token map."""
 
 Captured = dict[int, Tensor]
 """Branch outputs (B, L, C) of one call of a block at the cache step, by branch index."""
@@ -59,7 +62,8 @@ class Progress:
     Attributes:
         began: Whether a structure or cache step was met since the last generation ended.
         captured: What each call of the cache step captured; None before and after.
-        dtype: The token map's dtype at the cache step.
+        live: Batch size, device and dtype of the token map at the cache step, or since samples were
+            dropped.
         position: Which of the pruned steps was met last; -1 for none.
         calls: How many calls of that step came before the current one.
         returns_map: Whether the block returns its token map alone.
@@ -68,7 +72,7 @@ class Progress:
     def __init__(self) -> None:
         self.began = False
         self.captured: list[Captured] | None = None
-        self.dtype: torch.dtype | None = None
+        self.live: _Live | None = None
         self.position = _CAPTURED
         self.calls = 0
         self.returns_map = True
@@ -154,19 +158,19 @@ class Generation:
             return None
         step = self._late_steps.get(call.tokens)
         if step is None:
-            self._note_dense(call.tokens)
+            self._note_dense(call)
         return step
 
     def _structure(self, call: BlockCall) -> None:
         progress = self._progress[call.site.layer]
-        self._note_dense(call.tokens)
+        self._note_dense(call)
         if progress.captured is not None:
             progress.forget()
         if not progress.began:  # an assignment, even of the same value, is a guard for Dynamo
             progress.began = True
 
     def _capturing(self, call: BlockCall) -> Role:
-        if not torch.compiler.is_compiling():
+        if not call.compiling:
             self._watch.saw(call.tokens)
         return Role(self._cache_step, captures=True)
 
@@ -176,8 +180,8 @@ class Generation:
         before = progress.captured
         again = before is not None and progress.position == _CAPTURED and progress.began
         progress.captured = [*before, outputs] if again and before is not None else [outputs]
-        progress.position, progress.calls, progress.dtype = _CAPTURED, 0, call.x.dtype
-        if not torch.compiler.is_compiling() and call.site.layer >= self._last_layer:
+        progress.position, progress.calls, progress.live = _CAPTURED, 0, _live(call)
+        if not call.compiling and call.site.layer >= self._last_layer:
             self._last_layer = call.site.layer
             self.peak_captured_bytes = max(self.peak_captured_bytes, self.captured_bytes)
 
@@ -191,7 +195,7 @@ class Generation:
             return self._out_of_order(call, step)
         progress.calls = progress.calls + 1 if position == progress.position else 0
         progress.position = position
-        if not torch.compiler.is_compiling():
+        if not call.compiling:
             self._watch.pruned()
         role = Role(step, self._fitting(call, step, progress))
         if position == len(self._positions) - 1 and progress.calls == len(progress.captured) - 1:
@@ -212,15 +216,15 @@ class Generation:
                 f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
                 f"scales {schedule.scales}"
             )
-        if not torch.compiler.is_compiling():
+        if not call.compiling:
             self.early_calls[call.tokens] += 1
             self._watch.saw(call.tokens)
         return DENSE
 
-    def _note_dense(self, tokens: int) -> None:
-        if not torch.compiler.is_compiling():
-            self.dense_calls[tokens] += 1
-            self._watch.saw(tokens)
+    def _note_dense(self, call: BlockCall) -> None:
+        if not call.compiling:
+            self.dense_calls[call.tokens] += 1
+            self._watch.saw(call.tokens)
 
     def _caches_are_empty(self, call: BlockCall) -> bool:
         """Whether caches that the block reads at the cache step are empty: a generation begins."""
@@ -232,41 +236,38 @@ class Generation:
     def _fitting(self, call: BlockCall, step: int, progress: Progress) -> Captured:
         """Returns what this call of the step is restored from, checked against the live batch."""
         assert progress.captured is not None
-        name, x = call.site.name, call.x
         if progress.calls >= len(progress.captured):
             raise RunError(
-                f"{name} runs for the {progress.calls + 1}. time in step {step}, but ran only "
+                f"{call.site.name} runs for the {progress.calls + 1}. time in step {step}, but ran only "
                 f"{len(progress.captured)} times in the cache step {self._cache_step}; give a "
                 f"cache_step at which every block runs as often as in the pruned steps"
             )
-        outputs = progress.captured[progress.calls]
-        if any(x.shape[0] < output.shape[0] for output in outputs.values()):
-            self._drop_samples(call, step, progress)
-            outputs = progress.captured[progress.calls]
-        live = (x.shape[0], x.device, x.dtype)
-        for output in outputs.values():
-            was = (output.shape[0], output.device, progress.dtype)
-            if live != was:
+        live, was = _live(call), progress.live
+        if live != was and was is not None and progress.captured[progress.calls]:
+            if live[0] < was[0]:
+                self._drop_samples(call, step, progress)
+            if live != progress.live:
                 progress.forget()
                 raise CaptureMismatchError(
-                    f"{name} at step {step}: asked to restore {_describe_batch(*live)} from what "
-                    f"the cache step {self._cache_step} captured, {_describe_batch(*was)}. Keep "
+                    f"{call.site.name} at step {step}: asked to restore {_describe(live)} from "
+                    f"what the cache step {self._cache_step} captured, {_describe(was)}. Keep "
                     f"batch, device and dtype within one generation"
                 )
-        return outputs
+        return progress.captured[progress.calls]
 
     def _drop_samples(self, call: BlockCall, step: int, progress: Progress) -> None:
         """Keeps the captured outputs of the samples that the loop still runs, such as a half."""
         assert progress.captured is not None
+        assert progress.live is not None
+        batch, *place = progress.live
         live = call.x.shape[0]
-        batch = next(iter(progress.captured[progress.calls].values())).shape[0]
         found = self._first_rows(call, batch, live)
         if len(found) != 1:
             progress.forget()
             raise CaptureMismatchError(
                 f"{call.site.name} at step {step}: the cache step {self._cache_step} captured "
                 f"batch {batch}, of which {live} are left; which ones cannot be told: "
-                f"{_no_evidence(found, batch)}. Pass live_rows='first' or 'last' to "
+                f"{_no_evidence(call, found, batch)}. Pass live_rows='first' or 'last' to "
                 f"fastvar_fx.transform"
             )
         (first,) = found
@@ -274,12 +275,13 @@ class Generation:
             {branch: output[first : first + live] for branch, output in outputs.items()}
             for outputs in progress.captured
         ]
+        progress.live = (live, *place)
 
     def _first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
         """Returns which of `batch` samples may come first now that `live` of them are left."""
         if self.plan.live_rows is not None:
             return {0 if self.plan.live_rows == "first" else batch - live}
-        if torch.compiler.is_compiling():
+        if call.compiling:
             return set()
         bound = [program for programs in call.site.programs.values() for program in programs]
         return set().union(*(program.first_rows(call, batch, live) for program in bound))
@@ -396,12 +398,18 @@ class Generation:
         )
 
 
-def _describe_batch(size: int, device: torch.device, dtype: torch.dtype | None) -> str:
-    return f"batch {size} on {device}, {str(dtype).removeprefix('torch.')}"
+def _live(call: BlockCall) -> _Live:
+    x = call.x
+    return (x.shape[0], x.device, x.dtype)
 
 
-def _no_evidence(found: Sequence[int] | set[int], batch: int) -> str:
-    if torch.compiler.is_compiling():
+def _describe(live: _Live) -> str:
+    batch, device, dtype = live
+    return f"batch {batch} on {device}, {str(dtype).removeprefix('torch.')}"
+
+
+def _no_evidence(call: BlockCall, found: set[int], batch: int) -> str:
+    if call.compiling:
         return "torch.compile hides whether the block's caches are views of the earlier ones"
     if found:
         return f"its inputs are cut at different samples, {sorted(found)}"

@@ -44,17 +44,20 @@ class Program:
         self._graph = made.graph_module
         self._buffered = made.buffered
         self._buffers = buffers
-        self._readers = [_Reader.of(block, path) for path in made.inputs]
+        self._readers = [_reader(block, path) for path in made.inputs]
         values = self.inputs(call)
         self._conditions = program.conditions
-        self._places = [(_Reader.of(block, path), dim) for path, dim in program.conditions.places]
+        self._places = [(_reader(block, path), dim) for path, dim in program.conditions.places]
         self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
         open_dims = [program.conditions.dims(path) for path in made.inputs]
         self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
+        self._expected = list(zip(self._readers, self._metas, strict=True))
         self._form = call.form
         origin = roots(block, call.args, call.kwargs)
         self._plain = {path: _find(origin, path) for path in program.constants}
-        self._constants = _constant_guards(program, call)
+        guards = _constant_guards(program, call)
+        self._settings = [(r.module, r.name, e) for r, e in guards if isinstance(r, _Attribute)]
+        self._constants = [(r, e) for r, e in guards if not isinstance(r, _Attribute)]
         self._single = program.result.is_leaf()
         self._result = program.result
         self._result_leaves = program.result_leaves
@@ -70,14 +73,24 @@ class Program:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
             return None
+        for module, name, expected in self._settings:
+            value = getattr(module, name, None)
+            if value is not expected and value != expected:
+                return None
         for reader, expected in self._constants:
             value = reader.read(call)
             if value is not expected and value != expected:
                 return None
         inputs = []
-        for reader, meta in zip(self._readers, self._metas, strict=True):
+        for reader, (kind, shape, dtype, device, closed) in self._expected:
             value = reader.read(call)
-            if not meta.fits(value):
+            if type(value) is not kind:
+                return None
+            if dtype is not None and (
+                value.dtype is not dtype
+                or value.device != device
+                or not (value.shape == shape if closed else _fits(value.shape, shape))
+            ):
                 return None
             inputs.append(value)
         return None if self._places and not self._sizes_fit(call) else inputs
@@ -120,7 +133,7 @@ class Program:
             meta.dtype is not None
             and reader.reads_state
             and not isinstance(reader.read(call), Tensor)
-            for reader, meta in zip(self._readers, self._metas, strict=True)
+            for reader, meta in self._expected
         )
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
@@ -155,7 +168,7 @@ class Program:
             What the block returns, and the branch outputs that this captures, at the cache step.
         """
         graph = self._graph
-        if self._buffered is not None and self._grows_in_place():
+        if self._buffered is not None and self._grows_in_place(call):
             graph = self._buffered.graph_module
             for growth in self._buffered.growths:
                 inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)  # type: ignore[union-attr]
@@ -172,7 +185,7 @@ class Program:
     def _captured_in(self, made: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(zip(self.captured, made[self._output_count :], strict=True))
 
-    def _grows_in_place(self) -> bool:
+    def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.
 
         Autograd may need the caches of all steps as they were, under the user's own `torch.compile`
@@ -180,7 +193,7 @@ class Program:
         """
         if self._buffers is None or self._buffers.replayed:
             return False
-        return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return not (torch.is_grad_enabled() or call.compiling)
 
     def _structured(self, made: Sequence[Tensor]) -> Any:
         leaves = _fill_tensors(self._result_leaves, made, 0)
@@ -223,91 +236,116 @@ class StaysDense:
 # --- reading inputs ------------------------------------------------------------------------------
 
 
-class _Reader(NamedTuple):
-    """Where a value is read.
+class _Attribute:
+    """An attribute of a module."""
 
-    Attributes:
-        module: The module that holds it; None for an argument of the call.
-        registry: "_parameters" or "_buffers" for one that is registered there.
-        key: Its attribute, or its path from the block, the arguments or the keyword arguments.
-        root: "args" or "kwargs" for an argument.
-    """
+    reads_state = True
 
-    module: nn.Module | None
-    registry: str | None
-    key: Any
-    root: str | None = None
-
-    @classmethod
-    def of(cls, block: nn.Module, path: Path) -> _Reader:
-        (_, root), *rest = path
-        if root in _ARGUMENTS:
-            return cls(None, None, rest[0][1] if len(rest) == 1 else tuple(rest), root)
-        if not all(kind == "attr" for kind, _ in rest):
-            return cls(block, None, tuple(rest))
-        module = get(block, tuple(rest[:-1]))
-        if not isinstance(module, nn.Module):
-            return cls(block, None, tuple(rest))
-        name = rest[-1][1]
-        registry = next((r for r in ("_parameters", "_buffers") if name in getattr(module, r)), None)
-        return cls(module, registry, name)
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
 
     def read(self, call: BlockCall) -> Any:
         """Returns the value at a call; None if there is none."""
-        module, registry, key, root = self
-        if module is not None:
-            if registry is not None:
-                return getattr(module, registry).get(key)
-            return _find(module, key) if type(key) is tuple else getattr(module, key, None)
-        origin: Any = call.args if root == "args" else call.kwargs
-        return _find(origin, key if type(key) is tuple else (("item", key),))
+        return getattr(self.module, self.name, None)
 
-    @property
-    def reads_state(self) -> bool:
-        """Whether it reads what the block keeps between calls, or a cache inside an argument.
 
-        An argument itself, such as a mask, is not there at every step; a weight always is.
-        """
-        if self.module is None:
-            return type(self.key) is tuple
-        return self.registry != "_parameters"
+class _Registered:
+    """A parameter or buffer of a module, found without the module's slow `__getattr__`."""
+
+    def __init__(self, module: nn.Module, registry: str, name: str) -> None:
+        self._entries: dict[str, Any] = getattr(module, registry)
+        self._name = name
+        self.reads_state = registry == "_buffers"
+
+    def read(self, call: BlockCall) -> Any:
+        """Returns the value at a call; None if there is none."""
+        return self._entries.get(self._name)
+
+
+class _Argument:
+    """An argument of the call; one such as a mask is not there at every step."""
+
+    reads_state = False
+
+    def __init__(self, root: str, key: Any) -> None:
+        self._named = root == "kwargs"
+        self._key = key
+
+    def read(self, call: BlockCall) -> Any:
+        """Returns the value at a call; None if there is none."""
+        if self._named:
+            return call.kwargs.get(self._key)
+        return call.args[self._key] if self._key < len(call.args) else None
+
+
+class _Inside:
+    """A value inside the containers of the block or of an argument, such as a cache."""
+
+    reads_state = True
+
+    def __init__(self, block: nn.Module, path: Path) -> None:
+        (_, root), *rest = path
+        self._block = None if root in _ARGUMENTS else block
+        self._named = root == "kwargs"
+        self._path = tuple(rest)
+
+    def read(self, call: BlockCall) -> Any:
+        """Returns the value at a call; None if there is none."""
+        origin = self._block or (call.kwargs if self._named else call.args)
+        try:
+            return get(origin, self._path)
+        except (AttributeError, LookupError, TypeError):
+            return None
+
+
+_Reader = _Attribute | _Registered | _Argument | _Inside
+"""Where a value is read; `reads_state` says whether a block keeps it from call to call."""
+
+
+def _reader(block: nn.Module, path: Path) -> _Reader:
+    (_, root), *rest = path
+    if root in _ARGUMENTS:
+        return _Argument(root, rest[0][1]) if len(rest) == 1 else _Inside(block, path)
+    module = get(block, tuple(rest[:-1])) if _is_module_path(rest) else None
+    if not isinstance(module, nn.Module):
+        return _Inside(block, path)
+    name = rest[-1][1]
+    for registry in ("_parameters", "_buffers"):
+        if name in getattr(module, registry):
+            return _Registered(module, registry, name)
+    return _Attribute(module, name)
 
 
 class _Meta(NamedTuple):
     """What a program needs of an input.
 
     Attributes:
+        kind: Its type.
         shape: Its shape; None stands for a size that is left open.
         dtype: Its dtype; None for what is no tensor.
         device: Its device.
-        kind: Its type.
         closed: Whether no size is left open.
     """
 
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype | None
-    device: torch.device | None
     kind: type
-    closed: bool
+    shape: tuple[int | None, ...] = ()
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    closed: bool = True
 
     @classmethod
     def of(cls, value: Any, open_dims: Collection[int]) -> _Meta:
         if not isinstance(value, Tensor):
-            return cls((), None, None, type(value), True)
+            return cls(type(value))
         shape = tuple(None if d in open_dims else size for d, size in enumerate(value.shape))
-        return cls(shape, value.dtype, value.device, type(value), not open_dims)
+        return cls(type(value), shape, value.dtype, value.device, not open_dims)
 
-    def fits(self, value: Any) -> bool:
-        """Whether a value is such an input."""
-        shape, dtype, device, kind, closed = self
-        if dtype is None:
-            return type(value) is kind
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.device != device:
-            return False
-        if closed:
-            return value.shape == shape
-        sizes = zip(value.shape, shape, strict=False)
-        return value.dim() == len(shape) and all(b is None or a == b for a, b in sizes)
+
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    """Whether a shape differs in open sizes alone."""
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(b is None or a == b for a, b in pairs)
 
 
 def meta_of(value: Any) -> tuple[Any, ...]:
@@ -351,7 +389,7 @@ def _constant_guards(program: BlockProgram, call: BlockCall) -> list[tuple[_Read
     open_numbers = {path for path, dim in program.conditions.places if dim is None}
     mixed = {path[:2] for path in open_numbers}
     for path in program.constants.keys() - open_numbers:
-        reader = _Reader.of(call.block, path)
+        reader = _reader(call.block, path)
         if path[0][1] not in _ARGUMENTS or path[:2] in mixed:
             guards[path] = (reader, reader.read(call))
             continue
@@ -362,15 +400,18 @@ def _constant_guards(program: BlockProgram, call: BlockCall) -> list[tuple[_Read
             guards[path] = (reader, reader.read(call))
         else:
             whole = pytree.tree_map(lambda leaf: leaf, whole)  # a copy: the loop may change it
-            guards[top] = (_Reader.of(call.block, top), whole)
+            guards[top] = (_reader(call.block, top), whole)
     return list(guards.values())
 
 
-def _autocast() -> tuple[Any, ...]:
+def _autocast() -> tuple[torch.dtype | None, torch.dtype | None]:
     """The surrounding autocast, which the ops of a graph obey and its dtypes depend on."""
-    return tuple(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for device in ("cpu", "cuda")
+    on_cpu, on_gpu = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    if not (on_cpu or on_gpu):
+        return (None, None)
+    return (
+        torch.get_autocast_dtype("cpu") if on_cpu else None,
+        torch.get_autocast_dtype("cuda") if on_gpu else None,
     )
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
@@ -112,7 +110,7 @@ class Store:
         return call.match(role.step) or self._make_for(call, role.step, role)
 
     def _make_for(self, call: BlockCall, step: int, role: Role) -> Match:
-        if torch.compiler.is_compiling():
+        if call.compiling:
             raise RunError(
                 f"{call.site.name} has no program for this call of step {step}; run "
                 f"fastvar_fx.trace(model, run) with these shapes before torch.compile"
