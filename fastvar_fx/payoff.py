@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fastvar_fx.blocks import module_at
 from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.find_blocks import module_at
 from fastvar_fx.timing import Clock, Spread, StepTimes, per_step, read_around
 
 

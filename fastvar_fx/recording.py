@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastvar_fx.blocks import reachable
 from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.find_blocks import reachable
 from fastvar_fx.errors import FastVARError, GraphError, ModelError
 from fastvar_fx.transform import reset, trace
 from passes.state import Snapshot, roots

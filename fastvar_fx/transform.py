@@ -9,10 +9,11 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from fastvar_fx import ops
-from fastvar_fx.blocks import copy_structure, find_blocks, module_at
 from fastvar_fx.engine.block import RUNTIME, attach
+from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.engine import ENGINE, Engine
 from fastvar_fx.engine.executor import Executor
+from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install
@@ -55,7 +56,8 @@ def transform(
             only where the token count does not tell it.
         on_full: What the last steps do whose ratio is 1. "skip", the paper's: the loop leaves
             them out, and what was drawn before is interpolated; "cache": they run, and every
-            branch is its resized cache; or a rule (`fastvar_fx.engine.skipping`) that makes the loop skip.
+            branch is its resized cache; or a rule that makes the loop skip (see
+            `fastvar_fx.engine.skipping`).
         live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
             after the cache step, as when it switches guidance off. None tells it from the slices
             that the loop makes of the block's caches and other inputs.

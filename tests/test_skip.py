@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvar_fx
 from fastvar_fx import ModelError, RunError, Schedule, ScheduleError
-from fastvar_fx.blocks import copy_structure
+from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.skipping import Skipped
 from fastvar_fx.models.var import build
 

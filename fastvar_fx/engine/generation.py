@@ -238,8 +238,8 @@ class Generation:
         assert progress.captured is not None
         if progress.calls >= len(progress.captured):
             raise RunError(
-                f"{call.site.name} runs for the {progress.calls + 1}. time in step {step}, but ran only "
-                f"{len(progress.captured)} times in the cache step {self._cache_step}; give a "
+                f"{call.site.name} runs for the {progress.calls + 1}. time in step {step}, but ran "
+                f"only {len(progress.captured)} times in the cache step {self._cache_step}; give a "
                 f"cache_step at which every block runs as often as in the pruned steps"
             )
         live, was = _live(call), progress.live

@@ -26,8 +26,8 @@ from typing import Any, Final, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.blocks import reachable
 from fastvar_fx.engine.engine import ENGINE, Engine
+from fastvar_fx.engine.find_blocks import reachable
 from fastvar_fx.engine.generation import Generation
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.ops import Scale
