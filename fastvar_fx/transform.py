@@ -52,20 +52,20 @@ def transform(
         schedule: The scales the loop draws and the pruning ratios of its last steps.
         blocks: The transformer blocks: a module path, a list of modules, or None to find them.
         branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
-        step_of: Tells the step of a block call, (block, args, kwargs) -> int or None. Needed
-            only where the token count does not tell it.
+        step_of: Returns the step of a block call, (block, args, kwargs) -> int or None. Needed
+            only where the token count does not determine it.
         on_full: What the last steps do whose ratio is 1. "skip", the paper's: the loop leaves
             them out, and what was drawn before is interpolated; "cache": they run, and every
             branch is its resized cache; or a rule that makes the loop skip (see
             `fastvar_fx.engine.skipping`).
-        live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
-            after the cache step, as when it switches guidance off. None tells it from the slices
+        live_rows: Which samples stay, "first" or "last", where the loop drops some of the batch
+            after the cache step, as when it switches guidance off. None infers it from the slices
             that the loop makes of the block's caches and other inputs.
         kv_buffer: Whether KV caches that a block grows by `torch.cat` grow in place, in buffers of
             their final length, from the cache step on. The caches hold the same values, but are
             views with gaps between their rows, and an older one shares memory with the newer. They
-            are copied as ever with gradients enabled, under your own `torch.compile`, and where
-            `compile` records CUDA graphs.
+            are copied as they grow with gradients enabled, under your own `torch.compile`, and
+            where `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
         select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64, or a tuple
@@ -80,7 +80,7 @@ def transform(
     Raises:
         ModelError: No blocks found, training mode, already transformed, or a loop that cannot
             skip steps.
-        ScheduleError: Token counts that do not tell the step, layers beyond the model's, or a
+        ScheduleError: Token counts that do not determine the step, layers beyond the model's, or a
             skipped step in the middle.
         ValueError: Unknown kinds in `branches`, an unknown `on_full`, or another `live_rows`.
 
@@ -124,7 +124,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
 
     Args:
         fast: A transformed model.
-        run: Runs one generation with the batch size, dtype and device to come.
+        run: Runs one generation with the batch size, dtype and device that you will use.
 
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
@@ -169,19 +169,19 @@ def reset(fast: nn.Module) -> None:
 def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) -> Report:
     """Times every pruned step dense and pruned, and returns the report, which says where it pays.
 
-    `run(fast)` is called `2 * (1 + repeats)` times, by turns with all steps dense and as the
-    schedule has it. On a model that compiles, both are compiled. `Schedule.without` leaves steps
-    dense where pruning does not pay.
+    `run(fast)` is called `2 * (1 + repeats)` times, alternating between all steps dense and
+    the schedule's pruning. On a model that compiles, both are compiled. `Schedule.without` leaves
+    steps dense where pruning does not pay.
 
     Args:
         fast: A transformed model, traced or not.
-        run: Runs one generation with the batch size, dtype and device to come.
+        run: Runs one generation with the batch size, dtype and device that you will use.
         repeats: Timed runs of each, at least 1.
 
     Raises:
         ValueError: If `repeats` is below 1.
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
-        RunError: If the token counts of the run's blocks do not tell its steps.
+        RunError: If the token counts of the run's blocks do not determine its steps.
 
     Example:
         >>> print(measure(fast, lambda m: m.autoregressive_infer_cfg(1, 207)))  # doctest: +SKIP
@@ -201,8 +201,8 @@ def compile(
 
     `torch.compile` sees each program once, whatever the number of blocks that share it, and the
     blocks' own forward once for each step without a program; blocks that differ in what their
-    forward reads get graphs of their own. Compilation happens at the first call of each, so run one
-    generation before timing; `explain` then tells the number of graphs. A model compiled again
+    forward reads get their own graphs. Compilation happens at the first call of each, so run one
+    generation before timing; `explain` then shows the number of graphs. A model compiled again
     takes the new options. What the loop does between blocks is not compiled.
 
     Args:
@@ -262,8 +262,8 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(f"transform takes a torch.nn.Module; found {type(model).__name__}")
     if any(RUNTIME in vars(m) or ENGINE in vars(m) for m in model.modules()):
         raise ModelError(
-            f"{type(model).__name__} is transformed already; transform the original model again "
-            f"with another schedule instead, it was not changed"
+            f"{type(model).__name__} is already transformed; transform the original model with the "
+            f"other schedule instead, it was not changed"
         )
     if model.training:
         raise ModelError(
@@ -305,8 +305,8 @@ def _check_schedule(
     shared = [step for step in steps[schedule.cache_step :] if counts.count(counts[step]) > 1]
     if shared:
         raise ScheduleError(
-            f"from the cache step on, the token count must tell the step, but steps {shared} share "
-            f"theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
+            f"from the cache step on, the token count must determine the step, but steps {shared} "
+            f"share theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
     return skipped
 

@@ -1,4 +1,4 @@
-"""What a transformed block runs in the place of its own forward."""
+"""The runtime of a transformed block: what it runs instead of its own forward."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def _take_forward(name: str, block: nn.Module) -> Forward:
     if isinstance(own, types.MethodType) and own.__self__ is block:
         return own.__func__
     raise ModelError(
-        f"{name} has a forward of its own that is a {type(own).__name__}, not a method of it; set "
-        f"it as block.forward = types.MethodType(function, block), with the block as first argument"
+        f"{name} has an instance attribute `forward` that is a {type(own).__name__}, not a method "
+        f"of the block; set it as block.forward = types.MethodType(function, block), with the "
+        f"block as first argument"
     )
 
 
@@ -95,9 +96,9 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Returns a forward with a code object of its own.
+    """Returns a forward with its own code object.
 
-    With a shared one, many blocks would use up Dynamo's budget that each has for its steps.
+    Dynamo limits the graphs per code object, so blocks must not share one.
     """
     made = with_own_code(_forward, "forward")
     made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
@@ -106,7 +107,7 @@ def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
-    """Returns a function with a code object of its own.
+    """Returns a copy of a function with its own code object.
 
     Dynamo counts compilations per code object, and takes a size for dynamic that differs between
     calls of codes of one name and place.

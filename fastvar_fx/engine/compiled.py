@@ -68,7 +68,7 @@ class Compilation:
 
     @property
     def makes_cuda_graphs(self) -> bool:
-        """Whether by its options `torch.compile` records CUDA graphs of its own."""
+        """Whether `torch.compile` records CUDA graphs with these options."""
         mode, options = self._options.get("mode"), self._options.get("options") or {}
         chosen = (list_mode_options(mode) if mode else {}) | options
         default = inductor_config.triton.cudagraphs

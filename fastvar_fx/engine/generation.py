@@ -1,6 +1,6 @@
 """Where a transformed model is in a generation: the only object that knows.
 
-A block call is told its role by the token count (or by `step_of`). Each block goes through
+The token count of a block call (or `step_of`) determines its role. Each block goes through
 
     structure steps    dense; what an earlier generation left is dropped
     cache step         captures its branch outputs, once per call of the step
@@ -266,7 +266,7 @@ class Generation:
             progress.forget()
             raise CaptureMismatchError(
                 f"{call.site.name} at step {step}: the cache step {self._cache_step} captured "
-                f"batch {batch}, of which {live} are left; which ones cannot be told: "
+                f"batch {batch}, of which {live} are left; which ones is unknown: "
                 f"{_no_evidence(call, found, batch)}. Pass live_rows='first' or 'last' to "
                 f"fastvar_fx.transform"
             )
@@ -323,7 +323,7 @@ class Generation:
         self._drew_early = False  # whether blocks ran at a step before the skipped ones
 
     def drew(self, step: int) -> None:
-        """Notes that the loop has added up what it drew at a step, and goes on to the next.
+        """Notes that the loop has accumulated what it drew at a step, and moves to the next one.
 
         At skipped steps, the blocks then return their input at once.
         """
@@ -357,7 +357,7 @@ class Generation:
             )
 
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the model; if that drew an image, checks that the steps were skipped.
+        """Runs a method of the model; if it drew an image, checks that the steps were skipped.
 
         Raises:
             RunError: If the loop drew a skipped step.
@@ -374,21 +374,21 @@ class Generation:
         return result
 
     def check_skipped(self) -> None:
-        """Checks, when a generation has ended, that the steps were skipped.
+        """Checks, at the end of a generation, that the steps were skipped.
 
         Raises:
-            RunError: If blocks ran at a skipped step, and what they gave was not left out.
+            RunError: If blocks ran at a skipped step and their result was used.
         """
         if self._last_tokens is not None and self._skipping is not None:
             self._raise_drawn(self._skipping)
         skipped, drawn = self.plan.skipped_steps, self._tokens[: self.plan.drawn_steps]
-        telling = {self._tokens[step] for step in skipped} - set(drawn)
-        if self._last_tokens in telling:
+        only_skipped = {self._tokens[step] for step in skipped} - set(drawn)
+        if self._last_tokens in only_skipped:
             self._raise_drawn(self._tokens.index(self._last_tokens))
 
     def _raise_drawn(self, step: int) -> None:
         at = self._skipping is not None
-        how = "past its accumulator" if at else "though told to leave it out"
+        how = "outside its accumulator" if at else "although it was asked to skip it"
         self._forget_skipping()
         raise RunError(
             f"step {step} ({self._tokens[step]} tokens) has ratio 1 and is to be skipped, but the "

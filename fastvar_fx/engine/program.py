@@ -201,7 +201,7 @@ class Program:
 
 
 class StaysDense:
-    """Stands in the place of a program where a call was refused: the block runs as it is.
+    """Takes the place of a program where a call was refused: the block runs dense.
 
     Attributes:
         key: The form of the call, and the shape, dtype and device of its token map.
@@ -211,7 +211,7 @@ class StaysDense:
         self.key = (call.form, *meta_of(call.x))
 
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
-        """Returns no inputs, if it stands for the call; else None."""
+        """Returns an empty list if the call was refused; else None."""
         return [] if (call.form, *meta_of(call.x)) == self.key else None
 
     def inputs(self, call: BlockCall) -> list[Any]:
@@ -322,7 +322,7 @@ class _Meta(NamedTuple):
 
     Attributes:
         kind: Its type.
-        shape: Its shape; None stands for a size that is left open.
+        shape: Its shape, with None for a size that is left open.
         dtype: Its dtype; None for what is no tensor.
         device: Its device.
         closed: Whether no size is left open.

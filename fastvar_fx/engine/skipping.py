@@ -55,7 +55,7 @@ class Skipped:
         return self.steps[0]
 
     def drew(self, step: int) -> None:
-        """Notes that the loop has added up what it drew at a step, and goes on to the next.
+        """Notes that the loop has accumulated what it drew at a step, and moves to the next one.
 
         At skipped steps, the blocks then return their input at once.
         """

@@ -60,7 +60,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A program in the store, and the calls it stands for."""
+    """A program in the store, and the fingerprint of the calls that it holds for."""
 
     number: int
     step: int
@@ -151,8 +151,8 @@ class Store:
         """Adds to an error of the user's code what pruning may have to do with it."""
         error.add_note(
             f"since step {self._plan.pruned_steps[0]} the keys cached in {call.site.name} are "
-            f"those of kept tokens: a mask over all earlier tokens no longer fits them, for its "
-            f'token axis cannot be told. branches=("cross_attention", "ffn") keeps all keys'
+            f"those of kept tokens: a mask over all earlier tokens no longer fits them, because "
+            f'its token axis is unknown. branches=("cross_attention", "ffn") keeps all keys'
         )
 
     # --- finding and making -----------------------------------------------------------------------
