@@ -288,6 +288,16 @@ def test_files_and_links(document: Path) -> None:
             assert (ROOT / code).exists(), code
 
 
+def test_the_test_command_of_the_readme_is_that_of_ci() -> None:
+    shown = [command for command in commands(ROOT / "README.md") if "pytest" in command]
+    lines = [
+        shlex.split(line, comments=True) for line in (ROOT / ".ci/run").read_text().splitlines()
+    ]
+    run = "\n".join(map(shlex.join, lines))
+    assert shown
+    assert all(command in run for command in shown)
+
+
 # --- the checks themselves ---------------------------------------------------------------------
 
 
