@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastvar_fx import Schedule, transform
+from fastvar_fx import Method, Schedule, transform
 from fastvar_fx.cases import Case, draw_var
 from fastvar_fx.evaluate import Speed
 from fastvar_fx.metrics import radial_spectrum
@@ -134,7 +134,7 @@ def kept_share(case: Case, schedule: Schedule) -> Tensor:
         kept.append(index[0])
         return index
 
-    fast = transform(case.model, schedule, select=select)
+    fast = transform(case.model, schedule, method=Method(select=select))
     case.draw(fast, 0)
     kept.clear()  # those of making the programs
     case.draw(fast, 0)

@@ -22,8 +22,7 @@ import ablation_figures as figures
 import torch
 from torch import nn
 
-from fastvar_fx import Schedule, alternatives, transform
-from fastvar_fx.alternatives import Rules
+from fastvar_fx import Schedule, transform
 from fastvar_fx.cases import DEMO, Case, Generation, case, draw_var
 from fastvar_fx.evaluate import DENSE, METRICS, PHOTOGRAPHS, Baseline, Fidelity, Speed, speed_of
 from fastvar_fx.metrics import Interval
@@ -33,7 +32,7 @@ from fastvar_fx.timing import Runs
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where something else is compared."""
-METHODS = FASTVAR, TOME = "FastVAR", "ToMe"
+FASTVAR, TOME = "fastvar", "tome"
 BATCH = 3
 """Images per seed; guidance doubles them."""
 
@@ -41,28 +40,12 @@ BATCH = 3
 # ------------------------------------------------------------------------------------ what is tried
 
 
-def rules_of(scales: Sequence[Scale]) -> dict[str, Rules]:
-    """All rules by name."""
-    return {
-        FASTVAR: {},
-        "random": {"select": alternatives.random_tokens},
-        "uniform grid": {"select": alternatives.uniform_grid(scales)},
-        "lowest scores": {"select": alternatives.lowest_scores},
-        "zeros": {"restore": alternatives.zeros},
-        "nearest kept token": {"restore": alternatives.nearest_kept},
-        "bilinear": {"restore": alternatives.interpolated("bilinear")},
-        "nearest": {"restore": alternatives.interpolated("nearest")},
-        "once per block": {"select_once": True},
-        TOME: alternatives.token_merging(scales),
-    }
-
-
 @dataclass(frozen=True)
 class Setting:
     """One way to prune."""
 
     schedule: Schedule
-    rules: str = FASTVAR
+    method: str = FASTVAR
 
 
 @dataclass(frozen=True)
@@ -89,11 +72,11 @@ class Tried:
         self.scales = scales
         self.paper = self.at(*PAPER)
 
-    def at(self, *ratios: float, cache_step: int | None = None, rules: str = FASTVAR) -> Setting:
-        return Setting(Schedule(self.scales, ratios, cache_step=cache_step), rules)
+    def at(self, *ratios: float, cache_step: int | None = None, method: str = FASTVAR) -> Setting:
+        return Setting(Schedule(self.scales, ratios, cache_step=cache_step), method)
 
-    def ruled(self, *names: str) -> dict[str, Setting]:
-        return {name: self.at(*PAPER, rules=name) for name in names}
+    def by(self, *methods: str) -> dict[str, Setting]:
+        return {m.replace("-", " "): self.at(*PAPER, method=m) for m in methods}
 
 
 def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
@@ -153,7 +136,7 @@ def extreme(tried: Tried) -> Section:
 
 
 def selection(tried: Tried) -> Section:
-    others = tried.ruled("random", "uniform grid", "lowest scores")
+    others = tried.by("random", "uniform-grid", "lowest-scores")
     chosen = {"pivotal tokens": tried.paper} | others
     return Section(
         "Which tokens are kept",
@@ -164,8 +147,8 @@ def selection(tried: Tried) -> Section:
 
 
 def restoration(tried: Tried) -> Section:
-    restored = {"area of cached": tried.paper} | tried.ruled("zeros", "nearest kept token")
-    modes = tried.ruled("bilinear", "nearest")
+    restored = {"area of cached": tried.paper} | tried.by("zeros", "nearest-kept")
+    modes = tried.by("bilinear", "nearest")
     restored |= {f"{mode} of cached": setting for mode, setting in modes.items()}
     return Section(
         "What the others get",
@@ -176,7 +159,7 @@ def restoration(tried: Tried) -> Section:
 
 
 def reuse(tried: Tried) -> Section:
-    selected = {"per branch": tried.paper} | tried.ruled("once per block")
+    selected = {"per branch": tried.paper} | tried.by("once-per-block")
     return Section(
         "How often tokens are selected",
         "Each branch selects anew.",
@@ -189,7 +172,10 @@ def merging(tried: Tried) -> Section:
     settings: dict[str, Setting] = {}
     better: list[tuple[str, str]] = []
     for ratios in ((0.5, 0.5), PAPER):
-        pair = {f"{rules}, {percent(*ratios)}": tried.at(*ratios, rules=rules) for rules in METHODS}
+        pair = {
+            f"{name}, {percent(*ratios)}": tried.at(*ratios, method=method)
+            for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
+        }
         settings |= pair
         better += first_than_others(pair)
     (fastvar, _), (_, tome) = better  # merging costs time: these two are about as fast
@@ -248,7 +234,6 @@ def measure(
     model: Case, settings: Iterable[Setting], seeds: int, repeats: int
 ) -> dict[Setting, Row]:
     """A row for each setting."""
-    rules = rules_of(model.schedule.scales)
     baseline = Baseline(model, tuple(METRICS), range(seeds))
     dense = Runs(model.subject(0), model.model)
     dense.count()
@@ -256,12 +241,12 @@ def measure(
     runs: dict[Setting, Runs] = {}
     for setting in dict.fromkeys(settings):
         schedule, begun = setting.schedule, time.perf_counter()
-        fast = transform(model.model, schedule, **rules[setting.rules])
+        fast = transform(model.model, schedule, method=setting.method)
         fidelity[setting] = baseline.compare(fast, schedule)
         runs[setting] = Runs(dense.subject, fast, schedule.steps - len(schedule.full_steps))
         runs[setting].count()
         took = time.perf_counter() - begun
-        print(f"{setting.rules}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
+        print(f"{setting.method}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
     for turn in range(repeats):
         print(f"timing, turn {turn + 1} of {repeats}", flush=True)
         for each in (dense, *runs.values()):
@@ -397,7 +382,7 @@ def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
     paper, merging = Setting(Schedule(scales, PAPER)), Setting(Schedule(scales, PAPER), TOME)
     fast: dict[str, nn.Module] = {
         "pruned": transform(model.model, paper.schedule),
-        "ToMe": transform(model.model, paper.schedule, **rules_of(scales)[TOME]),
+        "ToMe": transform(model.model, paper.schedule, method=TOME),
     }
     figures.draw_steps(model, fast["pruned"], out)
     figures.draw_spectra(model, fast, out)

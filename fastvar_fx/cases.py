@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.alternatives import Rules
 from fastvar_fx.bench.presets import PRESETS
 from fastvar_fx.errors import ModelError, ScheduleError
+from fastvar_fx.methods import Method
 from fastvar_fx.models import packaged, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
@@ -102,9 +102,9 @@ class Case:
             self.name, self.model, self.schedule, lambda model: self.draw(model, seed), seed=seed
         )
 
-    def pruned(self, rules: Rules | None = None) -> nn.Module:
+    def pruned(self, method: str | Method = "fastvar") -> nn.Module:
         """Returns the transformed model, with its programs traced."""
-        fast = transform(self.model, self.schedule, **(rules or Rules()))
+        fast = transform(self.model, self.schedule, method=method)
         trace(fast, lambda model: self.draw(model, 0))
         return fast
 

@@ -7,6 +7,10 @@ class FastVARError(Exception):
     """Base of all errors of this package."""
 
 
+class ArgumentError(FastVARError, ValueError):
+    """An argument that is unknown, out of its range, or does not fit the others."""
+
+
 class ScheduleError(FastVARError, ValueError):
     """A schedule that contradicts itself, or cannot be read."""
 

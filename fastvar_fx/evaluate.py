@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.alternatives import Rules
 from fastvar_fx.cases import Case, Generation
 from fastvar_fx.demo import Comparison
 from fastvar_fx.errors import ModelError
+from fastvar_fx.methods import Method
 from fastvar_fx.metrics import (
     Interval,
     frechet_distance,
@@ -469,7 +469,7 @@ def evaluate(
     metrics: Sequence[str] = tuple(METRICS),
     seeds: int = 4,
     repeats: int = 3,
-    rules: Rules | None = None,
+    method: str | Method = "fastvar",
     progress: Progress = lambda _: None,
 ) -> Evaluation:
     """Returns quality and speed of a pruned model.
@@ -479,7 +479,7 @@ def evaluate(
         metrics: Keys of `METRICS`; those that do not apply are told in the result.
         seeds: How many seeds to draw from, each a batch; at least 1.
         repeats: Timed runs of each model; 0 to time nothing.
-        rules: Rules of selection and restoration other than the paper's.
+        method: How branches are pruned, as in `transform`.
         progress: Called with a few words before each part.
 
     Raises:
@@ -491,7 +491,7 @@ def evaluate(
         raise ModelError(f"asked for {seeds} seeds and {repeats} repeats; give 1 and 0 at least")
     baseline = Baseline(case, chosen, range(seeds), progress)
     progress("tracing")
-    fast = case.pruned(rules)
+    fast = case.pruned(method)
     fidelity = baseline.compare(fast)
     speed = measure_speed(case, fast, repeats, progress) if repeats else None
     batch = len(baseline.generations[0].latents)

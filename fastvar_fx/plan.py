@@ -14,10 +14,10 @@ from typing import Any, Final, Literal, NoReturn, Protocol
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastvar_fx import ops
 from fastvar_fx.errors import RunError
 from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import Skipped
+from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import StepTimes
 from passes.branches import Kind
@@ -92,7 +92,7 @@ class Plan:
     step_of: StepOf | None
     strict: bool
     dump_dir: Path | None
-    operators: ops.Operators
+    operators: Method
     live_rows: LiveRows | None = None
     executor: Executor | None = None
     kv_buffers: KVBuffers | None = None

@@ -204,7 +204,7 @@ class ProgramStore:
             if step == plan.schedule.cache_step:
                 return make_capture(call, real, plan.kinds, later, dump or None)
             scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
-            last, once = step == plan.last_step, plan.operators.selects_once
+            last, once = step == plan.last_step, plan.operators.once == "block"
             at = Step(plan.schedule.kept(step), *scales, last=last, selects_once=once)
             return make_pruned(
                 call, real, plan.kinds, at, plan.operators, captured, later, dump or None

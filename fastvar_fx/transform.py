@@ -9,12 +9,12 @@ from typing import Any, Final, TypeVar, cast
 
 from torch import nn
 
-from fastvar_fx import ops
 from fastvar_fx.blocks import copy_structure, find_blocks, module_at
 from fastvar_fx.compiled import Compilation, with_own_code
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
 from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import OnFull, Skipped, install
+from fastvar_fx.methods import Method, method_of
 from fastvar_fx.payoff import time_steps
 from fastvar_fx.plan import LIVE_ROWS, Executor, LiveRows, Plan, StepOf
 from fastvar_fx.programs import ProgramStore
@@ -42,10 +42,7 @@ def transform(
     kv_buffer: bool = True,
     strict: bool = True,
     dump_dir: str | Path | None = None,
-    select: ops.Select = ops.pivotal_token_selection,
-    take: ops.Take = ops.take_tokens,
-    restore: ops.Restore = ops.cached_token_restoration,
-    select_once: bool = False,
+    method: str | Method = "fastvar",
 ) -> Model:
     """Returns a copy of a next-scale model whose blocks run FastVAR in the model's own loop.
 
@@ -72,20 +69,14 @@ def transform(
             `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
-        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64, or a tuple
-            that starts with them, which `take` and `restore` then get in place of the indices.
-        take: Makes what a branch runs on: (x (B, L, C), index (B, kept)) -> (B, kept, C).
-        restore: Restores a branch's output: (kept (B, kept, C), index (B, kept), cached
-            (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
-            Rules to compare with are in `fastvar_fx.alternatives`.
-        select_once: Whether all branches of a block keep what its first one selects; else, as in
-            the paper, each selects anew.
+        method: How a branch is pruned: a name (`fastvar_fx.methods.names()`) or a `Method`.
 
     Raises:
         ModelError: No blocks found, training mode, already transformed, or a loop that cannot
             skip steps.
         ScheduleError: Token counts that do not tell the step, layers beyond the model's, or a
             skipped step in the middle.
+        ArgumentError: An unknown `method`, or one that cannot be used with the schedule.
         ValueError: Unknown kinds in `branches`, an unknown `on_full`, or another `live_rows`.
 
     Example:
@@ -100,8 +91,7 @@ def transform(
     skipped = _check_schedule(schedule, len(found), step_of, on_full)
     layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
     folder = Path(dump_dir) if dump_dir is not None else None
-    anew = restore is ops.cached_token_restoration
-    operators = ops.Operators(_named(select), _named(restore), anew, _named(take), select_once)
+    operators = method_of(method, schedule)
     names = tuple(found)
     plan = Plan(schedule, skipped, names, kinds, step_of, strict, folder, operators, live_rows)
     plan.kv_buffers = KVBuffers() if kv_buffer else None
@@ -283,13 +273,6 @@ def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     made.__doc__ = kind.forward.__doc__
     return made
-
-
-def _named(function: Callable[..., Any]) -> Any:
-    """A function that a graph can call by name; a partial or an object with a call has none."""
-    if hasattr(function, "__name__"):
-        return function
-    return lambda *args: function(*args)
 
 
 def plan_of(fast: nn.Module) -> Plan:

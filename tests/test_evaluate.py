@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fastvar_fx
-from fastvar_fx import alternatives
 from fastvar_fx.cases import Case, Generation, Photographs, case, draw_var, read_folder
 from fastvar_fx.cli import main
 from fastvar_fx.errors import ModelError, ScheduleError
@@ -151,11 +150,11 @@ def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     assert 0 < found["agreement", DENSE].mean < 1
 
 
-def test_rules_of_ones_own_are_evaluated(subject: Case) -> None:
+def test_other_methods_are_evaluated(subject: Case) -> None:
     baseline = Baseline(subject, ["bits"], [0])
     scores = []
-    for rules in (alternatives.Rules(), alternatives.token_merging(SCHEDULE.scales)):
-        score = baseline.compare(subject.pruned(rules)).score("bits", PHOTOGRAPHS)
+    for method in ("fastvar", "tome"):
+        score = baseline.compare(subject.pruned(method)).score("bits", PHOTOGRAPHS)
         assert score is not None
         scores.append(score.pruned.mean)
     assert scores[0] != scores[1]
