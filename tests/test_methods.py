@@ -202,7 +202,7 @@ def test_what_is_no_method(model: VAR) -> None:
         with pytest.raises(ArgumentError, match=rf"False or \"block\"; found {once!r}"):
             Method(once=once)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
-        Method(methods.random_tokens)  # type: ignore[misc]
+        Method(methods.random_tokens)  # type: ignore[call-arg]
 
 
 def test_a_method_that_needs_the_shapes_of_the_maps_says_so_before_the_first_call() -> None:
@@ -279,7 +279,8 @@ def test_a_block_may_select_once_for_all_its_branches(model: VAR) -> None:
         full = fastvar_fx.ops.resize_map(cached, cached_scale, scale)
         return put_tokens(full, index, kept)
 
-    for once, selections in ((False, 4), ("block", 2)):
+    counts: dict[methods.Once, int] = {False: 4, "block": 2}
+    for once, selections in counts.items():
         method = Method(select=select, restore=put, once=once)
         fast = fastvar_fx.transform(model, SCHEDULE, method=method)
         used: list[Tensor] = []
