@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.bench.presets import PRESETS
+from fastvar_fx.bench.presets import PRESETS, random_text
 from fastvar_fx.errors import ModelError, ScheduleError
 from fastvar_fx.methods import Method
-from fastvar_fx.models import packaged, var
+from fastvar_fx.models import load, packaged, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
-from fastvar_fx.models.var import VAR, sample_top_k_top_p
+from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p
+from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
@@ -31,9 +31,6 @@ DEMO: Final = packaged.NAME
 _SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
 _RATIOS: Final = (0.5, 0.75)
 _MOST_CLASSES: Final = 5
-_TOP_K: Final = 100
-_TOP_P: Final = 0.95
-_TEXT_TOKENS: Final = 30
 
 
 # --- what is evaluated ------------------------------------------------------------------------
@@ -125,8 +122,8 @@ def draw_var(
     tokens: list[Tensor] = []
 
     def choose(step: int, logits: Tensor) -> Tensor:
-        likeliest = min(_TOP_K, logits.shape[-1])
-        tokens.append(sample_top_k_top_p(logits, likeliest, _TOP_P, generator))
+        likeliest = min(TOP_K, logits.shape[-1])
+        tokens.append(sample_top_k_top_p(logits, likeliest, TOP_P, generator))
         return tokens[-1]
 
     labels = torch.tensor(classes)
@@ -204,17 +201,14 @@ def _model(name: str, schedule: Schedule) -> nn.Module:
             f"{name} was trained on maps {own.scales}; the schedule given has {schedule.scales}"
         )
     try:
-        return var.load(name)
+        return load(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be loaded: {error}") from error
 
 
 def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
     """Draws one image of a random prompt."""
-    config, weight = model.config, model.word_embed.weight
-    tokens = config.text_length if isinstance(model, HART) else _TEXT_TOKENS
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, tokens, config.text_width, generator=generator).to(weight)
+    text = random_text(model, 1, seed)
     with torch.no_grad():
         return Generation(model.autoregressive_infer_cfg(text, scales, g_seed=seed).float().cpu())
 
@@ -273,20 +267,17 @@ def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(file: Path, side: int) -> Tensor:
-    from PIL import Image
-
     try:
-        with Image.open(file) as picture:
-            pixels = np.array(picture.convert("RGB"))
+        pixels = packaged.read_image(file)
     except OSError as error:
         raise ModelError(f"{file} is no image that pillow can read: {error}") from error
-    if pixels.shape[:2] != (side, side):
-        height, width = pixels.shape[:2]
+    height, width = pixels.shape[1:]
+    if (height, width) != (side, side):
         raise ModelError(
             f"the model draws {side} x {side} pixels, but {file} has {width} x {height}; crop or "
             f"resize it"
         )
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255  # (h, w, 3) -> (3, h, w)
+    return pixels.float() / 255
 
 
 def _class_of(file: Path, classes: int) -> int:

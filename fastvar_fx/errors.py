@@ -16,7 +16,7 @@ class ScheduleError(FastVARError, ValueError):
 
 
 class ModelError(FastVARError, ValueError):
-    """A model that cannot be transformed as asked: no blocks, training mode, transformed twice."""
+    """A model that cannot be loaded or transformed: no blocks, training mode, transformed twice."""
 
 
 class RunError(FastVARError, RuntimeError):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from data import SIDE, CropSet
 from torch import Tensor, nn
 
-from fastvar_fx.models.var import CONFIGS, VAR_256
+from fastvar_fx.models import CONFIGS, VAR_256
 from fastvar_fx.models.vqvae import VQVAE, Downsample, QuantizedMap, ResBlock, Upsample
 
 CONFIG = CONFIGS["demo"]

@@ -71,7 +71,7 @@ def new_var(vae: VQVAE) -> VAR:
 
     The classifier begins indifferent.
     """
-    var = CONFIG.new_var(vae)
+    var = VAR(vae, CONFIG)
     var.init_weights(torch.Generator().manual_seed(0))
     var.word_embed.weight.mul_(LOUDER)
     var.pos_1LC.div_(LOUDER)
@@ -193,7 +193,7 @@ def measure(run: Path) -> None:
 
 def trained_var(run: Path, vae: VQVAE) -> VAR:
     """Returns the VAR of a run with its weights rounded to float16, as they are shipped."""
-    var = CONFIG.new_var(vae)
+    var = VAR(vae, CONFIG)
     state = loop.read(run / "var.pt", "var")["model"]
     var.load_state_dict({key: value.half() for key, value in state.items()})
     return var.eval().requires_grad_(False)
