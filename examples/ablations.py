@@ -234,7 +234,7 @@ def measure(
     model: Case, settings: Iterable[Setting], seeds: int, repeats: int
 ) -> dict[Setting, Row]:
     """A row for each setting."""
-    baseline = Baseline(model, tuple(METRICS), range(seeds))
+    baseline = Baseline.of(model, tuple(METRICS), range(seeds))
     dense = Runs(model.subject(0), model.model)
     dense.count()
     fidelity: dict[Setting, Fidelity] = {}
