@@ -183,12 +183,12 @@ class Evaluation:
     """Quality and speed of a pruned model.
 
     Attributes:
-        case: What was evaluated.
+        case: The model, its schedule and the photographs.
         seeds: The seeds drawn from.
-        batch: Images of each.
+        batch: Images per seed.
         fidelity: What pruning changed.
-        speed: What it saved; None if nothing was timed.
-        left_out: Metrics that do not apply, and why.
+        speed: Times and FLOPs; None if nothing was timed.
+        left_out: Metrics that do not apply, with the reason.
     """
 
     case: Case
@@ -296,7 +296,7 @@ class Baseline:
 
         Args:
             fast: A transform of the case's model.
-            schedule: By what schedule; None for the case's.
+            schedule: The schedule it was transformed with; None for the case's.
         """
         schedule = schedule or self.case.schedule
         drawn = schedule.steps - len(schedule.full_steps)
@@ -415,7 +415,7 @@ def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Gi
 
 
 def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
-    """Returns the metrics that do not apply, and why."""
+    """Returns the metrics that do not apply, with the reason."""
     reasons: dict[str, str] = {}
     if drawn.images is None:
         no_decoder = "the package has no image decoder for this model; others compare latents"

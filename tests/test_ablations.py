@@ -51,11 +51,11 @@ def test_the_rows_say_what_they_vary() -> None:
     [
         (0.3, 0.1, "agrees"),
         (-0.3, 0.1, "**disagrees**"),
-        (0.3, 0.4, "not told apart"),
-        (0.3, float("nan"), "not told apart"),
+        (0.3, 0.4, "not significant"),
+        (0.3, float("nan"), "not significant"),
     ],
 )
-def test_a_difference_within_its_interval_tells_nothing(
+def test_a_difference_within_its_interval_is_not_significant(
     mean: float, half: float, word: str
 ) -> None:
     assert ablations.word(Interval(mean, half, 3)) == word

@@ -208,7 +208,7 @@ def test_photographs_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="class 10; the model has classes 0 to 9"):
         read_folder(tmp_path, 64, 10)
     (tmp_path / "10-unknown.png").write_bytes(b"no image")
-    with pytest.raises(ModelError, match="no image that pillow can read"):
+    with pytest.raises(ModelError, match="not an image that pillow can read"):
         read_folder(tmp_path, 64, 10)
 
 
