@@ -225,9 +225,38 @@ def test_only_the_papers_restoration_is_known_to_be_new_memory() -> None:
     assert not Method(restore=methods.interpolated("area")).restores_anew
 
 
-def test_einops_is_not_imported() -> None:
-    code = "import sys, fastvar_fx; fastvar_fx.methods.zeros; assert 'einops' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_name_is_what_it_says() -> None:
+    named = {name: methods.method_of(name, SCHEDULE) for name in methods.names()}
+    assert named["once-per-block"] == Method(once="block")
+    assert named["random"] == Method(select=methods.random_tokens)
+    assert named["lowest-scores"] == Method(select=methods.lowest_scores)
+    assert named["zeros"] == Method(restore=methods.zeros)
+    assert named["nearest-kept"] == Method(restore=methods.nearest_kept)
+    x, cached = noise(2, 16, 5), noise(2, 9, 5, seed=1)
+    index = named["uniform-grid"].select(x, 6)
+    assert torch.equal(index, methods.uniform_grid(SCALES)(x, 6))
+    kept = take_tokens(x, index)
+    for mode in ("bilinear", "nearest"):
+        want = methods.interpolated(mode)(kept, index, cached, (3, 3), (4, 4))
+        assert torch.equal(named[mode].restore(kept, index, cached, (3, 3), (4, 4)), want)
+    tome, merging = named["tome"], methods.token_merging(SCALES)
+    assert torch.equal(tome.select(x, 6)[1], merging.select(x, 6)[1])
+    assert (tome.take, tome.restore) == (merging.take, merging.restore)
+
+
+def test_the_library_needs_torch_alone() -> None:
+    code = """
+import sys
+for name in ("numpy", "einops", "safetensors", "PIL", "matplotlib", "typer", "rich"):
+    sys.modules[name] = None
+import fastvar_fx
+from fastvar_fx.models import build
+model = build("tiny", scales=(1, 2, 3), depth=1, width=32, heads=1)
+schedule = fastvar_fx.Schedule((1, 2, 3), (0.5,))
+fastvar_fx.transform(model, schedule, method="tome").infer_fhat(1, 0)
+assert fastvar_fx.methods.zeros
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 class Loop(nn.Module):

@@ -10,7 +10,7 @@
 
 The VQ-VAE learns from crops at three zooms, the VAR from the two wider ones, which show motifs.
 
-`run` is a folder. A stopped training resumes from the checkpoint in it, written about once a minute.
+`run` is a folder. A stopped run resumes from the checkpoint in it, written about once a minute.
 On a GPU convolutions and matrix products run in bfloat16; on a CPU only with `--bf16`, which is
 faster where the processor has instructions for it.
 """
