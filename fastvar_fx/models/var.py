@@ -498,46 +498,15 @@ class VAR(nn.Module):
             generator: Source of the values, on the device of the parameters.
         """
 
-        def normal(tensor: Tensor, std: float) -> None:
-            tensor.normal_(0, std, generator=generator)
-
-        def linear(layer: nn.Linear, gain: float) -> None:
-            normal(layer.weight, gain / math.sqrt(layer.in_features))
-            if layer.bias is not None:
-                layer.bias.zero_()
-
-        gamma = 1 / math.sqrt(self.depth)
         for embedding in (self.class_emb.weight, self.lvl_embed.weight):
-            normal(embedding, 0.5)
+            _normal(embedding, 0.5, generator)
         for positions in (self.pos_start, self.pos_1LC):
-            normal(positions, 0.5)
-        linear(self.word_embed, 0.5)
-        linear(self.head, 2.0)
+            _normal(positions, 0.5, generator)
+        _linear(self.word_embed, 0.5, generator)
+        _linear(self.head, 2.0, generator)
         for module in self.modules():
-            if isinstance(module, SelfAttention):
-                linear(module.mat_qkv, 1.0)
-                linear(module.proj, 2.0)
-                normal(module.q_bias, 0.5)
-                normal(module.v_bias, 0.5)
-                module.zero_k_bias.zero_()
-                if module.l2_norm:
-                    module.scale_mul_1H11.fill_(math.log(4.0))
-            elif isinstance(module, FFN):
-                linear(module.fc1, 1.0)
-                linear(module.fc2, 2.0)
-                normal(module.fc1.bias, 0.5)
-            elif isinstance(module, SharedAdaLin):
-                linear(module, 0.2)
-            elif isinstance(module, AdaLNBeforeHead):
-                linear(cast("nn.Linear", module.ada_lin[1]), 0.2)
-            elif isinstance(module, Block):
-                if module.shared_aln:
-                    normal(module.ada_gss, 0.2 / math.sqrt(self.width))
-                    module.ada_gss[:, :, :2] += gamma
-                else:
-                    layer = cast("nn.Linear", module.ada_lin[1])
-                    linear(layer, 0.2)
-                    layer.bias[: 2 * self.width] = gamma
+            _fill_branch(module, generator)
+            _fill_norm(module, 1 / math.sqrt(self.depth), generator)
         level, mask = _levels_and_mask(self.scales)
         self.lvl_1L.copy_(level)
         self.attn_bias_for_masking.copy_(mask)
@@ -627,6 +596,47 @@ class VAR(nn.Module):
                 f"the model is on {here}, but its VQ-VAE, which does not move with it, on {there}; "
                 f"call var.vae.to({str(here)!r})"
             )
+
+
+def _normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    tensor.normal_(0, std, generator=generator)
+
+
+def _linear(layer: nn.Linear, gain: float, generator: torch.Generator) -> None:
+    _normal(layer.weight, gain / math.sqrt(layer.in_features), generator)
+    if layer.bias is not None:
+        layer.bias.zero_()
+
+
+def _fill_branch(module: nn.Module, generator: torch.Generator) -> None:
+    """Fills the layers of a module, if it is an attention or feed-forward branch."""
+    if isinstance(module, SelfAttention):
+        _linear(module.mat_qkv, 1.0, generator)
+        _linear(module.proj, 2.0, generator)
+        _normal(module.q_bias, 0.5, generator)
+        _normal(module.v_bias, 0.5, generator)
+        module.zero_k_bias.zero_()
+        if module.l2_norm:
+            module.scale_mul_1H11.fill_(math.log(4.0))
+    elif isinstance(module, FFN):
+        _linear(module.fc1, 1.0, generator)
+        _linear(module.fc2, 2.0, generator)
+        _normal(module.fc1.bias, 0.5, generator)
+
+
+def _fill_norm(module: nn.Module, gamma: float, generator: torch.Generator) -> None:
+    """Fills the AdaLN layer of a module, if it has one."""
+    if isinstance(module, SharedAdaLin):
+        _linear(module, 0.2, generator)
+    elif isinstance(module, AdaLNBeforeHead):
+        _linear(cast("nn.Linear", module.ada_lin[1]), 0.2, generator)
+    elif isinstance(module, Block) and module.shared_aln:
+        _normal(module.ada_gss, 0.2 / math.sqrt(module.width), generator)
+        module.ada_gss[:, :, :2] += gamma
+    elif isinstance(module, Block):
+        layer = cast("nn.Linear", module.ada_lin[1])
+        _linear(layer, 0.2, generator)
+        layer.bias[: 2 * module.width] = gamma
 
 
 def _levels_and_mask(scales: tuple[int, ...]) -> tuple[Tensor, Tensor]:
