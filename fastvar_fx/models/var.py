@@ -497,7 +497,6 @@ class VAR(nn.Module):
         Args:
             generator: Source of the values, on the device of the parameters.
         """
-
         for embedding in (self.class_emb.weight, self.lvl_embed.weight):
             _normal(embedding, 0.5, generator)
         for positions in (self.pos_start, self.pos_1LC):
