@@ -13,8 +13,10 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
         f"rename that module or put it behind fastvar_fx on sys.path"
     )
 
+from fastvar_fx import methods
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import (
+    ArgumentError,
     CaptureMismatchError,
     CompileError,
     FastVARError,
@@ -25,6 +27,7 @@ from fastvar_fx.errors import (
     ScheduleError,
 )
 from fastvar_fx.extend import axis_rule, register_opaque
+from fastvar_fx.methods import Method
 from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule, presets
 from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
@@ -32,10 +35,12 @@ from fastvar_fx.transform import compile, explain, measure, reset, trace, transf
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "CaptureMismatchError",
     "CompileError",
     "FastVARError",
     "GraphError",
+    "Method",
     "ModelError",
     "NothingPrunedError",
     "Report",
@@ -47,6 +52,7 @@ __all__ = [
     "cuda_graph",
     "explain",
     "measure",
+    "methods",
     "presets",
     "register_opaque",
     "reset",

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvar_fx import ops
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import RunError, ScheduleError
+from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Runs, Spread, Subject
 from fastvar_fx.transform import trace, transform
@@ -192,7 +193,13 @@ def measure(
         )
     deadline = perf_counter() + patience
     select = _Recorder()
-    fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache", select=select)
+    fast = transform(
+        subject.model,
+        schedule,
+        blocks=subject.blocks,
+        on_full="cache",
+        method=Method(select=select),
+    )
     dense_bench, pruned_bench = Runs(subject, subject.model), Runs(subject, fast)
 
     progress("warm-up and FLOPs, dense")

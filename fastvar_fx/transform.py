@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from fastvar_fx import ops
 from fastvar_fx.engine.block import RUNTIME, attach
 from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.engine import ENGINE, Engine
@@ -18,6 +17,7 @@ from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.methods import Method, method_of
 from fastvar_fx.payoff import time_steps
 from fastvar_fx.schedule import Schedule
 from passes.branches import KINDS, Kind
@@ -37,10 +37,7 @@ def transform(
     kv_buffer: bool = True,
     strict: bool = True,
     dump_dir: str | Path | None = None,
-    select: ops.Select = ops.pivotal_token_selection,
-    take: ops.Take = ops.take_tokens,
-    restore: ops.Restore = ops.cached_token_restoration,
-    select_once: bool = False,
+    method: str | Method = "fastvar",
 ) -> Model:
     """Returns a copy of a next-scale model whose blocks run FastVAR in the model's own loop.
 
@@ -68,20 +65,14 @@ def transform(
             where `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
-        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64, or a tuple
-            that starts with them, which `take` and `restore` then get in place of the indices.
-        take: Makes what a branch runs on: (x (B, L, C), index (B, kept)) -> (B, kept, C).
-        restore: Restores a branch's output: (kept (B, kept, C), index (B, kept), cached
-            (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
-            Rules to compare with are in `fastvar_fx.alternatives`.
-        select_once: Whether all branches of a block keep what its first one selects; else, as in
-            the paper, each selects anew.
+        method: How a branch is pruned: a name (`fastvar_fx.methods.names()`) or a `Method`.
 
     Raises:
         ModelError: No blocks found, training mode, already transformed, or a loop that cannot
             skip steps.
         ScheduleError: Token counts that do not determine the step, layers beyond the model's, or a
             skipped step in the middle.
+        ArgumentError: An unknown `method`, or one that cannot be used with the schedule.
         ValueError: Unknown kinds in `branches`, an unknown `on_full`, or another `live_rows`.
 
     Example:
@@ -94,7 +85,6 @@ def transform(
         raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
     found = find_blocks(model, blocks)
     skipped = _check_schedule(schedule, len(found), step_of, on_full)
-    anew = restore is ops.cached_token_restoration
     plan = Plan(
         schedule=schedule,
         skipped_steps=skipped,
@@ -103,7 +93,7 @@ def transform(
         step_of=step_of,
         strict=strict,
         dump_dir=Path(dump_dir) if dump_dir is not None else None,
-        operators=ops.Operators(_named(select), _named(restore), anew, _named(take), select_once),
+        method=method_of(method, schedule),
         live_rows=live_rows,
         buffers_caches=kv_buffer,
     )
@@ -250,11 +240,6 @@ def explain(fast: nn.Module) -> Report:
     return Engine.of(fast).report()
 
 
-def _named(function: Callable[..., Any]) -> Any:
-    """A function that a graph can call by name; a partial or an object with a call has none."""
-    if hasattr(function, "__name__"):
-        return function
-    return lambda *args: function(*args)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvar_fx import ModelError, Schedule, ScheduleError, transform
+from fastvar_fx import Method, ModelError, Schedule, ScheduleError, transform
 from fastvar_fx.bench import presets, resolutions
 from fastvar_fx.bench.modules import (
     MODULES,
@@ -37,7 +37,7 @@ from fastvar_fx.bench.rows import Result, Row, measure, phases, record_replays
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
-from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 from fastvar_fx.timing import Runs
 from passes.prune import take_side
 from tests.graph_double import record
@@ -254,7 +254,7 @@ def test_marks_are_set_where_the_module_changes() -> None:
 
 
 def test_what_a_call_belongs_to() -> None:
-    operators = Operators(pivotal_token_selection, cached_token_restoration)
+    operators = Method()
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     targets = (operators.select, operators.take, take_side, operators.restore, torch.relu)

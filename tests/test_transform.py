@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import nn
 
 import fastvar_fx
-from fastvar_fx import ModelError, Schedule
+from fastvar_fx import Method, ModelError, Schedule
 from tests import reference, zoo
 
 
@@ -98,8 +98,7 @@ def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None
         model,
         Schedule(drawn.scales, drawn.ratios, cache_step=drawn.cache_step, layers=case.layers),
         on_full="cache",
-        select=_last_tokens,
-        restore=_kept_or_cached,
+        method=Method(select=_last_tokens, restore=_kept_or_cached),
     )
     want = reference.reference_generate(
         model, case.batch, case.seed, drawn.scales, drawn.ratios, drawn.cache_step,

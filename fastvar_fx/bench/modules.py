@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastvar_fx.bench.rows import DENSE, PRUNED
 from fastvar_fx.bound import BoundProgram, StaysDense
-from fastvar_fx.ops import Operators
+from fastvar_fx.methods import Method
 from fastvar_fx.plan import Plan
 from fastvar_fx.programs import Block, ProgramStore
 from fastvar_fx.schedule import Schedule
@@ -212,7 +212,7 @@ def with_marks(
     return GraphModule(graph_module, graph)
 
 
-def module_of(operators: Operators, node: Node) -> str:
+def module_of(operators: Method, node: Node) -> str:
     """Returns which of `MODULES` a call in the graph of a program belongs to."""
     if node.target in (operators.select, operators.take, take_side):
         return PTS

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvar_fx.errors import ModelError
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.models.maps import template
+from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
 
@@ -56,14 +57,14 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
         return torch.ones(batch, dtype=torch.int64, device=model.word_embed.weight.device)
 
     def draw(model: var.VAR, classes: Tensor, seed: int | None) -> Tensor:
-        return model.infer_fhat(len(classes), classes, g_seed=seed, top_k=100, top_p=0.95)
+        return model.infer_fhat(len(classes), classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P)
 
     def decode(model: var.VAR, latents: Tensor) -> Tensor:
         return model.vae.decode(latents)
 
     def bare() -> var.VAR:
         config = replace(var.CONFIGS[name], scales=sides, **sizes)  # type: ignore[arg-type]
-        return config.new_var(config.new_vae())
+        return var.VAR(config.new_vae(), config)
 
     build = partial(var.build, name, scales=sides, **sizes)
     return Preset(build, bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
@@ -75,7 +76,7 @@ def _infinity(schedule: Schedule, name: str) -> Preset:
 
     bare = partial(infinity.Infinity, infinity.CONFIGS[name])
     build = partial(infinity.build, name)
-    return Preset(build, bare, schedule, _text, draw, partial(_infinity, name=name))
+    return Preset(build, bare, schedule, random_text, draw, partial(_infinity, name=name))
 
 
 def _hart(schedule: Schedule, name: str) -> Preset:
@@ -84,14 +85,15 @@ def _hart(schedule: Schedule, name: str) -> Preset:
 
     bare = partial(hart.HART, hart.CONFIGS[name])
     build = partial(hart.build, name)
-    return Preset(build, bare, schedule, _text, draw, partial(_hart, name=name))
+    return Preset(build, bare, schedule, random_text, draw, partial(_hart, name=name))
 
 
-def _text(model: infinity.Infinity | hart.HART, batch: int) -> Tensor:
+def random_text(model: infinity.Infinity | hart.HART, batch: int, seed: int = 0) -> Tensor:
     """Returns features of a prompt (B, T, Ct); of HART's padded length, else of a usual one."""
     config, weight = model.config, model.word_embed.weight
     tokens = config.text_length if isinstance(model, hart.HART) else _TEXT_TOKENS
-    text = torch.randn(batch, tokens, config.text_width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, tokens, config.text_width, generator=generator)
     return text.to(weight.device, weight.dtype)
 
 

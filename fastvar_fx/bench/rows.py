@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
 from fastvar_fx.errors import ModelError
+from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule
@@ -190,7 +191,7 @@ def _variants(subject: Subject, *, compiled: bool) -> dict[str, Runs]:
         runs[SKIPPED] = Runs(subject, skipped(), drawn)
         if compiled:
             runs[SKIPPED_COMPILED] = Runs(subject, compile_regions(skipped()), drawn)
-    peer = pruned(select=peer_selection, restore=peer_restoration)
+    peer = pruned(method=Method(select=peer_selection, restore=peer_restoration))
     return runs | {PEER: Runs(subject, peer)}
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from fastvar_fx import ops
+from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from passes.branches import Kind
 from passes.kv_buffer import LaterRows
@@ -36,7 +36,7 @@ class Plan:
         step_of: Returns the step of a call; None if the token count does.
         strict: Whether it is an error if nothing could be pruned.
         dump_dir: Folder for the graphs of each pass.
-        operators: Selection and restoration.
+        method: Selection and restoration.
         live_rows: Which samples stay where the loop drops some; None to find out.
         buffers_caches: Whether KV caches grow in buffers.
     """
@@ -48,7 +48,7 @@ class Plan:
     step_of: StepOf | None
     strict: bool
     dump_dir: Path | None
-    operators: ops.Operators
+    method: Method
     live_rows: LiveRows | None
     buffers_caches: bool
 

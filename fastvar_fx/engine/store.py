@@ -222,10 +222,10 @@ class Store:
             if step == schedule.cache_step:
                 return make_capture(live, real, plan.kinds, later, dump)
             scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
-            last, once = step == plan.last_step, plan.operators.selects_once
+            last, once = step == plan.last_step, plan.method.once == "block"
             at = Step(schedule.kept(step), *scales, last=last, selects_once=once)
             captured = dict(role.captured)
-            return make_pruned(live, real, plan.kinds, at, plan.operators, captured, later, dump)
+            return make_pruned(live, real, plan.kinds, at, plan.method, captured, later, dump)
         except RefusedError as error:
             return error.refusal
         except (AssertionError, AttributeError, LookupError, TypeError) as error:

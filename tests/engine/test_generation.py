@@ -15,7 +15,7 @@ from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.generation import DENSE, PASS, Generation
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.token_map import TokenMaps
-from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from fastvar_fx.methods import Method
 from passes.branches import KINDS
 
 SCHEDULE = Schedule((1, 2, 3, 4, 5), (0.5, 0.5))  # captures at step 2: 9 tokens
@@ -31,7 +31,7 @@ def plan_of(schedule: Schedule = SCHEDULE, skipped: tuple[int, ...] = (), **opti
         "step_of": None,
         "strict": True,
         "dump_dir": None,
-        "operators": Operators(pivotal_token_selection, cached_token_restoration),
+        "method": Method(),
         "live_rows": None,
         "buffers_caches": True,
     }
