@@ -1,4 +1,4 @@
-"""Models to evaluate: how each draws from a seed, and photographs to compare with."""
+"""The models that `evaluate` knows, each with its schedule, its loop and its photographs."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.alternatives import Rules
-from fastvar_fx.bench.presets import PRESETS
+from fastvar_fx.bench.presets import PRESETS, random_text
 from fastvar_fx.errors import ModelError, ScheduleError
-from fastvar_fx.models import packaged, var
+from fastvar_fx.methods import Method
+from fastvar_fx.models import load, packaged, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
-from fastvar_fx.models.var import VAR, sample_top_k_top_p
+from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p
+from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
 from fastvar_fx.transform import trace, transform
 
 DEMO: Final = packaged.NAME
-"""The model whose weights come along."""
+"""The model whose weights are packaged."""
 
 _SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
 _RATIOS: Final = (0.5, 0.75)
 _MOST_CLASSES: Final = 5
-_TOP_K: Final = 100
-_TOP_P: Final = 0.95
-_TEXT_TOKENS: Final = 30
 
 
 # --- what is evaluated ------------------------------------------------------------------------
@@ -41,12 +38,12 @@ _TEXT_TOKENS: Final = 30
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model drew from one seed, on the CPU.
+    """The result of one seed, on the CPU.
 
     Attributes:
         latents: (B, C, h, w).
         images: (B, 3, H, W) in [0, 1]; None where the package has no image decoder.
-        tokens: The token map of each step, int64 (B, l); None where the loop does not tell them.
+        tokens: The token map of each step, int64 (B, l); None if the loop does not return them.
         labels: The classes drawn, int64 (B,); None where there are none.
     """
 
@@ -63,7 +60,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images that a model never saw.
+    """Images that a model was not trained on.
 
     Attributes:
         images: (N, 3, H, W) in [0, 1].
@@ -81,12 +78,12 @@ class Case:
     """A model to evaluate.
 
     Attributes:
-        name: What to call it.
-        model: In eval mode.
-        schedule: What it draws, and how it is pruned.
+        name: Its name in reports.
+        model: The dense model, in eval mode.
+        schedule: The scales that it draws, and the pruning ratios.
         draw: Draws a batch from a seed: (model, seed) -> generation.
-        photographs: What to compare with; None if there are none.
-        note: What a reader has to know; may be empty.
+        photographs: Images to compare with, if there are any.
+        note: A remark for the reader of a report; may be empty.
     """
 
     name: str
@@ -97,14 +94,14 @@ class Case:
     note: str = ""
 
     def subject(self, seed: int) -> Subject:
-        """Returns how to count and time a generation."""
+        """Returns the subject of counting and timing, one generation from this seed."""
         return Subject(
             self.name, self.model, self.schedule, lambda model: self.draw(model, seed), seed=seed
         )
 
-    def pruned(self, rules: Rules | None = None) -> nn.Module:
+    def pruned(self, method: str | Method = "fastvar") -> nn.Module:
         """Returns the transformed model, with its programs traced."""
-        fast = transform(self.model, self.schedule, **(rules or Rules()))
+        fast = transform(self.model, self.schedule, method=method)
         trace(fast, lambda model: self.draw(model, 0))
         return fast
 
@@ -116,8 +113,8 @@ def draw_var(
 
     Args:
         model: Original or transformed.
-        seed: Of the draws; as long as they see the same, two models draw the same tokens.
-        classes: One for each image.
+        seed: Seed of the draws; two models draw the same tokens as long as their logits agree.
+        classes: The class of each image.
         on_step: Called after each step with its index and the latents so far.
     """
     device = model.lvl_1L.device
@@ -125,8 +122,8 @@ def draw_var(
     tokens: list[Tensor] = []
 
     def choose(step: int, logits: Tensor) -> Tensor:
-        likeliest = min(_TOP_K, logits.shape[-1])
-        tokens.append(sample_top_k_top_p(logits, likeliest, _TOP_P, generator))
+        likeliest = min(TOP_K, logits.shape[-1])
+        tokens.append(sample_top_k_top_p(logits, likeliest, TOP_P, generator))
         return tokens[-1]
 
     labels = torch.tensor(classes)
@@ -145,7 +142,7 @@ def case_names() -> tuple[str, ...]:
 
 
 def own_schedule(name: str) -> Schedule:
-    """Returns the schedule that a model is evaluated by unless another is given.
+    """Returns the schedule with which a model is evaluated by default.
 
     Raises:
         ModelError: If no model has this name; the message offers close ones.
@@ -165,24 +162,24 @@ def case(
     classes: Sequence[int] | None = None,
     folder: Path | None = None,
 ) -> Case:
-    """Returns a model to evaluate, on the CPU or, if there is one, the GPU.
+    """Returns a model to evaluate, on the GPU if there is one, else on the CPU.
 
     Args:
         name: One of `case_names()`.
-        schedule: What it draws and how it is pruned; None for its own.
-        classes: Classes to draw, one image each per seed; None for the first few.
-        folder: Photographs of the size that the model draws. A file whose name begins with a number
-            and a dash, such as `3-lake.jpg`, is of that class, others of none.
+        schedule: Its scales and pruning ratios; None for its own.
+        classes: Classes to draw, one image each per seed; None for the first five.
+        folder: Folder of photographs of the size that the model draws. A number and a dash at the
+            beginning of a file's name are its class, as in `3-lake.jpg`; other files have none.
 
     Raises:
-        ModelError: An unknown name or class, classes or photographs for a model that has none, or a
-            folder without usable photographs.
+        ModelError: If the name or a class is unknown, classes or photographs are given for a model
+            that has none, or the folder has no usable photographs.
         ScheduleError: If the trained model draws other scales.
     """
     schedule = schedule or own_schedule(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _model(name, schedule).to(device)
-    note = "" if name == DEMO else "random weights: the numbers say nothing of trained models"
+    note = "" if name == DEMO else "random weights: the numbers do not hold for trained models"
     if isinstance(model, VAR):
         model.vae.to(device)
         drawn = _check_classes(model, classes)
@@ -201,20 +198,18 @@ def _model(name: str, schedule: Schedule) -> nn.Module:
         return PRESETS[name].at(schedule).build()
     if schedule.scales != own.scales:
         raise ScheduleError(
-            f"{name} was trained on maps {own.scales}; the schedule given has {schedule.scales}"
+            f"{name} was trained on maps {own.scales}, but the schedule has {schedule.scales}; "
+            f"give a schedule with the maps of the model"
         )
     try:
-        return var.load(name)
+        return load(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be loaded: {error}") from error
 
 
 def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
     """Draws one image of a random prompt."""
-    config, weight = model.config, model.word_embed.weight
-    tokens = config.text_length if isinstance(model, HART) else _TEXT_TOKENS
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, tokens, config.text_width, generator=generator).to(weight)
+    text = random_text(model, 1, seed)
     with torch.no_grad():
         return Generation(model.autoregressive_infer_cfg(text, scales, g_seed=seed).float().cpu())
 
@@ -255,16 +250,16 @@ def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
     """Returns the images of a folder (N, 3, side, side) in [0, 1] and their classes, int64 (N,).
 
     Args:
-        folder: Its files are read in order of their names; folders in it are not.
-        side: Pixels that each has to be high and wide.
-        classes: How many classes there are; see `case` for how a name tells it.
+        folder: Its files are read in the order of their names, without subfolders.
+        side: Required height and width in pixels.
+        classes: Number of classes; see `case` for the class in a file's name.
 
     Raises:
-        ModelError: No such folder, no image in it, a file that cannot be read, or an image of
-            another size or an unknown class.
+        ModelError: If there is no such folder or no image in it, a file cannot be read, or an image
+            has another size or an unknown class.
     """
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder} with photographs")
+        raise ModelError(f"there is no folder {folder}; give one with photographs")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
     if not files:
         raise ModelError(f"{folder} holds no photograph; put files {', '.join(_SUFFIXES)} there")
@@ -273,20 +268,17 @@ def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(file: Path, side: int) -> Tensor:
-    from PIL import Image
-
     try:
-        with Image.open(file) as picture:
-            pixels = np.array(picture.convert("RGB"))
+        pixels = packaged.read_image(file)
     except OSError as error:
-        raise ModelError(f"{file} is no image that pillow can read: {error}") from error
-    if pixels.shape[:2] != (side, side):
-        height, width = pixels.shape[:2]
+        raise ModelError(f"{file} is not an image that pillow can read: {error}") from error
+    height, width = pixels.shape[1:]
+    if (height, width) != (side, side):
         raise ModelError(
             f"the model draws {side} x {side} pixels, but {file} has {width} x {height}; crop or "
             f"resize it"
         )
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255  # (h, w, 3) -> (3, h, w)
+    return pixels.float() / 255
 
 
 def _class_of(file: Path, classes: int) -> int:
@@ -294,5 +286,8 @@ def _class_of(file: Path, classes: int) -> int:
     if not (dash and number.isdecimal()):
         return -1
     if int(number) >= classes:
-        raise ModelError(f"{file} is of class {number}; the model has classes 0 to {classes - 1}")
+        raise ModelError(
+            f"the name of {file} begins with class {number}; the model has classes 0 to "
+            f"{classes - 1}"
+        )
     return int(number)

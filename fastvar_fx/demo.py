@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastvar_fx import ops
+from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import RunError, ScheduleError
-from fastvar_fx.report import Report
+from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Budget, Comparison, Progress, Runs, Subject, alternate, no_progress
 from fastvar_fx.transform import trace, transform
@@ -149,7 +150,13 @@ def measure_both(
             f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
         )
     select = _Recorder()
-    fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache", select=select)
+    fast = transform(
+        subject.model,
+        schedule,
+        blocks=subject.blocks,
+        on_full="cache",
+        method=Method(select=select),
+    )
     dense, pruned = subject.runs(subject.model), subject.runs(fast)
 
     progress("warm-up and FLOPs, dense")

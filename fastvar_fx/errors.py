@@ -7,12 +7,16 @@ class FastVARError(Exception):
     """Base of all errors of this package."""
 
 
+class ArgumentError(FastVARError, ValueError):
+    """An argument that is unknown, out of its range, or does not fit the others."""
+
+
 class ScheduleError(FastVARError, ValueError):
     """A schedule that contradicts itself, or cannot be read."""
 
 
 class ModelError(FastVARError, ValueError):
-    """A model that cannot be transformed as asked: no blocks, training mode, transformed twice."""
+    """A model that cannot be loaded or transformed: no blocks, training mode, transformed twice."""
 
 
 class RunError(FastVARError, RuntimeError):

@@ -1,14 +1,14 @@
-"""What pruning does to what a model draws, and what it saves: `fastvar-fx evaluate`.
+"""Quality and speed of a pruned model, compared with the dense one: `fastvar-fx evaluate`.
 
-The pruned model is compared with the dense one at the same seeds, and both with photographs that
-the model never saw. The likelihood of a photograph is that of its tokens in the model's own loop,
-whose steps are then pruned as they are in generation.
+Both models draw from the same seeds, and are also compared with photographs that they were not
+trained on. The likelihood of a photograph is that of its tokens, given to the model's own loop step
+by step; the loop prunes the same steps as in generation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.alternatives import Rules
 from fastvar_fx.cases import Case, Generation
 from fastvar_fx.errors import ModelError
+from fastvar_fx.methods import Method
 from fastvar_fx.metrics import (
     Interval,
     frechet_distance,
@@ -38,18 +38,21 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "psnr": "peak signal-to-noise ratio to the dense image of the same seed, dB",
         "ssim": "structural similarity to it, at most 1",
-        "agreement": "share of the tokens of the pruned steps that are those of the dense run",
+        "agreement": "share of the tokens of the pruned steps that equal those of the dense run",
         "spectrum": "distance of radial power spectra, rms over the rings, dB",
         "frechet": "Frechet distance of fixed texture features (not FID) to the photographs",
-        "bits": "bits per token that images given to the model's own loop cost: photographs, and "
-        "what the dense model drew",
+        "bits": "bits per token of given images, photographs and dense draws, teacher-forced "
+        "through the model's own loop",
     }
 )
-"""What can be measured, by name."""
+"""The metrics by name."""
 
 DENSE: Final = "dense"
 PHOTOGRAPHS: Final = "photographs"
-"""What is compared with: what the dense model drew, or images that it never saw."""
+"""The references of a metric: the dense model's draws, or images that it was not trained on."""
+
+_Images = Sequence[tuple[Tensor, Tensor]]
+"""What the dense and the pruned model drew, seed by seed."""
 
 _PRUNED: Final = "pruned"
 
@@ -63,11 +66,12 @@ class Score:
 
     Attributes:
         metric: A key of `METRICS`.
-        against: What was compared with, `DENSE` or `PHOTOGRAPHS`.
-        dense: Of the dense model; None where it is itself compared with.
-        pruned: Of the pruned model.
-        difference: Pruned less dense, with the interval of the paired differences.
-        values: Of the pruned model, one per seed or image, so that rules can be compared in pairs.
+        against: The reference, `DENSE` or `PHOTOGRAPHS`.
+        dense: The dense model's; None if it is the reference.
+        pruned: The pruned model's.
+        difference: Pruned minus dense, with the interval of the paired differences; None if the
+            dense model is the reference.
+        values: The pruned model's, one per seed or image, for paired comparisons of methods.
     """
 
     metric: str
@@ -79,17 +83,25 @@ class Score:
 
     @classmethod
     def to_dense(cls, metric: str, values: Sequence[float]) -> Score:
-        """Returns what compares pruned with dense, one value per seed."""
+        """Returns a score of the pruned model against the dense one, from one value per seed."""
         return cls(metric, DENSE, None, Interval.of(values), None, tuple(values))
 
     @classmethod
     def of_both(
         cls, metric: str, against: str, dense: Sequence[float], pruned: Sequence[float]
     ) -> Score:
-        """Returns what holds both against something else, in pairs of values."""
+        """Returns a score of both models against another reference, from paired values."""
         differences = [p - d for d, p in zip(dense, pruned, strict=True)]
         of = Interval.of
         return cls(metric, against, of(dense), of(pruned), of(differences), tuple(pruned))
+
+    @classmethod
+    def to_photographs(
+        cls, metric: str, pairs: _Images, distance: Callable[[Tensor], float]
+    ) -> Score:
+        """Returns a score of both models from the distances of their values to photographs."""
+        dense, pruned = ([distance(value) for value in of] for of in zip(*pairs, strict=True))
+        return cls.of_both(metric, PHOTOGRAPHS, dense, pruned)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data."""
@@ -105,8 +117,8 @@ class StepScore:
 
     Attributes:
         step: Its index.
-        agreement: Share of the tokens that are those of the dense run; None if not measured, or if
-            the step is skipped.
+        agreement: Share of the tokens that equal those of the dense run; None if not measured, or
+            if the step is skipped.
         bits_dense: Bits per token, dense, of the photographs or, without any, of what the dense
             model drew; None if not measured.
         bits_pruned: The same, pruned.
@@ -120,7 +132,7 @@ class StepScore:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What pruning changed: a score per metric, and what is known of each step."""
+    """What pruning changed: scores of the whole images, and of each step."""
 
     scores: tuple[Score, ...]
     steps: tuple[StepScore, ...]
@@ -133,14 +145,14 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Speed:
-    """What pruning saved, of one batch.
+    """Times and FLOPs of one batch, dense and pruned.
 
     Attributes:
         transformer: The blocks over a generation.
         total: The whole generation, image decoder included.
         flops_dense: FLOPs of the blocks' matrix products.
         flops_pruned: The same, pruned.
-        steps: The blocks at each step; those that are skipped take no time.
+        steps: The blocks at each step, dense and pruned; skipped steps take no time.
         repeats: Timed runs of each model.
     """
 
@@ -169,12 +181,12 @@ class Evaluation:
     """Quality and speed of a pruned model.
 
     Attributes:
-        case: What was evaluated.
+        case: The model, its schedule and the photographs.
         seeds: The seeds drawn from.
-        batch: Images of each.
+        batch: Images per seed.
         fidelity: What pruning changed.
-        speed: What it saved; None if nothing was timed.
-        left_out: Metrics that do not apply, and why.
+        speed: Times and FLOPs; None if nothing was timed.
+        left_out: Metrics that do not apply, with the reason.
     """
 
     case: Case
@@ -189,10 +201,10 @@ class Evaluation:
 
 
 def token_bits(model: VAR, tokens: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Returns how many bits a token of each step costs, float64 (N, K), mean over the map.
+    """Returns the bits per token of given images at each step, float64 (N, K), means over the map.
 
-    The tokens are given to the model's own inference loop, so that a transformed model prunes as it
-    does in generation. There is no guidance: these are probabilities of the class's tokens.
+    The tokens are given to the model's own inference loop, so a transformed model prunes as in
+    generation. There is no guidance.
 
     Args:
         model: Original or transformed.
@@ -230,160 +242,188 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
         close = " or ".join(get_close_matches(unknown[0], METRICS) or METRICS)
         raise ModelError(f"no metric is named {unknown[0]!r}; did you mean {close}?")
     if not names:
-        raise ModelError(f"no metric asked for; choose of {', '.join(METRICS)}")
+        raise ModelError(f"no metric asked for; choose from {', '.join(METRICS)}")
     return tuple(name for name in METRICS if name in names)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The dense model's draws and what it says of the photographs; pruned ones are held against it.
+    """The dense model's draws and likelihoods, with which pruned models are compared.
 
     Attributes:
         case: What is evaluated.
-        metrics: Those that apply, of what was asked for.
-        left_out: The others, and why.
+        metrics: Those of the metrics asked for that apply.
+        left_out: The others, with the reason.
         generations: What the dense model drew, by seed.
+        given: Images whose likelihood is compared, with the dense bits per token (N, K).
+        progress: Called with a short text before each draw.
     """
 
-    def __init__(
-        self,
+    case: Case
+    metrics: tuple[str, ...]
+    left_out: dict[str, str]
+    generations: dict[int, Generation]
+    given: tuple[tuple[_Given, Tensor], ...]
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
         case: Case,
         metrics: Sequence[str] = tuple(METRICS),
         seeds: Sequence[int] = (0, 1, 2, 3),
         progress: Progress = no_progress,
-    ) -> None:
-        self.case = case
-        self._progress = progress
-        self.generations = dict(self._draw(case.model, seeds, DENSE))
-        self._first = next(iter(self.generations.values()))
-        reasons = _why_not(case, self._first)
+    ) -> Baseline:
+        """Runs the dense model: draws from every seed, and measures the likelihoods."""
         asked = check_metrics(metrics)
-        self.left_out = {name: reasons[name] for name in asked if name in reasons}
-        self.metrics = tuple(name for name in asked if name not in reasons)
-        self._span = _span(list(self.generations.values()))
-        photographs = case.photographs
-        if photographs is not None:
-            self._spectrum = radial_spectrum(photographs.images).mean(0)
-            self._features = texture_features(photographs.images)
-        given = _given_tokens(case, self.generations) if "bits" in self.metrics else []
-        self._given = [(each, self._all_bits(case.model, each, DENSE)) for each in given]
+        generations = dict(_draw(case, case.model, seeds, DENSE, progress))
+        reasons = _why_not(case, next(iter(generations.values())))
+        applicable = tuple(name for name in asked if name not in reasons)
+        given = _given_tokens(case, generations) if "bits" in applicable else []
+        return cls(
+            case=case,
+            metrics=applicable,
+            left_out={name: reasons[name] for name in asked if name in reasons},
+            generations=generations,
+            given=tuple((each, each.bits(case.model, DENSE, progress)) for each in given),
+            progress=progress,
+        )
 
     def compare(self, fast: nn.Module, schedule: Schedule | None = None) -> Fidelity:
         """Returns how a transformed model differs from the dense one.
 
         Args:
             fast: A transform of the case's model.
-            schedule: By what schedule; None for the case's.
+            schedule: The schedule it was transformed with; None for the case's.
         """
         schedule = schedule or self.case.schedule
         drawn = schedule.steps - len(schedule.full_steps)
-        pairs = [(self.generations[s], g) for s, g in self._draw(fast, self.generations, _PRUNED)]
-        scores = list(self._scores(pairs, [s for s in schedule.pruned_steps if s < drawn]))
+        pruned = dict(_draw(self.case, fast, self.generations, _PRUNED, self.progress))
+        pairs = [(self.generations[seed], generation) for seed, generation in pruned.items()]
+        pruned_steps = [step for step in schedule.pruned_steps if step < drawn]
+        scores = list(self._scores(pairs, pruned_steps))
         steps = [StepScore(step) for step in range(schedule.steps)]
         if "agreement" in self.metrics:
             for step in range(drawn):
                 agreement = Interval.of([_agreement(d, p, [step]) for d, p in pairs]).mean
                 steps[step] = replace(steps[step], agreement=agreement)
-        for given, dense in self._given if drawn == schedule.steps else ():
-            pruned = self._all_bits(fast, given, _PRUNED)
-            scores.append(_bits_score(given.against, dense, pruned, schedule))
-            if given is self._given[0][0]:
-                means = zip(steps, dense.mean(0).tolist(), pruned.mean(0).tolist(), strict=True)
+        for number, (given, dense) in enumerate(self.given if drawn == schedule.steps else ()):
+            bits = given.bits(fast, _PRUNED, self.progress)
+            scores.append(_bits_score(given.against, dense, bits, schedule))
+            if number == 0:
+                means = zip(steps, dense.mean(0).tolist(), bits.mean(0).tolist(), strict=True)
                 steps = [replace(s, bits_dense=d, bits_pruned=p) for s, d, p in means]
         return Fidelity(tuple(scores), tuple(steps))
-
-    def _draw(
-        self, model: nn.Module, seeds: Sequence[int] | Mapping[int, Any], kind: str
-    ) -> Iterator[tuple[int, Generation]]:
-        for seed in seeds:
-            self._progress(f"{kind}, seed {seed}")
-            yield seed, self.case.draw(model, seed)
 
     def _scores(
         self, pairs: Sequence[tuple[Generation, Generation]], pruned_steps: Sequence[int]
     ) -> Iterator[Score]:
         """Yields all scores but the bits."""
         images = [(dense.picture, pruned.picture) for dense, pruned in pairs]
-        if "psnr" in self.metrics:
-            values = [float(psnr(p, d, self._span).mean()) for d, p in images]
-            yield Score.to_dense("psnr", values)
-        if "ssim" in self.metrics:
-            yield Score.to_dense("ssim", [float(ssim(p, d).mean()) for d, p in images])
-        if "agreement" in self.metrics and pruned_steps:
-            values = [_agreement(d, p, pruned_steps) for d, p in pairs]
-            yield Score.to_dense("agreement", values)
-        if "spectrum" in self.metrics:
-            spectra = [(radial_spectrum(d), radial_spectrum(p)) for d, p in images]
-            values = [float(spectrum_distance(p, d).mean()) for d, p in spectra]
-            yield Score.to_dense("spectrum", values)
-            if self.case.photographs is not None:
-                yield self._to_photographs(
-                    "spectrum",
-                    spectra,
-                    lambda s: float(spectrum_distance(s.mean(0), self._spectrum)),
-                )
-        if "frechet" in self.metrics:
-            features = [(texture_features(d), texture_features(p)) for d, p in images]
-            yield self._to_photographs(
-                "frechet", features, lambda f: frechet_distance(f, self._features)
+        scorers: dict[str, Callable[[], Iterator[Score]]] = {
+            "psnr": lambda: self._psnr(images),
+            "ssim": lambda: self._ssim(images),
+            "agreement": lambda: self._agreement(pairs, pruned_steps),
+            "spectrum": lambda: self._spectrum(images),
+            "frechet": lambda: self._frechet(images),
+        }
+        for name in self.metrics:
+            if name in scorers:
+                yield from scorers[name]()
+
+    def _psnr(self, images: _Images) -> Iterator[Score]:
+        span = _span(list(self.generations.values()))
+        yield Score.to_dense("psnr", [float(psnr(p, d, span).mean()) for d, p in images])
+
+    def _ssim(self, images: _Images) -> Iterator[Score]:
+        yield Score.to_dense("ssim", [float(ssim(p, d).mean()) for d, p in images])
+
+    def _agreement(
+        self, pairs: Sequence[tuple[Generation, Generation]], steps: Sequence[int]
+    ) -> Iterator[Score]:
+        if steps:
+            yield Score.to_dense("agreement", [_agreement(d, p, steps) for d, p in pairs])
+
+    def _spectrum(self, images: _Images) -> Iterator[Score]:
+        spectra = [(radial_spectrum(d), radial_spectrum(p)) for d, p in images]
+        values = [float(spectrum_distance(p, d).mean()) for d, p in spectra]
+        yield Score.to_dense("spectrum", values)
+        if self.case.photographs is not None:
+            reference = radial_spectrum(self.case.photographs.images).mean(0)
+            yield Score.to_photographs(
+                "spectrum", spectra, lambda s: float(spectrum_distance(s.mean(0), reference))
             )
 
-    @staticmethod
-    def _to_photographs(
-        metric: str, pairs: Sequence[tuple[Tensor, Tensor]], distance: Callable[[Tensor], float]
-    ) -> Score:
-        dense, pruned = (
-            [distance(value) for value in values] for values in zip(*pairs, strict=True)
-        )
-        return Score.of_both(metric, PHOTOGRAPHS, dense, pruned)
+    def _frechet(self, images: _Images) -> Iterator[Score]:
+        if self.case.photographs is not None:
+            reference = texture_features(self.case.photographs.images)
+            features = [(texture_features(d), texture_features(p)) for d, p in images]
+            yield Score.to_photographs(
+                "frechet", features, lambda f: frechet_distance(f, reference)
+            )
 
-    def _all_bits(self, model: Any, given: _Given, kind: str) -> Tensor:
-        """Returns bits per token of each image and step, (N, K).
 
-        The images are taken in batches of a generation's size, for which there are programs; the
-        last is filled up with the first images.
-        """
-        self._progress(f"{kind}, bits of given tokens of {given.against}")
-        count, batch = len(given.labels), len(self._first.latents)
-        indices = (torch.arange(-(-count // batch) * batch) % count).view(-1, batch)
-        bits = [
-            token_bits(model, [t[at] for t in given.tokens], given.labels[at]) for at in indices
-        ]
-        return torch.cat(bits)[:count]
+def _draw(
+    case: Case, model: nn.Module, seeds: Iterable[int], kind: str, progress: Progress
+) -> Iterator[tuple[int, Generation]]:
+    for seed in seeds:
+        progress(f"{kind}, seed {seed}")
+        yield seed, case.draw(model, seed)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Token maps that are given to the model, the classes of the images, and whose they are."""
+    """Images whose tokens are given to a model.
+
+    Attributes:
+        labels: Their classes, int64 (N,).
+        tokens: Their token maps, int64 (N, l) each.
+        against: Where they come from, `DENSE` or `PHOTOGRAPHS`.
+        batch: Images of a generation, for which the transformed model has programs.
+    """
 
     labels: Tensor
     tokens: tuple[Tensor, ...]
     against: str
+    batch: int
+
+    def bits(self, model: Any, kind: str, progress: Progress) -> Tensor:
+        """Returns the bits per token of each image and step, float64 (N, K).
+
+        The images are taken in batches; the last one is filled up with the first images.
+        """
+        progress(f"{kind}, bits of given tokens of {self.against}")
+        count = len(self.labels)
+        indices = (torch.arange(-(-count // self.batch) * self.batch) % count).view(-1, self.batch)
+        bits = [token_bits(model, [t[at] for t in self.tokens], self.labels[at]) for at in indices]
+        return torch.cat(bits)[:count]
 
 
 def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Given]:
-    """Returns the tokens of the photographs, if there are any, and those that were drawn."""
+    """Returns the tokens of the photographs, if there are any, and of the dense draws."""
     drawn = [(g.labels, g.tokens) for g in generations.values()]
     known = [(labels, maps) for labels, maps in drawn if labels is not None and maps is not None]
     maps = tuple(torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
-    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE)]
+    batch = len(next(iter(generations.values())).latents)
+    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE, batch)]
     photographs = case.photographs
     if photographs is not None and photographs.tokens is not None:
-        given.insert(0, _Given(photographs.labels, photographs.tokens, PHOTOGRAPHS))
+        given.insert(0, _Given(photographs.labels, photographs.tokens, PHOTOGRAPHS, batch))
     return given
 
 
 def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
-    """Returns the metrics that do not apply, and why."""
+    """Returns the metrics that do not apply, with the reason."""
     reasons: dict[str, str] = {}
     if drawn.images is None:
-        no_decoder = "the package has no image decoder for this model; others are of its latents"
+        no_decoder = "the package has no image decoder for this model; others compare latents"
         reasons |= dict.fromkeys(("ssim", "frechet"), no_decoder)
     elif case.photographs is None:
         reasons["frechet"] = "there are no photographs to compare with"
     if drawn.tokens is None:
-        reasons |= dict.fromkeys(("agreement", "bits"), "its loop does not tell the tokens")
+        reasons |= dict.fromkeys(("agreement", "bits"), "its loop does not return the tokens")
     elif case.schedule.full_steps:
-        reasons["bits"] = "a skipped step says nothing of the likelihood of its tokens"
+        reasons["bits"] = "a skipped step gives its tokens no likelihood"
     return reasons
 
 
@@ -418,7 +458,7 @@ def measure_speed(
         case: The dense model and how to run it; the first seed is drawn.
         fast: Its transform, by the case's schedule.
         repeats: Timed runs of each, at least 1.
-        progress: Called with a few words before each run.
+        progress: Called with a short text before each run.
     """
     schedule = case.schedule
     subject = case.subject(0)
@@ -433,7 +473,7 @@ def measure_speed(
 
 
 def speed_of(dense: Runs, pruned: Runs) -> Speed:
-    """Returns the speed that counted and timed runs of both models show."""
+    """Returns the speed of two models whose runs were counted and timed."""
     return Speed(
         Comparison.of_blocks(dense, pruned),
         Comparison.of_runs(dense, pruned),
@@ -450,18 +490,18 @@ def evaluate(
     metrics: Sequence[str] = tuple(METRICS),
     seeds: int = 4,
     repeats: int = 3,
-    rules: Rules | None = None,
+    method: str | Method = "fastvar",
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Returns quality and speed of a pruned model.
 
     Args:
         case: The model, its schedule and the photographs.
-        metrics: Keys of `METRICS`; those that do not apply are told in the result.
+        metrics: Keys of `METRICS`; the result lists those that do not apply.
         seeds: How many seeds to draw from, each a batch; at least 1.
         repeats: Timed runs of each model; 0 to time nothing.
-        rules: Rules of selection and restoration other than the paper's.
-        progress: Called with a few words before each part.
+        method: How branches are pruned, as in `transform`.
+        progress: Called with a short text before each part.
 
     Raises:
         ModelError: An unknown metric, no seed, or negative repeats.
@@ -470,9 +510,9 @@ def evaluate(
     chosen = check_metrics(metrics)
     if seeds < 1 or repeats < 0:
         raise ModelError(f"asked for {seeds} seeds and {repeats} repeats; give 1 and 0 at least")
-    baseline = Baseline(case, chosen, range(seeds), progress)
+    baseline = Baseline.of(case, chosen, range(seeds), progress)
     progress("tracing")
-    fast = case.pruned(rules)
+    fast = case.pruned(method)
     fidelity = baseline.compare(fast)
     speed = measure_speed(case, fast, repeats, progress) if repeats else None
     batch = len(baseline.generations[0].latents)

@@ -1,7 +1,7 @@
-"""How far images are apart, one by one and as sets. Nothing here has learned weights.
+"""Distances between images, one by one and as sets. No metric here has learned weights.
 
-Images are (B, C, H, W) of floating point. What is said of sets is meant to compare two models on
-the same data, not to be compared with numbers from elsewhere.
+Images are (B, C, H, W), floating point. Distances of sets compare two models on the same data; they
+cannot be compared with published numbers.
 """
 
 from __future__ import annotations
@@ -9,20 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
 from torch import Tensor
 
-_T95: Final = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom."""
+from fastvar_fx.errors import ArgumentError
 
 _OPPONENT: Final = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
 """Rows: grey, red against green, yellow against blue."""
@@ -55,7 +50,7 @@ class Interval:
         """Returns the interval of the mean of independent values, by Student's t.
 
         Raises:
-            ValueError: If there is no value.
+            ArgumentError: If there is no value.
 
         Example:
             >>> str(Interval.of([1.0, 2.0, 3.0]))
@@ -63,13 +58,11 @@ class Interval:
         """
         count = len(values)
         if not count:
-            raise ValueError("a mean needs at least one value")
+            raise ArgumentError("a mean needs at least one value; found none")
         mean = fmean(values)
         if count == 1 or not math.isfinite(mean):
             return cls(mean, math.nan, count)
-        freedom = count - 1
-        quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.960 + 2.43 / freedom
-        return cls(mean, quantile * stdev(values) / math.sqrt(count), count)
+        return cls(mean, _t95(count - 1) * stdev(values) / math.sqrt(count), count)
 
     def __str__(self) -> str:
         return self.text()
@@ -80,10 +73,38 @@ class Interval:
         return f"{self.mean:{sign}.{digits}f}{half}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain data; None for what is no finite number."""
+        """Returns plain data, with None for numbers that are not finite."""
         numbers = {"mean": self.mean, "half": self.half}
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         return finite | {"count": self.count}
+
+
+@cache
+def _t95(freedom: int) -> float:
+    """Returns the 97.5 % quantile of Student's t by bisection of its distribution function.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    low, high = 1.9, 12.8
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _t_within(limit: float, freedom: int) -> float:
+    """Returns the probability that Student's t lies in [-limit, limit]."""
+    angle = math.atan(limit / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = math.cos(angle) ** odd, 0.0
+    for k in range(odd, freedom - 1, 2):
+        total += term
+        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 # --- pairs of images --------------------------------------------------------------------------
@@ -94,43 +115,43 @@ def psnr(images: Tensor, references: Tensor, span: float = 1.0) -> Tensor:
 
     Args:
         images: (B, C, H, W).
-        references: Alike.
-        span: Distance between the lowest and the highest value possible.
+        references: Of the same shape.
+        span: Difference of the highest and the lowest possible value.
 
     Raises:
-        ValueError: If the shapes differ.
+        ArgumentError: If the shapes differ.
 
     Example:
         >>> psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.1)).round().tolist()
         [20.0]
     """
     _check_pairs(images, references)
-    error = reduce((images.double() - references.double()).square(), "b c h w -> b", "mean")
+    error = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(span**2 / error)
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
     """Returns the structural similarity of each image in [0, 1] to its reference, (B,), at most 1.
 
-    Means and variances are taken under a Gaussian of 11 x 11 pixels and deviation 1.5, of each
-    colour by itself, where it fits into the image.
+    Means and variances are weighted by a Gaussian of 11 x 11 pixels and standard deviation 1.5, for
+    each colour separately, at all places where it fits into the image.
 
     Raises:
-        ValueError: If the shapes differ, or a side is below 11.
+        ArgumentError: If the shapes differ, or a side is below 11.
 
     Source: Wang et al., Image quality assessment, IEEE TIP 2004, with its constants.
     """
     _check_pairs(images, references)
     if min(images.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs 11 x 11 pixels; found {tuple(images.shape[-2:])}")
+        raise ArgumentError(f"ssim needs at least 11 x 11 pixels; found {tuple(images.shape[-2:])}")
     offsets = torch.arange(11, dtype=torch.float64, device=images.device) - 5
     weights = (-offsets.square() / (2 * 1.5**2)).exp()
     weights = weights / weights.sum()
 
     def blur(maps: Tensor) -> Tensor:
-        flat = rearrange(maps, "b c h w -> (b c) 1 h w")
+        flat = maps.flatten(0, 1).unsqueeze(1)  # (B * C, 1, H, W)
         flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11))
-        return rearrange(flat, "(b c) 1 h w -> b c h w", c=maps.shape[1])
+        return flat.view(*maps.shape[:2], *flat.shape[2:])  # (B, C, H - 10, W - 10)
 
     x, y = images.double(), references.double()
     mean_x, mean_y = blur(x), blur(y)
@@ -139,12 +160,12 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return reduce(luminance * structure, "b c h w -> b", "mean")
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
 def _check_pairs(images: Tensor, references: Tensor) -> None:
     if images.dim() != 4 or images.shape != references.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"images are compared with references of their shape (B, C, H, W); found "
             f"{tuple(images.shape)} and {tuple(references.shape)}"
         )
@@ -187,21 +208,22 @@ def spectrum_distance(spectrum: Tensor, reference: Tensor) -> Tensor:
 
 
 def texture_features(images: Tensor) -> Tensor:
-    """Returns what the textures and colours in 4 x 4 windows of each image are, (16 * B, 22).
+    """Returns features of texture and colour of 4 x 4 windows of each image, float64 (16 * B, 22).
 
-    A window's features are the logarithms of the mean energy of four orientations of Gabor filters
-    (wavelength 4 pixels) at four halvings of the grey image, and the mean and the logarithm of the
-    deviation of grey and two opponent colours. They are fixed and nothing is downloaded.
+    The features of a window are the logarithms of the mean energy of Gabor filters of four
+    orientations (wavelength 4 pixels) on the grey image at four resolutions, each half the one
+    before, and the mean and the logarithm of the standard deviation of grey and of two opponent
+    colours. They are fixed, and nothing is downloaded.
 
     Args:
         images: (B, 3, H, W) in [0, 1], sides of at least 64.
 
     Raises:
-        ValueError: If they are of another shape.
+        ArgumentError: If they have another shape.
     """
     if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < 64:
-        raise ValueError(
-            f"texture features are of images (B, 3, H, W) with sides of at least 64; found "
+        raise ArgumentError(
+            f"texture features take images (B, 3, H, W) with sides of at least 64; found "
             f"{tuple(images.shape)}"
         )
     colors = torch.einsum("bchw,dc->bdhw", images.float(), images.new_tensor(_OPPONENT).float())
@@ -212,9 +234,11 @@ def texture_features(images: Tensor) -> Tensor:
     for level in range(_LEVELS):
         grey = F.avg_pool2d(grey, 2) if level else grey
         waves = F.conv2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), filters)
-        energy = rearrange(waves, "b (o pair) h w -> b o pair h w", pair=2).square().sum(2).sqrt()
+        energy = (
+            waves.view(len(waves), -1, 2, *waves.shape[2:]).square().sum(2).sqrt()
+        )  # (B, O, H, W)
         features.append(_log(F.adaptive_avg_pool2d(energy, _PARTS)))
-    return rearrange(torch.cat(features, 1), "b f h w -> (b h w) f").double()
+    return torch.cat(features, 1).movedim(1, -1).flatten(0, 2).double()  # (B * 16, 22)
 
 
 def _log(values: Tensor) -> Tensor:
@@ -222,7 +246,7 @@ def _log(values: Tensor) -> Tensor:
 
 
 def _gabor_filters() -> Tensor:
-    """Returns an even and an odd filter without mean per orientation, (2 * O, 1, 9, 9)."""
+    """Returns an even and an odd filter of mean zero per orientation, float64 (2 * O, 1, 9, 9)."""
     offsets = torch.arange(9, dtype=torch.float64) - 4
     y, x = torch.meshgrid(offsets, offsets, indexing="ij")
     bump = (-(x**2 + y**2) / (2 * 2.0**2)).exp()
@@ -237,25 +261,26 @@ def _gabor_filters() -> Tensor:
 
 
 def frechet_distance(features: Tensor, references: Tensor) -> float:
-    """Returns the Frechet distance of two sets of features as if both were Gaussian; at least 0.
+    """Returns the Frechet distance of two sets of features, taken as Gaussian; at least 0.
 
-    Every feature is measured in deviations of the reference set. Covariances are shrunk towards a
-    multiple of the identity. Small sets are biased upwards: compare sets of one size only.
+    Features are divided by their standard deviation in the reference set, and covariances are
+    shrunk towards a multiple of the identity. The estimate is biased upwards for small sets, so
+    compare only sets of the same size.
 
     Args:
         features: (N, F), N at least 2.
         references: (M, F), M at least 2.
 
     Raises:
-        ValueError: If the sets do not fit each other, or hold fewer than two.
+        ArgumentError: If the sets have different widths, or fewer than two rows.
 
     Source: Dowson and Landau 1982; Ledoit and Wolf 2004 for the shrinkage. With
-    `texture_features` this is no FID: those are of a trained network.
+    `texture_features` this is not the FID, whose features are those of a trained network.
     """
     if features.shape[1:] != references.shape[1:] or min(len(features), len(references)) < 2:
-        raise ValueError(
-            f"two sets (N, F) and (M, F) of at least two; found {tuple(features.shape)} and "
-            f"{tuple(references.shape)}"
+        raise ArgumentError(
+            f"the Frechet distance takes two sets (N, F) and (M, F) of at least two rows; found "
+            f"{tuple(features.shape)} and {tuple(references.shape)}"
         )
     deviation = references.std(0).clamp_min(1e-6)
     a, b = features / deviation, references / deviation

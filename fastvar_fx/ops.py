@@ -8,13 +8,14 @@ Source: FastVAR, arXiv 2503.23367, "pivotal token selection" and "cached token r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastvar_fx.errors import ArgumentError
 
 Scale = tuple[int, ...]
 """A token map: (h, w), or (m, h, w) for m maps that are drawn jointly."""
@@ -30,6 +31,9 @@ Take = Callable[[Tensor, Any], Tensor]
 
 Restore = Callable[[Tensor, Any, Tensor, Scale, Scale], Tensor]
 """(kept (B, kept, C), what `Select` gave, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
+
+Mode = Literal["nearest", "bilinear", "area"]
+"""How a map is interpolated."""
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
@@ -77,35 +81,21 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, width)
 
 
-@dataclass(frozen=True)
-class Operators:
-    """What the rewritten graphs call: the paper's selection and restoration, or the user's.
+def as_maps(scale: Scale) -> tuple[int, int, int]:
+    """Returns a scale as (m, h, w), m maps that are drawn jointly; m is 1 for (h, w)."""
+    return cast("tuple[int, int, int]", (1, *scale)[-3:])
 
-    Attributes:
-        select: Selects the kept tokens.
-        restore: Restores a branch's full output.
-        restores_anew: Whether what `restore` returns is memory of its own, free to overwrite.
-        take: Makes what a branch runs on of the tokens.
-        selects_once: Whether all branches of a block keep what the first one selects.
+
+def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale, mode: Mode = "area") -> Tensor:
+    """Returns token maps (B, Lc, C) of `cached_scale`, interpolated to (B, L, C) of `scale`.
+
+    Each of the maps that are drawn jointly is resized alone.
     """
-
-    select: Select
-    restore: Restore
-    restores_anew: bool = False
-    take: Take = take_tokens
-    selects_once: bool = False
-
-
-def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
-    """Returns token maps (B, Lc, C) of `cached_scale`, area-interpolated to (B, L, C) of `scale`.
-
-    Jointly drawn maps are resized each by itself.
-    """
-    maps, h, w = _joint(cached_scale)
+    maps, h, w = as_maps(cached_scale)
     batch, _, width = cached.shape
     rows = cached.reshape(batch * maps, h, w, width)
     image = rows.permute(0, 3, 1, 2)  # channels last, also for one sample: no copy, a fast kernel
-    resized = F.interpolate(image, size=scale[-2:], mode="area")
+    resized = F.interpolate(image, size=scale[-2:], mode=mode)
     return resized.permute(0, 2, 3, 1).reshape(batch, prod(scale), width)
 
 
@@ -122,7 +112,7 @@ def cached_token_restoration(
         scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
 
     Raises:
-        ValueError: If the shapes do not fit each other.
+        ArgumentError: If the shapes do not fit each other.
 
     Source: FastVAR, "cached token restoration"; interpolation is `area`.
 
@@ -170,24 +160,23 @@ def _rows(index: Tensor, tokens: int) -> Tensor:
     return (index + first.unsqueeze(1)).flatten()
 
 
-def _joint(scale: Scale) -> tuple[int, int, int]:
-    return (1, *scale) if len(scale) == 2 else scale  # type: ignore[return-value]
-
-
 def _check_shapes(
     kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
 ) -> None:
     found = f"kept {tuple(kept.shape)}, index {tuple(index.shape)}, cached {tuple(cached.shape)}"
     if kept.dim() != 3 or cached.dim() != 3 or kept.shape[:2] != index.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"cached_token_restoration needs kept (B, kept, C), index (B, kept) and cached "
             f"(B, Lc, C); found {found}"
         )
     if cached.shape[1] != prod(cached_scale) or kept.shape[::2] != cached.shape[::2]:
-        raise ValueError(
+        raise ArgumentError(
             f"cached_token_restoration asked to restore from scale {cached_scale} of "
             f"{prod(cached_scale)} tokens; found {found}. Pass the scale of the cache step, and "
             f"tensors of one batch and width"
         )
-    if _joint(cached_scale)[0] != _joint(scale)[0]:
-        raise ValueError(f"scales {cached_scale} and {scale} hold different numbers of maps")
+    if as_maps(cached_scale)[0] != as_maps(scale)[0]:
+        raise ArgumentError(
+            f"cached_token_restoration needs scales of equally many maps; found {cached_scale} and "
+            f"{scale}"
+        )

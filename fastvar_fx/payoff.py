@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from fastvar_fx.plan import Plan
+from fastvar_fx.engine.engine import Engine
 from fastvar_fx.timing import Comparison, Runs, alternate
 
 
 def time_steps(
-    fast: nn.Module, plan: Plan, run: Callable[[Any], object], repeats: int
+    fast: nn.Module, engine: Engine, run: Callable[[Any], object], repeats: int
 ) -> dict[int, Comparison]:
     """Returns the blocks' time at each pruned step, from alternating dense and pruned runs.
 
@@ -21,16 +21,17 @@ def time_steps(
 
     Args:
         fast: A transformed model.
-        plan: Its plan.
+        engine: Its engine.
         run: Runs one generation.
         repeats: Timed runs of each, after one that is not timed.
     """
 
     def run_dense() -> object:
-        with plan.running_dense():
+        with engine.generation.running_dense():
             return run(fast)
 
-    place = (fast, plan.blocks, plan.schedule, plan.last_step + 1)
+    plan = engine.plan
+    place = (fast, plan.blocks, plan.schedule, plan.drawn_steps)
     dense, pruned = Runs(run_dense, *place), Runs(partial(run, fast), *place)
     for runs in (dense, pruned):
         runs.generate()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastvar_fx.blocks import reachable
-from fastvar_fx.compiled import Compilation
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.find_blocks import reachable
 from fastvar_fx.errors import FastVARError, GraphError, ModelError
-from fastvar_fx.transform import plan_of, trace
+from fastvar_fx.transform import reset, trace
 from passes.state import Snapshot, roots
 
 Run = Callable[..., Any]
@@ -122,7 +122,7 @@ class Recording:
                 output = self._capture(generate)
             _check_output(output, self._graph.device)
         except BaseException:
-            plan_of(self._fast).forget()
+            reset(self._fast)
             raise
         return output, state
 
@@ -372,7 +372,7 @@ def _generators(
 
 
 def _device_of(fast: nn.Module) -> torch.device:
-    plan_of(fast)
+    Engine.of(fast)
     devices = {parameter.device for parameter in fast.parameters()}
     if len(devices) > 1:
         raise GraphError(
@@ -383,8 +383,7 @@ def _device_of(fast: nn.Module) -> torch.device:
 
 
 def _check_compiled(fast: nn.Module) -> None:
-    executor = plan_of(fast).executor
-    if isinstance(executor, Compilation) and executor.makes_cuda_graphs:
+    if Engine.of(fast).executor.makes_cuda_graphs:
         raise GraphError(
             "the model is compiled with options that make torch.compile record CUDA graphs of its "
             "own, which cannot be recorded in another; compile it without them, or with "

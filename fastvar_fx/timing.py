@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fastvar_fx.blocks import find_blocks, module_at
+from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.errors import RunError
 from fastvar_fx.schedule import Schedule
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("local", deadline=None)
+settings.register_profile("thorough", deadline=None)  # `zoo.examples` then draws all
 if settings.get_current_profile_name() != "ci":
     settings.load_profile("local")
 

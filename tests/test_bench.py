@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar_fx import GraphError, ModelError, Schedule, ScheduleError, transform
+from fastvar_fx import GraphError, Method, ModelError, Schedule, ScheduleError, transform
 from fastvar_fx.bench import presets, resolutions
 from fastvar_fx.bench import rows as bench_rows
 from fastvar_fx.bench.modules import (
@@ -41,7 +41,7 @@ from fastvar_fx.bench.variants import VARIANTS, Variant
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart, infinity, var
-from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
+from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 from fastvar_fx.timing import Budget
 from passes.prune import take_side
 from tests.graph_double import record
@@ -358,7 +358,7 @@ class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("name", ["var-tiny", "infinity-tiny", "hart-tiny"])
 def test_weights_are_drawn_in_their_dtype(name: str) -> None:
     chosen = preset(name)
-    with Made() as made:  # type: ignore[no-untyped-call]
+    with Made() as made:
         model: Any = chosen.build("cpu", torch.bfloat16)
     others = [model.vae] if name == "var-tiny" else []
     weights = [p for part in (model, *others) for p in part.parameters()]
@@ -372,9 +372,9 @@ def test_weights_are_drawn_in_their_dtype(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["var-tiny", "infinity-tiny", "hart-tiny"])
 def test_weights_are_those_of_the_named_model(name: str) -> None:
-    build = {"var-tiny": var.build, "infinity-tiny": infinity.build, "hart-tiny": hart.build}[name]
+    package: Any = {"var": var, "infinity": infinity, "hart": hart}[name.partition("-")[0]]
     found: Any = preset(name).build()
-    expected: Any = build("tiny")
+    expected = package.build("tiny")
     assert found.state_dict().keys() == expected.state_dict().keys()
     for key, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[key], value)
@@ -386,7 +386,7 @@ def test_weights_are_those_of_the_named_model(name: str) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_weights_are_drawn_on_the_device() -> None:
-    with Made() as made:  # type: ignore[no-untyped-call]
+    with Made() as made:
         model = preset("infinity-tiny").build("cuda", torch.bfloat16)
     assert {weight.device.type for weight in model.parameters()} == {"cuda"}
     assert [t for t in made.tensors if t[0] == "cpu" and t[2] > 1] == []
@@ -418,7 +418,7 @@ def test_marks_are_set_where_the_module_changes() -> None:
 
 
 def test_what_a_call_belongs_to() -> None:
-    operators = Operators(pivotal_token_selection, cached_token_restoration)
+    operators = Method()
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     targets = (operators.select, operators.take, take_side, operators.restore, torch.relu)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.blocks import copy_structure, find_blocks
+from fastvar_fx.engine.copy_model import copy_structure
+from fastvar_fx.engine.find_blocks import find_blocks
 from fastvar_fx.errors import FastVARError, ModelError
 
 C = 4

@@ -566,7 +566,7 @@ def test_what_the_forward_does_not_use_makes_no_difference(settings: dict[str, A
         {"activation": functools.partial(F.gelu, approximate="tanh")},
         {"eager": True},
     ],
-    ids=str,
+    ids=["gain", "shift", "width", "activation", "partial-activation", "eager"],
 )
 def test_what_the_forward_uses_makes_a_difference(settings: dict[str, Any]) -> None:
     assert print_of(Settings(**settings).eval()) != print_of(Settings().eval())

@@ -16,9 +16,8 @@ from torch.fx import GraphModule
 
 import fastvar_fx
 from fastvar_fx import CompileError, ModelError, RunError, Schedule
-from fastvar_fx.models import infinity
+from fastvar_fx.models import VAR, VAR_256, build, infinity
 from fastvar_fx.models.maps import template
-from fastvar_fx.models.var import VAR, VAR_256, build
 
 LABELS = torch.tensor([1, 2])
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import GraphError, Schedule
-from fastvar_fx.models import hart, infinity
-from fastvar_fx.models.var import VAR, VAR_256, build
+from fastvar_fx.models import VAR, VAR_256, build, hart, infinity
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fastvar_fx
-from fastvar_fx import alternatives
 from fastvar_fx.cases import Case, Generation, Photographs, case, draw_var, read_folder
 from fastvar_fx.cli import main
 from fastvar_fx.errors import ModelError, ScheduleError
@@ -74,7 +73,7 @@ def test_bits_are_those_of_the_pass_with_a_mask(model: VAR) -> None:
 
 
 def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -> None:
-    fidelity = Baseline(subject, ["bits"], [0]).compare(subject.pruned())
+    fidelity = Baseline.of(subject, ["bits"], [0]).compare(subject.pruned())
     for step in fidelity.steps[:-1]:
         assert step.bits_pruned == step.bits_dense
     assert fidelity.steps[-1].bits_pruned != fidelity.steps[-1].bits_dense
@@ -96,7 +95,7 @@ def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: C
     labels = torch.tensor([2, 3, -1])
     photographs = Photographs(three.images, labels, three.tokens)
     fast = subject.pruned()
-    fidelity = Baseline(replace(subject, photographs=photographs), ["bits"], [0]).compare(fast)
+    fidelity = Baseline.of(replace(subject, photographs=photographs), ["bits"], [0]).compare(fast)
     score = fidelity.score("bits", PHOTOGRAPHS)
     assert score is not None
     tokens = torch.tensor([float(side**2) for side in SIDES], dtype=torch.float64)
@@ -106,7 +105,7 @@ def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: C
 
 def test_the_bits_of_what_the_dense_model_drew(subject: Case) -> None:
     """They need no photographs."""
-    baseline = Baseline(replace(subject, photographs=None), ["bits", "frechet"], [0, 1])
+    baseline = Baseline.of(replace(subject, photographs=None), ["bits", "frechet"], [0, 1])
     assert "no photographs" in baseline.left_out["frechet"]
     score = baseline.compare(subject.pruned()).score("bits", DENSE)
     assert score is not None
@@ -151,11 +150,11 @@ def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     assert 0 < found["agreement", DENSE].mean < 1
 
 
-def test_rules_of_ones_own_are_evaluated(subject: Case) -> None:
-    baseline = Baseline(subject, ["bits"], [0])
+def test_other_methods_are_evaluated(subject: Case) -> None:
+    baseline = Baseline.of(subject, ["bits"], [0])
     scores = []
-    for rules in (alternatives.Rules(), alternatives.token_merging(SCHEDULE.scales)):
-        score = baseline.compare(subject.pruned(rules)).score("bits", PHOTOGRAPHS)
+    for method in ("fastvar", "tome"):
+        score = baseline.compare(subject.pruned(method)).score("bits", PHOTOGRAPHS)
         assert score is not None
         scores.append(score.pruned.mean)
     assert scores[0] != scores[1]
@@ -176,7 +175,7 @@ def test_models_without_a_decoder_are_compared_by_their_latents() -> None:
     result = evaluate(case("hart-tiny"), seeds=1, repeats=0)
     assert {score.metric for score in result.fidelity.scores} == {"psnr", "spectrum"}
     assert "no image decoder" in result.left_out["ssim"]
-    assert "does not tell the tokens" in result.left_out["bits"]
+    assert "does not return the tokens" in result.left_out["bits"]
 
 
 # -- photographs --------------------------------------------------------------------------------
@@ -209,7 +208,7 @@ def test_photographs_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="class 10; the model has classes 0 to 9"):
         read_folder(tmp_path, 64, 10)
     (tmp_path / "10-unknown.png").write_bytes(b"no image")
-    with pytest.raises(ModelError, match="no image that pillow can read"):
+    with pytest.raises(ModelError, match="not an image that pillow can read"):
         read_folder(tmp_path, 64, 10)
 
 

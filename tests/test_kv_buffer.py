@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvar_fx
 from fastvar_fx import Schedule
-from fastvar_fx.kv_buffers import KVBuffers
+from fastvar_fx.engine.kv_buffers import KVBuffers
 from passes.kv_buffer import Copied, Growth, append_in_place, find_growing
 from tests import zoo
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastvar_fx import Schedule
-from fastvar_fx.compiled import Compilation
+from fastvar_fx.engine.compiled import Compilation
 from passes import linears
 from passes.linears import FasterLinears, onednn_wins
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvar_fx
 from fastvar_fx import CaptureMismatchError, RunError, Schedule, ScheduleError
+from fastvar_fx.engine.engine import Engine
 from tests.reference import pivotal_indices
 
 WIDTH = 8
@@ -227,7 +228,8 @@ def test_features_of_an_abandoned_generation_are_freed_by_the_next() -> None:
     generation(fast)
     fast.reset()
     steps(fast, range(4))
-    features = [weakref.ref(f) for b in fast.blocks for f in b._fastvar._features[0].values()]
+    held = [found for found in Engine.of(fast).generation._progress if found.captured]
+    features = [weakref.ref(f) for found in held for f in found.captured[0].values()]
     assert len(features) == 4
     assert all(feature() is not None for feature in features)
     fast.reset()

@@ -46,6 +46,16 @@ def test_an_interval_is_students() -> None:
     assert many.half == pytest.approx(1.962 * math.sqrt(0.5 / 1000), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (6, 2.44691), (30, 2.04227), (120, 1.97993)],
+)
+def test_the_quantiles_are_those_of_published_tables(freedom: int, quantile: float) -> None:
+    values = [0.0] * freedom + [1.0]
+    standard_error = math.sqrt(1 / (freedom + 1) / (freedom + 1))
+    assert Interval.of(values).half == pytest.approx(quantile * standard_error, rel=1e-5)
+
+
 def test_what_has_no_interval_says_so() -> None:
     assert Interval.of([3.0]).text() == "3.00"
     assert Interval.of([math.inf, 3.0]).as_dict() == {"mean": None, "half": None, "count": 2}

@@ -5,11 +5,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvar_fx.errors import ArgumentError, ModelError
 from fastvar_fx.models import (
     CONFIGS,
     VAR,
@@ -18,11 +20,12 @@ from fastvar_fx.models import (
     VARConfig,
     VQVAEDecoder,
     build,
+    checkpoints,
     load,
 )
-from fastvar_fx.models import var as var_module
-from fastvar_fx.models.var import SelfAttention, sample_top_k_top_p
-from fastvar_fx.models.vqvae import SpatialAttention
+from fastvar_fx.models.sampling import sample_top_k_top_p
+from fastvar_fx.models.var import SelfAttention
+from fastvar_fx.models.vqvae import PhiBank, SpatialAttention
 
 SCALES = (1, 2, 3, 4)
 SMALL: dict[str, Any] = {
@@ -163,7 +166,7 @@ def test_vae_keys_and_shapes(var: VAR) -> None:
 def test_published_models_have_the_published_sizes(name: str, millions: int) -> None:
     config = CONFIGS[name]
     with torch.device("meta"):
-        model = config.new_var(config.new_vae())
+        model = VAR(config.new_vae(), config)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
     assert model.width == 64 * model.depth == 64 * model.heads
     assert model.scales == (VAR_512 if name == "d36-512" else VAR_256)
@@ -218,29 +221,33 @@ def test_random_weights_keep_branches_and_pictures_alive(
 
 def test_constructor_gives_usable_weights() -> None:
     vae = VQVAEDecoder(vocab_size=16, z_channels=8, ch=32)
-    model = VAR(vae, num_classes=4, depth=1, width=32, heads=1, scales=(1, 2))
+    model = VAR(vae, VARConfig(num_classes=4, depth=1, width=32, heads=1, scales=(1, 2)))
     assert bool(model(torch.tensor([0]), torch.randn(1, 4, 8)).isfinite().all())
 
 
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: build("d36"), ValueError, r"unknown model 'd36'.*did you mean .*'d36-512'"),
+        (lambda: build("d36"), ArgumentError, r"named 'd36'.*did you mean .*'d36-512'"),
         (
             lambda: build("tiny", dept=3),
             TypeError,
-            r"unknown override 'dept'; did you mean 'depth'",
+            r"no size 'dept' to override; did you mean 'depth'",
         ),
-        (lambda: build("tiny", heads=3), ValueError, "width=128, heads=3: heads must divide width"),
-        (lambda: build("tiny", depth=0), ValueError, "depth=0: must be at least 1"),
-        (lambda: build("tiny", width=64.0), TypeError, "width=64.0: must be an int, not float"),
-        (lambda: build("tiny", scales=(1,)), ValueError, r"asked: scales=\(1,\)"),
-        (lambda: build("tiny", scales=(1, 3, 2)), ValueError, r"asked: scales=\(1, 3, 2\)"),
-        (lambda: build("tiny", scales=(0, 1)), ValueError, r"asked: scales=\(0, 1\)"),
-        (lambda: build("tiny", ch=48), ValueError, "ch=48: .*multiple of 32"),
-        (lambda: VARConfig(depth=4, vocab_size=0), ValueError, "vocab_size=0"),
-        (lambda: VQVAEDecoder(z_channels=0), ValueError, "z_channels=0: must be at least 1"),
-        (lambda: load("d17", "a", "b"), ValueError, "unknown model 'd17'; did you mean"),
+        (
+            lambda: build("tiny", heads=3),
+            ArgumentError,
+            "heads must .* width=128, heads=3",
+        ),
+        (lambda: build("tiny", depth=0), ArgumentError, "depth is at least 1; found 0"),
+        (lambda: build("tiny", width=64.0), TypeError, "width is an int; found 64.0, a float"),
+        (lambda: build("tiny", scales=(1,)), ArgumentError, r"found \(1,\)"),
+        (lambda: build("tiny", scales=(1, 3, 2)), ArgumentError, r"found \(1, 3, 2\)"),
+        (lambda: build("tiny", scales=(0, 1)), ArgumentError, r"found \(0, 1\)"),
+        (lambda: build("tiny", ch=48), ArgumentError, "ch is a multiple of 32, .*; found 48"),
+        (lambda: VARConfig(depth=4, vocab_size=0), ArgumentError, "vocab_size is .*; found 0"),
+        (lambda: VQVAEDecoder(z_channels=0), ArgumentError, "z_channels is at least 1; found 0"),
+        (lambda: load("d17", "a", "b"), ArgumentError, "named 'd17'; did you mean"),
     ],
 )
 def test_bad_sizes_and_names(call: Any, error: type[Exception], says: str) -> None:
@@ -340,7 +347,7 @@ def test_a_scale_does_not_see_later_ones(var: VAR) -> None:
     ],
 )
 def test_bad_teacher_forced_shapes(var: VAR, label: Tensor, x: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"asked: labels \(B,\) and inputs \(B, 29, 8\)"):
+    with pytest.raises(ArgumentError, match=r"take labels \(B,\) and inputs \(B, 29, 8\)"):
         var(label, x)
 
 
@@ -463,20 +470,24 @@ def test_caches_are_released(var: VAR) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"B": 0, "label": 0}, ValueError, "B=0: must be at least 1"),
-        ({"B": 1.0, "label": 0}, TypeError, "B=1.0: must be an int"),
-        ({"B": 1, "label": 10}, ValueError, "asked: label 10\nfound: classes 0 to 9\ndo: "),
-        ({"B": 1, "label": -2}, ValueError, "asked: label -2"),
-        ({"B": 2, "label": torch.tensor([0, 10])}, ValueError, "asked: label 10"),
-        ({"B": 2, "label": torch.tensor([0])}, ValueError, r"found: label of shape \(1,\)"),
-        ({"B": 1, "label": torch.tensor([0.0])}, TypeError, "label of type torch.float32"),
-        ({"B": 1, "label": "cat"}, TypeError, "label of type str"),
-        ({"B": 1, "label": 0, "top_p": 1.5}, ValueError, "top_p=1.5: a probability"),
-        ({"B": 1, "label": 0, "top_p": -0.1}, ValueError, "top_p=-0.1"),
-        ({"B": 1, "label": 0, "top_k": 49}, ValueError, "top_k=49: the codebook has 48 tokens"),
-        ({"B": 1, "label": 0, "top_k": -1}, ValueError, "top_k=-1"),
-        ({"B": 1, "label": 0, "cfg": float("nan")}, ValueError, "cfg=nan"),
-        ({"B": 1, "label": 0, "cfg": -1.0}, ValueError, "cfg=-1.0"),
+        ({"B": 0, "label": 0}, ArgumentError, "B is at least 1; found 0"),
+        ({"B": 1.0, "label": 0}, TypeError, "B is an int; found 1.0"),
+        ({"B": 1, "label": 10}, ArgumentError, "0 to 9, or -1 for no class; found 10"),
+        ({"B": 1, "label": -2}, ArgumentError, "found -2"),
+        ({"B": 2, "label": torch.tensor([0, 10])}, ArgumentError, "found 10"),
+        ({"B": 2, "label": torch.tensor([0])}, ArgumentError, r"\(2,\).*; found shape \(1,\)"),
+        (
+            {"B": 1, "label": torch.tensor([0.0])},
+            TypeError,
+            "label is .*; found torch.float32",
+        ),
+        ({"B": 1, "label": "cat"}, TypeError, "label is an int, .*; found str"),
+        ({"B": 1, "label": 0, "top_p": 1.5}, ArgumentError, r"top_p is in \[0, 1\], .*found 1.5"),
+        ({"B": 1, "label": 0, "top_p": -0.1}, ArgumentError, "top_p is .*found -0.1"),
+        ({"B": 1, "label": 0, "top_k": 49}, ArgumentError, "top_k is 1 to 48, .*found 49"),
+        ({"B": 1, "label": 0, "top_k": -1}, ArgumentError, "top_k is .*found -1"),
+        ({"B": 1, "label": 0, "cfg": float("nan")}, ArgumentError, "cfg is .*found nan"),
+        ({"B": 1, "label": 0, "cfg": -1.0}, ArgumentError, "cfg is .*found -1.0"),
     ],
 )
 def test_bad_sampling_arguments(
@@ -491,7 +502,7 @@ def test_the_vae_is_held_not_owned(var: VAR) -> None:
     assert not any(isinstance(module, VQVAEDecoder) for module in var.modules())
     moved = copy.deepcopy(var).to("meta")
     assert moved.vae.quantize.embedding.weight.device.type == "cpu"
-    with pytest.raises(ValueError, match=r"found: the VQ-VAE on cpu.*\n.*var\.vae\.to\('meta'\)"):
+    with pytest.raises(ArgumentError, match=r"on meta, .* on cpu; call var\.vae\.to\('meta'\)"):
         moved.infer_fhat(1, 0)
 
 
@@ -594,7 +605,7 @@ def full_vae_state(model: VAR) -> dict[str, Tensor]:
 def files(var: VAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Path]:
     """The name of the sizes of ``var``, and checkpoints of it and its VQ-VAE."""
     config = VARConfig(**SMALL, scales=SCALES, ch=32)
-    monkeypatch.setattr(var_module, "CONFIGS", {**CONFIGS, "small": config})
+    monkeypatch.setattr(checkpoints, "CONFIGS", {**CONFIGS, "small": config})
     var_path, vae_path = tmp_path / "var.pth", tmp_path / "vae.pth"
     torch.save(var.state_dict(), var_path)
     torch.save(full_vae_state(var), vae_path)
@@ -618,43 +629,44 @@ def test_load_refuses_unusable_files(files: tuple[str, Path, Path], tmp_path: Pa
     damaged.write_bytes(var_path.read_bytes()[:5000])
     page.write_text("<html>not found</html>")
     torch.save({"trainer": {"var": {}}}, nested)
-    with pytest.raises(FileNotFoundError, match=r"none\.pth\nfound: no such file\ndo: download"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.pth; download"):
         load(name, tmp_path / "none.pth", vae_path)
     for path in (damaged, page):
-        with pytest.raises(ValueError, match=r"that torch cannot read.*\ndo: download it again"):
+        with pytest.raises(ModelError, match=r"that torch cannot read.* download it again"):
             load(name, path, vae_path)
-    with pytest.raises(ValueError, match=r"keys \['trainer'\], not a dict of tensors"):
+    with pytest.raises(ModelError, match=r"keys \['trainer'\], not a dict of tensors"):
         load(name, nested, vae_path)
 
 
 def test_load_refuses_swapped_files(files: tuple[str, Path, Path]) -> None:
     name, var_path, vae_path = files
-    with pytest.raises(ValueError, match="asked: the state dict of VAR's VQ-VAE\nfound: no codebo"):
+    with pytest.raises(ModelError, match=r"VAR's VQ-VAE has a codebook.*; found \d+ keys without"):
         load(name, var_path, var_path)
-    with pytest.raises(ValueError, match="asked: the state dict of a VAR\nfound: no pos_1LC"):
+    with pytest.raises(ModelError, match=r"state dict of a VAR has pos_1LC .*; found \d+ other"):
         load(name, vae_path, vae_path)
 
 
 def test_load_refuses_another_model(files: tuple[str, Path, Path]) -> None:
     _, var_path, vae_path = files
-    with pytest.raises(ValueError, match=r"asked: model 'd16'(.|\n)*depth=16, width=1024"):
+    with pytest.raises(ModelError, match=r"model 'd16': the model has depth=16, width=1024"):
         load("d16", var_path, vae_path)
 
 
 def test_another_schedule_is_refused_with_both_named(var: VAR) -> None:
     other = small(scales=(1, 2, 4))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ModelError) as caught:
         other.load_state_dict(var.state_dict())
-    asked, found, do = str(caught.value).splitlines()
-    assert asked == "asked: VAR with tokens=21, scales=(1, 2, 4)"
-    assert found == "found: a checkpoint with tokens=30, scales=(1, 2, 3, 4)"
-    assert do.startswith("do: build the model as the checkpoint was trained")
+    assert str(caught.value) == (
+        "the model has tokens=21, scales=(1, 2, 4), but the checkpoint has tokens=30, "
+        "scales=(1, 2, 3, 4). Build the model as the checkpoint was trained, or load another "
+        "checkpoint"
+    )
 
 
 def test_other_mismatches_are_refused(var: VAR) -> None:
-    with pytest.raises(ValueError, match=r"asked: VAR with depth=3\nfound: .* depth=2"):
+    with pytest.raises(ModelError, match="has depth=3, but the checkpoint has depth=2"):
         small(depth=3).load_state_dict(var.state_dict())
-    with pytest.raises(ValueError, match=r"asked: VAR with shared_aln=True, attn_l2_norm=False"):
+    with pytest.raises(ModelError, match="model has shared_aln=True, attn_l2_norm=False, but"):
         small(shared_aln=True, attn_l2_norm=False).load_state_dict(var.state_dict())
     with pytest.raises(RuntimeError, match=r"class_emb\.weight"):
         small(num_classes=11).load_state_dict(var.state_dict())
@@ -692,13 +704,13 @@ def test_vae_names_what_does_not_fit(var: VAR, key: str, value: Tensor | None, s
         state[key] = value
     before = {name: tensor.clone() for name, tensor in var.vae.state_dict().items()}
     for call in (VQVAEDecoder.from_state_dict, var.vae.load_full_state_dict):
-        with pytest.raises(ValueError, match=f"found: 1 keys that do not fit\n  {says}"):
+        with pytest.raises(ModelError, match=f"(?s)1 keys do not fit .*:\n  {says}"):
             call(state)
     assert all(torch.equal(before[name], t) for name, t in var.vae.state_dict().items())
 
 
 def test_vae_error_stays_short_when_nothing_fits(var: VAR) -> None:
-    with pytest.raises(ValueError, match=r"found: \d+ keys") as caught:
+    with pytest.raises(ModelError, match=r"\d+ keys do not fit") as caught:
         build("tiny", **SMALL, scales=SCALES, ch=64).vae.load_full_state_dict(full_vae_state(var))
     assert len(str(caught.value).splitlines()) < 14
 
@@ -716,3 +728,18 @@ def test_named_schedules_grow_to_the_published_sizes() -> None:
         assert len(scales) == 10
         assert sum(side**2 for side in scales) == tokens
         assert all(a < b for a, b in itertools.pairwise(scales))
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_phis_are_chosen_as_with_numpy(count: int) -> None:
+    bank = PhiBank(1, count)
+    edge = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(edge, 1 - edge, count)
+    assert bank.ticks == tuple(ticks)
+    for number, phi in enumerate(bank.qresi_ls):
+        nn.init.zeros_(phi.get_parameter("weight"))
+        nn.init.constant_(phi.get_parameter("bias"), number)
+    for last in range(1, 16):
+        for step in range(last + 1):
+            chosen = 2 * float(bank(torch.zeros(1, 1, 1, 1), step / last))
+            assert chosen == np.abs(ticks - step / last).argmin()

@@ -208,8 +208,8 @@ def test_what_compilers_are_given_scatters_no_features() -> None:
         ((2, 3, 5), (2, 3), (2, 4, 5), ((3, 2), (4, 4)), r"scale \(3, 2\) of 6 tokens.*\(2, 4, 5"),
         ((2, 3, 5), (2, 3), (2, 4, 6), ((2, 2), (4, 4)), "tensors of one batch and width"),
         ((2, 3, 5), (2, 3), (1, 4, 5), ((2, 2), (4, 4)), "tensors of one batch and width"),
-        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (3, 4, 4)), "different numbers of maps"),
-        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (4, 4)), "different numbers of maps"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (3, 4, 4)), "equally many maps"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (4, 4)), "equally many maps"),
     ],
 )
 def test_restoration_refuses_shapes_that_do_not_fit(

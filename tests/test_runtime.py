@@ -212,7 +212,7 @@ def test_training_mode_is_refused() -> None:
 
 
 def test_transforming_twice_is_refused() -> None:
-    with pytest.raises(ModelError, match="transformed already"):
+    with pytest.raises(ModelError, match="already transformed"):
         fastvar_fx.transform(fast_net(), SCHEDULE)
 
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvar_fx
 from fastvar_fx import ModelError, RunError, Schedule, ScheduleError
-from fastvar_fx.blocks import copy_structure
-from fastvar_fx.loops import Skipped
+from fastvar_fx.engine.copy_model import copy_structure
+from fastvar_fx.engine.skipping import Skipped
 from fastvar_fx.models.var import build
 
 SIDES = (1, 2, 3, 4, 6)
@@ -378,7 +378,7 @@ def test_a_loop_that_offers_nothing_is_an_error() -> None:
 def test_a_last_step_drawn_past_the_accumulator_is_an_error() -> None:
     fast = fastvar_fx.transform(model_of(DrawsTheLastStepApart), Schedule(SIDES, (0.5, 1)))
     for _ in range(2):
-        with pytest.raises(RunError, match=r'step 4 \(36 tokens\).*past its acc.*on_full="cache"'):
+        with pytest.raises(RunError, match=r'step 4 \(36 tokens\).*outside its.*on_full="cache"'):
             fast.generate()
     fast = fastvar_fx.transform(
         model_of(DrawsTheLastStepApart), Schedule(SIDES, (0.5, 1)), on_full="cache"
@@ -389,10 +389,10 @@ def test_a_last_step_drawn_past_the_accumulator_is_an_error() -> None:
 def test_it_is_one_where_the_loop_is_no_method_too() -> None:
     fast = fastvar_fx.transform(model_of(Accumulates), Schedule(SIDES, (0.5, 1)))
     want = fast.generate()
-    with pytest.raises(RunError, match="past its accumulator"):
+    with pytest.raises(RunError, match="outside its accumulator"):
         fastvar_fx.trace(fast, draw_apart)
     draw_apart(fast)
-    with pytest.raises(RunError, match="past its accumulator"):
+    with pytest.raises(RunError, match="outside its accumulator"):
         fast.generate()
     assert torch.equal(fast.generate(), want)
 
@@ -411,7 +411,7 @@ def test_a_last_step_drawn_in_parts_is_an_error() -> None:
             return f_hat + x.mean()
 
     fast = fastvar_fx.transform(model_of(InParts), Schedule(SIDES, (0.5, 1)))
-    with pytest.raises(RunError, match=r"step 4 .*past its accumulator"):
+    with pytest.raises(RunError, match=r"step 4 .*outside its accumulator"):
         fast.generate()
 
 
@@ -423,10 +423,10 @@ def test_a_step_that_is_drawn_all_the_same_is_an_error(ratios: tuple[float, ...]
 
     schedule = Schedule(SIDES, ratios)
     fast = fastvar_fx.transform(model_of(Ignores), schedule)
-    with pytest.raises(RunError, match=r"step 4 \(36 tokens\).*though told to leave it out"):
+    with pytest.raises(RunError, match=r"step 4 \(36 tokens\).*although it was asked to skip it"):
         fast.generate()
     fast = fastvar_fx.transform(model_of(Adds), schedule, on_full=lambda fast, skipped: True)
-    with pytest.raises(RunError, match=r"step 4 \(36 tokens\).*though told to leave it out"):
+    with pytest.raises(RunError, match=r"step 4 \(36 tokens\).*although it was asked to skip it"):
         fast.generate()
 
 

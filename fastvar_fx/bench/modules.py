@@ -16,19 +16,22 @@ from time import perf_counter
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fastvar_fx.bench.variants import Variant
-from fastvar_fx.bound import BoundProgram, StaysDense
-from fastvar_fx.ops import Operators
-from fastvar_fx.plan import Plan
-from fastvar_fx.programs import Block, ProgramStore
+from fastvar_fx.engine.call import BlockCall, BlockSite
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.executor import Eager
+from fastvar_fx.engine.generation import Role
+from fastvar_fx.engine.plan import Plan
+from fastvar_fx.engine.store import Store
+from fastvar_fx.engine.token_map import TokenMaps
+from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Budget, Clock, Progress, Subject, alternate, no_progress, per_step
 from fastvar_fx.transform import run_by, transform
 from passes.branches import KINDS
-from passes.pipeline import Call
 from passes.prune import take_side
 
 DENSE, PRUNED = Variant("dense"), Variant("pruned")
@@ -123,7 +126,7 @@ def overhead(modules: Mapping[Variant, ModuleTimes], step: int) -> float:
     return (pruned[PTS] + pruned[CTR]) / branches
 
 
-class ModuleClock:
+class ModuleClock(Eager):
     """Runs blocks eagerly and reads the clock where the module changes in their graphs.
 
     Programs of dense steps are made at the first call of each: do not measure that run.
@@ -132,15 +135,18 @@ class ModuleClock:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan = plan
         self._clock = Clock(device)
-        self._store = ProgramStore(replace(plan, kinds=(), records={}, dump_dir=None))
-        self._programs: dict[str, list[BoundProgram | StaysDense]] = {}
+        self._store = Store(replace(plan, kinds=(), dump_dir=None, buffers_caches=False))
+        self._maps = TokenMaps()
+        self._sites: dict[str, BlockSite] = {}
         self._marked: dict[GraphModule, GraphModule] = {}
         self._calls: list[tuple[int, _Marks]] = []
 
     @classmethod
     def of(cls, fast: nn.Module, device: torch.device) -> ModuleClock:
         """Returns one that runs the blocks of a transformed model from now on."""
-        return run_by(fast, lambda plan: cls(plan, device))
+        made = cls(Engine.of(fast).plan, device)
+        run_by(fast, made)
+        return made
 
     def anew(self) -> ModuleClock:
         """Returns one for a copy of the model."""
@@ -160,54 +166,32 @@ class ModuleClock:
             for step in range(schedule.steps)
         )
 
-    def run_program(
-        self, graph_module: GraphModule, inputs: Sequence[Any], block: str, tokens: int
-    ) -> Any:
-        """Runs a program on its inputs."""
-        if graph_module not in self._marked:
-            modules = partial(module_of, self._plan.operators)
-            self._marked[graph_module] = with_marks(graph_module, modules, self._mark)
-        self._begin(tokens)
-        outputs = self._marked[graph_module](*inputs)
+    def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
+        """Returns the outputs of a program's graph."""
+        if graph not in self._marked:
+            modules = partial(module_of, self._plan.method)
+            self._marked[graph] = with_marks(graph, modules, self._mark)
+        self._begin(call.tokens)
+        outputs = self._marked[graph](*inputs)
         self._mark(REST)
         return outputs
 
-    def run_dense(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-    ) -> Any:
-        """Runs a program of a block's own forward, or the forward where there is no program."""
-        program = self._dense_program(name, forward, block, args, kwargs)
-        if isinstance(program, BoundProgram):
-            execute = partial(self.run_program, block=name, tokens=x.shape[1])
-            return program.run(args, kwargs, (), execute)[0]
-        self._begin(x.shape[1])
-        result = forward(block, *args, **kwargs)
-        self._mark(REST)
-        return result
+    def run_dense(self, call: BlockCall) -> Any:
+        """Returns what a block's own forward returns, from a program of it if one can be made."""
+        site = self._sites.setdefault(call.site.name, self._new_site(call.site))
+        if call.site is site:  # a program was refused
+            self._begin(call.tokens)
+            result = super().run_dense(call)
+            self._mark(REST)
+            return result
+        dense = BlockCall(site, call.block, call.args, call.kwargs)
+        role = Role(self._plan.schedule.cache_step, captures=True)  # of no kinds of branches
+        program, inputs = self._store.program_for(dense, role)
+        return program.run(dense, inputs, {}, self)[0]
 
-    def _dense_program(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> BoundProgram | StaysDense:
-        known = self._programs.setdefault(name, [])
-        for program in known:
-            if program.matches(args, kwargs):
-                return program
-        path = self._store.stream_of(forward, block, args, kwargs)
-        call = Call(partial(forward, block), block, args, kwargs, path)
-        layer, step = self._plan.blocks.index(name), self._plan.schedule.cache_step
-        known.append(self._store.find_or_make(Block(layer, name, forward), step, call, {}, []))
-        return known[-1]
+    def _new_site(self, site: BlockSite) -> BlockSite:
+        """Returns a block's place with programs for dense steps alone."""
+        return BlockSite(site.layer, site.name, site.forward, self._maps, prunes=False)
 
     def _begin(self, tokens: int) -> None:
         self._calls.append((tokens, []))
@@ -241,11 +225,11 @@ def with_marks(
     return GraphModule(graph_module, graph)
 
 
-def module_of(operators: Operators, node: Node) -> str:
+def module_of(method: Method, node: Node) -> str:
     """Returns which of `MODULES` a call in the graph of a program belongs to."""
-    if node.target in (operators.select, operators.take, take_side):
+    if node.target in (method.select, method.take, take_side):
         return PTS
-    if node.target is operators.restore:
+    if node.target is method.restore:
         return CTR
     kind: str = node.meta.get("fastvar", {}).get("kind", REST)
     return kind

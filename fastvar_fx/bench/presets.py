@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvar_fx.errors import ModelError
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.models.maps import template
+from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Subject
 
@@ -73,14 +74,14 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
         return torch.ones(batch, dtype=torch.int64, device=model.word_embed.weight.device)
 
     def draw(model: var.VAR, classes: Tensor, seed: int | None) -> Tensor:
-        return model.infer_fhat(len(classes), classes, g_seed=seed, top_k=100, top_p=0.95)
+        return model.infer_fhat(len(classes), classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P)
 
     def decode(model: var.VAR, latents: Tensor) -> Tensor:
         return model.vae.decode(latents)
 
     def bare() -> var.VAR:
         config = replace(var.CONFIGS[name], scales=sides, **sizes)  # type: ignore[arg-type]
-        return config.new_var(config.new_vae())
+        return var.VAR(config.new_vae(), config)
 
     return Preset(bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
 
@@ -90,7 +91,7 @@ def _infinity(schedule: Schedule, name: str) -> Preset:
         return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(infinity.Infinity, infinity.CONFIGS[name])
-    return Preset(bare, schedule, _text, draw, partial(_infinity, name=name))
+    return Preset(bare, schedule, random_text, draw, partial(_infinity, name=name))
 
 
 def _hart(schedule: Schedule, name: str) -> Preset:
@@ -98,14 +99,15 @@ def _hart(schedule: Schedule, name: str) -> Preset:
         return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(hart.HART, hart.CONFIGS[name])
-    return Preset(bare, schedule, _text, draw, partial(_hart, name=name))
+    return Preset(bare, schedule, random_text, draw, partial(_hart, name=name))
 
 
-def _text(model: infinity.Infinity | hart.HART, batch: int) -> Tensor:
+def random_text(model: infinity.Infinity | hart.HART, batch: int, seed: int = 0) -> Tensor:
     """Returns features of a prompt (B, T, Ct); of HART's padded length, else of a usual one."""
     config, weight = model.config, model.word_embed.weight
     tokens = config.text_length if isinstance(model, hart.HART) else _TEXT_TOKENS
-    text = torch.randn(batch, tokens, config.text_width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, tokens, config.text_width, generator=generator)
     return text.to(weight.device, weight.dtype)
 
 

@@ -17,6 +17,7 @@ from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
 from fastvar_fx.bench.variants import VARIANTS, Variant
 from fastvar_fx.errors import GraphError, ModelError, ScheduleError
+from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule
@@ -391,9 +392,8 @@ class _Rows:
         elif variant.what == "pruned":
             fast = transform(model, schedule, on_full="cache")
         else:
-            fast = transform(
-                model, schedule, on_full="cache", select=peer_selection, restore=peer_restoration
-            )
+            method = Method(select=peer_selection, restore=peer_restoration)
+            fast = transform(model, schedule, on_full="cache", method=method)
         return compile_regions(fast) if variant.compiled else fast
 
     def _recorded(self, variant: Variant) -> Whole:

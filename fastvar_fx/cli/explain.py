@@ -39,7 +39,7 @@ def run_explain(
     timed: Timed = False,
     as_json: Json = False,
 ) -> None:
-    """Say what every branch does at the cache step and the pruned steps, and why."""
+    """Show what every branch does at the cache step and the pruned steps, and why."""
     asked = Asked(model, preset, schedule, ratios, blocks, run, batch)
     subject = asked.subject()
     fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)

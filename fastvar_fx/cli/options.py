@@ -17,8 +17,9 @@ from torch import Tensor
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError
-from fastvar_fx.models import packaged, var
-from fastvar_fx.schedule import Schedule
+from fastvar_fx.models import checkpoints, packaged, var
+from fastvar_fx.models.sampling import TOP_K, TOP_P
+from fastvar_fx.schedule import VAR_512, Schedule
 from fastvar_fx.timing import Subject
 
 _RATIOS: Final = (0.5, 0.75)
@@ -114,7 +115,7 @@ class Asked:
 
     def _named_scales(self) -> tuple[int, ...]:
         if self.model == RANDOM:
-            return var.VAR_512
+            return VAR_512
         if self.model not in var.CONFIGS:
             close = get_close_matches(self.model, _KNOWN) or _KNOWN
             raise ModelError(
@@ -177,7 +178,7 @@ def _square_sides(schedule: Schedule) -> tuple[int, ...]:
 
 
 def _trained(sides: tuple[int, ...]) -> var.VAR:
-    model = var.load(DEMO)
+    model = checkpoints.load(DEMO)
     if sides != model.scales:
         raise ScheduleError(
             f"{DEMO} was trained on maps of sides {model.scales}; found {sides}. --model {RANDOM} "
@@ -194,4 +195,4 @@ def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
 
 def _run_var(model: var.VAR, *, batch: int, seed: int) -> Tensor:
     classes = torch.arange(batch) % model.num_classes
-    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=100, top_p=0.95)
+    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P)

@@ -1,4 +1,4 @@
-"""Code of the user's own, given as `package.module:name`."""
+"""Loads the user's functions, given as `package.module:name`, and reports what they raise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvar_fx.errors import FastVARError, ModelError
 
 
 def call_factory(path: str) -> nn.Module:
-    """Returns the model that the function at `package.module:name` makes."""
+    """Returns the model that the function at `package.module:name` returns."""
     factory = load(path, "MODEL")
     with users_code(path, ModelError):
         model = factory()
@@ -40,14 +40,14 @@ def load(path: str, what: str) -> Callable[..., Any]:
         found = getattr(found, part, None)
     if not callable(found):
         close = get_close_matches(name, names) or names[:8]
-        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no function"
+        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no functions"
         raise ModelError(f"{what} {path}: {module_name} has no callable {name!r}; {hint}")
     return found  # type: ignore[no-any-return]
 
 
 @contextmanager
 def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
-    """Turns what the user's own code raises into one message that says where."""
+    """Raises what the user's code raises as one error that names the place."""
     try:
         yield
     except (FastVARError, KeyboardInterrupt):
@@ -58,7 +58,7 @@ def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Returns where the user's code, or what it called, raised; nothing if it was not reached."""
+    """Returns the place that raised, in the user's code or below; empty if it was not reached."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (__file__, contextlib.__file__, importlib.__file__)
     reached = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
@@ -67,7 +67,7 @@ def _place(error: Exception) -> str:
 
 @contextmanager
 def current_directory_importable() -> Iterator[None]:
-    """Lets `package.module` be found where the command runs."""
+    """Makes modules in the current directory importable."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -1,4 +1,4 @@
-"""What the in-tree models share: checked sizes, configurations by name, random weights."""
+"""What the models share: checked sizes, configurations by name, random weights."""
 
 from __future__ import annotations
 
@@ -11,51 +11,53 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastvar_fx.errors import ArgumentError
+
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_sizes(**sizes: object) -> None:
-    """Raise unless each size is an int of at least 1."""
+    """Checks that each size is an int of at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, int):
-            raise TypeError(f"{name}={size!r}: must be an int, not {type(size).__name__}")
+            raise TypeError(f"{name} is an int; found {size!r}, a {type(size).__name__}")
         if size < 1:
-            raise ValueError(f"{name}={size}: must be at least 1")
+            raise ArgumentError(f"{name} is at least 1; found {size}")
 
 
 def check_heads(width: int, heads: int, *, multiple_of: int = 1) -> None:
-    """Raise unless the heads split the width evenly, into a multiple of something."""
+    """Checks that heads divide a width, and that the quotient is a multiple of a number."""
     if width % heads:
-        raise ValueError(f"width={width}, heads={heads}: heads must divide width")
+        raise ArgumentError(f"heads must divide the width; found width={width}, heads={heads}")
     if width // heads % multiple_of:
-        raise ValueError(
-            f"width={width}, heads={heads}: a head is {width // heads} wide, which must be a "
-            f"multiple of {multiple_of}"
+        raise ArgumentError(
+            f"the width of a head is a multiple of {multiple_of}; found {width // heads} for "
+            f"width={width}, heads={heads}"
         )
 
 
 def close_to(name: str, known: list[str]) -> str:
-    """Return a hint at the names most like ``name``, or nothing."""
+    """Returns a hint at the names most like `name`, or nothing."""
     close = difflib.get_close_matches(name, known, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def configured(configs: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
-    """Return a named configuration, a dataclass, with some of its fields replaced.
+    """Returns a named configuration, a dataclass, with some of its fields replaced.
 
     Raises:
-        TypeError: an override is no field.
-        ValueError: ``name`` is unknown, or the configuration refuses the values.
+        TypeError: If an override is no field.
+        ArgumentError: If `name` is unknown, or the configuration refuses the values.
     """
     if name not in configs:
         hint = close_to(name, list(configs))
-        raise ValueError(f"unknown model {name!r}{hint}; known: {', '.join(configs)}")
+        raise ArgumentError(f"no model is named {name!r}{hint}; known are {', '.join(configs)}")
     config: Any = configs[name]
     fields = [field.name for field in dataclasses.fields(config)]
     for key in overrides:
         if key not in fields:
-            raise TypeError(f"unknown override {key!r}{close_to(key, fields)}")
+            raise TypeError(f"there is no size {key!r} to override{close_to(key, fields)}")
     replaced: Config = dataclasses.replace(config, **overrides)
     return replaced
 
@@ -63,12 +65,12 @@ def configured(configs: Mapping[str, Config], name: str, overrides: Mapping[str,
 def with_random_weights(
     make: Callable[[], Model], fill: Callable[[Model, torch.Generator], None], seed: int
 ) -> Model:
-    """Return a model on the CPU, in eval mode, without gradients, filled from ``seed`` alone.
+    """Returns a model on the CPU, in eval mode, without gradients, filled from `seed` alone.
 
     Args:
-        make: constructs the model; what it draws itself is never computed.
-        fill: sets every parameter and buffer.
-        seed: seed of the generator given to ``fill``.
+        make: Constructs the model; it is called on the meta device.
+        fill: Sets every parameter and buffer.
+        seed: Seed of the generator given to `fill`.
     """
     # On the meta device torch's own initialization, soon overwritten, costs neither time nor draws.
     with torch.device("meta"):
@@ -80,7 +82,7 @@ def with_random_weights(
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Fill a model with values that keep its branches alive.
+    """Fills a model with values that keep its branches alive.
 
     Linear layers have standard deviation 1 / sqrt(inputs) and no bias, norms are the identity,
     buffers zero, and all else (embeddings, biases of queries and values) is drawn with 0.5.

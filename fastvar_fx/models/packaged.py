@@ -1,6 +1,6 @@
-"""What comes along with the package: the weights of the model ``demo``, and photographs.
+"""The files that are part of the package: weights of the model `demo`, and photographs.
 
-How they were made, and whose photographs these are, says ``weights/README.md``.
+See `weights/README.md` for how they were made, and for the authors of the photographs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvar_fx.errors import ModelError
+
 NAME: Final = "demo"
-"""The model, a key of ``fastvar_fx.models.var.CONFIGS``."""
+"""The model, a key of `fastvar_fx.models.var.CONFIGS`."""
 
 WEIGHTS: Final = Path(__file__).with_name("weights") / "demo.safetensors"
-"""Its parameters in float16, named ``var.*`` and ``vae.*``."""
+"""Its parameters in float16, named `var.*` and `vae.*`."""
 
 CLASSES: Final = ("sky and water", "hills and woods", "leaves and grass", "flowers", "things")
 """What its classes show."""
@@ -27,23 +27,26 @@ PHOTOGRAPHS: Final = WEIGHTS.with_name("held_out")
 
 
 def weights() -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts ``var`` and ``vae``, float32; buffers of fixed values are left out.
+    """Returns the state dicts `var` and `vae`, float32; buffers of fixed values are left out.
 
     Raises:
-        FileNotFoundError: the weights were not installed.
-        ValueError: their file is damaged.
+        FileNotFoundError: If the weights were not installed.
+        ModelError: If their file is damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         flat = load_file(WEIGHTS)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"asked: the weights of {NAME!r}\nfound: no file {WEIGHTS}\n"
-            "do: install the package again; a checkout without large files lacks them"
+            f"there is no file {WEIGHTS} with the weights of {NAME!r}; install the package again. "
+            f"A checkout without large files lacks them"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"asked: the weights of {NAME!r}\nfound: {WEIGHTS}, which safetensors cannot read "
-            f"({error})\ndo: install the package again; the file may be incomplete"
+        raise ModelError(
+            f"{WEIGHTS}, the weights of {NAME!r}, is a file which safetensors cannot read "
+            f"({error}); it may be incomplete: install the package again"
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in flat.items():
@@ -53,33 +56,40 @@ def weights() -> dict[str, dict[str, Tensor]]:
 
 
 def held_out() -> tuple[Tensor, Tensor]:
-    """Return photographs that the model ``demo`` never saw, and their classes.
+    """Returns photographs that the model `demo` never saw, and their classes.
 
     Returns:
         Images, float32 (N, 3, 256, 256) in [-1, 1], and labels, int64 (N,).
 
     Raises:
-        ImportError: pillow, of the extra ``cli``, is not installed.
-        FileNotFoundError: the photographs were not installed.
+        ImportError: If pillow, of the extra `cli`, is not installed.
+        FileNotFoundError: If the photographs were not installed.
 
     Example:
         >>> images, labels = held_out()
         >>> images.shape[1:]
         torch.Size([3, 256, 256])
     """
-    import numpy as np
-    from PIL import Image
-
     files = sorted(PHOTOGRAPHS.glob("*.jpg"))
     if not files:
         raise FileNotFoundError(
-            f"asked: the held-out photographs\nfound: none in {PHOTOGRAPHS}\n"
-            "do: install the package again"
+            f"there are no held-out photographs in {PHOTOGRAPHS}; install the package again"
         )
-    images = []
-    for file in files:
-        with Image.open(file) as picture:
-            pixels = torch.from_numpy(np.array(picture.convert("RGB")))
-        images.append(pixels.permute(2, 0, 1).float() / 127.5 - 1)  # (h, w, 3) -> (3, h, w)
+    images = torch.stack([read_image(file) for file in files])
     labels = [int(file.name.partition("-")[0]) for file in files]
-    return torch.stack(images), torch.tensor(labels)
+    return images.float() / 127.5 - 1, torch.tensor(labels)
+
+
+def read_image(file: Path) -> Tensor:
+    """Returns the pixels of an image file, uint8 (3, H, W).
+
+    Raises:
+        ImportError: If pillow, of the extra `cli`, is not installed.
+        OSError: If pillow cannot read the file.
+    """
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        width, height = picture.size
+        pixels = bytearray(picture.convert("RGB").tobytes())
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)

@@ -1,25 +1,29 @@
 """Regional compilation: `torch.compile` once per structure and step, not once per layer.
 
-A program is compiled as it is, and the blocks that share it share what comes of it. A step without
-a program runs the user's own forward, which is compiled once for each shape of the token map.
+A program is compiled once for all blocks that share it. A step without a program runs the user's
+own forward, which is compiled once for each shape of the token map.
+
+This module imports Dynamo and Inductor, so it is imported where compiling is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
+from fastvar_fx.engine.block import with_own_code
+from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.executor import Compiled
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
 from passes.linears import FasterLinears
@@ -64,7 +68,7 @@ class Compilation:
 
     @property
     def makes_cuda_graphs(self) -> bool:
-        """Whether by its options `torch.compile` records CUDA graphs of its own."""
+        """Whether `torch.compile` records CUDA graphs with these options."""
         mode, options = self._options.get("mode"), self._options.get("options") or {}
         chosen = (list_mode_options(mode) if mode else {}) | options
         default = inductor_config.triton.cudagraphs
@@ -72,52 +76,40 @@ class Compilation:
             chosen.get("triton.cudagraphs", default)
         )
 
+    @property
+    def compiled(self) -> Compiled:
+        """What was compiled so far."""
+        return Compiled(graphs=dict(sorted(self.graphs.items())), failures=tuple(self.failures))
+
     def anew(self) -> Compilation:
         """Returns one with the same options and nothing compiled, for a copy of the model."""
         return Compilation(self._schedule, self._options, fallback=self._fallback)
 
-    def run_program(
-        self, graph_module: GraphModule, inputs: Sequence[Any], block: str, tokens: int
-    ) -> Any:
-        """Runs a program on its inputs, compiled.
+    def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
+        """Returns the outputs of a program's graph, compiled.
 
         Raises:
             CompileError: If it cannot be compiled, and `fallback` was not asked for.
         """
-        if graph_module not in self._programs:
-            self._programs[graph_module] = _Region(graph_module.forward, self._options)
-        return self._run(self._programs[graph_module], graph_module, inputs, block, tokens)
+        if graph not in self._programs:
+            self._programs[graph] = _Region(graph.forward, self._options)
+        return self._run(self._programs[graph], graph, inputs, call)
 
-    def run_dense(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-    ) -> Any:
-        """Runs a block's own forward, compiled.
-
-        Args:
-            name: The block's module path.
-            forward: Its class's own forward.
-            block: The transformed block.
-            args: Arguments of the call.
-            kwargs: Keyword arguments of the call.
-            x: Which of them is the token map (B, L, C).
+    def run_dense(self, call: BlockCall) -> Any:
+        """Returns what a block's own forward returns, compiled.
 
         Raises:
             CompileError: If it cannot be compiled, and `fallback` was not asked for.
         """
+        name, forward, x = call.site.name, call.site.forward, call.x
         if name not in self._plain:
-            self._plain[name] = _without_runtime(block)
-        inputs = (forward, self._plain[name], args, kwargs)
+            self._plain[name] = _without_runtime(call.block)
+        inputs = (forward, self._plain[name], call.args, call.kwargs)
         kind = (forward, x.shape, x.dtype, x.device)
         region = self._dense.get((name, kind))
         if region is None:
             region = self._dense[name, kind] = self._shared_region(kind)
-        return self._run(region, _run_dense, inputs, name, x.shape[1])
+        return self._run(region, _run_dense, inputs, call)
 
     def _shared_region(self, kind: Any) -> _Region:
         """Returns a region for a block that meets calls of a kind for the first time."""
@@ -129,12 +121,7 @@ class Compilation:
         return region
 
     def _run(
-        self,
-        region: _Region,
-        eager: Callable[..., Any],
-        inputs: Sequence[Any],
-        block: str,
-        tokens: int,
+        self, region: _Region, eager: Callable[..., Any], inputs: Sequence[Any], call: BlockCall
     ) -> Any:
         if region.fell_back:
             return eager(*inputs)
@@ -142,7 +129,7 @@ class Compilation:
         try:
             return region.call(*inputs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            what = f"{block} at {self._place(tokens)}: {_reason(error)}"
+            what = f"{call.site.name} at {self._place(call.tokens)}: {_reason(error)}"
             if not self._fallback:
                 raise CompileError(
                     f"torch.compile failed on {what}\nNothing was written to the block. Pass "
@@ -157,7 +144,7 @@ class Compilation:
             made = _graphs_so_far() - before
             region.graphs += made
             if made:
-                self.graphs[tokens] += made
+                self.graphs[call.tokens] += made
 
     def _place(self, tokens: int) -> str:
         steps = range(self._schedule.steps)
@@ -165,22 +152,12 @@ class Compilation:
         return f"step {' or '.join(found) or '-'} ({tokens} tokens)"
 
 
-def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
-    """Returns a function with a code object of its own.
-
-    Dynamo counts compilations per code object, and takes a size for dynamic that differs between
-    calls of codes of one name and place.
-    """
-    code = function.__code__.replace(co_name=name)
-    return types.FunctionType(code, function.__globals__, name)
-
-
 def _with_faster_linears(options: dict[str, Any]) -> dict[str, Any]:
     """Adds a pass to the options of `torch.compile` for Inductor; one that is given stays."""
     settings, mode = options.get("options"), options.get("mode")
     if options.get("backend", "inductor") != "inductor" or (settings and mode):
         return options
-    settings = settings or torch._inductor.list_mode_options(mode or "default")
+    settings = settings or list_mode_options(mode or "default")
     others = {name: value for name, value in options.items() if name != "mode"}
     return {**others, "options": {**_LINEARS_PASS, **settings}}
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastvar_fx.compiled import Compilation
-from fastvar_fx.timing import Comparison
+from fastvar_fx.engine.executor import Compiled
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
-    from fastvar_fx.plan import Plan, StepRecord
+    from fastvar_fx.engine.engine import Engine
+    from fastvar_fx.engine.plan import Plan
+    from fastvar_fx.engine.store import StepRecord
     from fastvar_fx.schedule import Schedule
+    from fastvar_fx.timing import Comparison
     from passes.costs import BranchReport
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One branch of one block at one step.
 
@@ -55,7 +57,7 @@ class Row:
         return data | {"refusal": _refusal_dict(self.refusal)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Skipping:
     """What is saved by leaving steps out of the loop.
 
@@ -80,14 +82,15 @@ class Skipping:
     all_blocks: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Skipping:
-        """Returns what a plan skips."""
-        schedule, steps = plan.schedule, plan.skipped.steps
+    def of(cls, engine: Engine) -> Skipping:
+        """Returns what a model skips."""
+        plan, found = engine.plan, engine.store.records.values()
+        schedule, steps = plan.schedule, plan.skipped_steps
         tokens = [schedule.tokens(step) for step in range(schedule.steps)]
-        records = [r for r in plan.records.values() if r.step == schedule.cache_step and r.branches]
+        records = [r for r in found if r.step == schedule.cache_step and r.branches]
         caching = {
             (r.layer, b.index)
-            for r in plan.records.values()
+            for r in found
             for b in r.branches
             if b.keys is not None and b.keys > r.tokens
         }
@@ -98,16 +101,16 @@ class Skipping:
             for branch in record.branches
         )
         return cls(
-            steps,
-            sum(tokens[step] for step in steps),
-            sum(tokens),
-            flops if records else None,
-            len(records),
-            len(plan.blocks),
+            steps=steps,
+            tokens=sum(tokens[step] for step in steps),
+            all_tokens=sum(tokens),
+            flops=flops if records else None,
+            blocks=len(records),
+            all_blocks=len(plan.blocks),
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pruning:
     """What is saved by dropping tokens from steps that the loop draws.
 
@@ -127,41 +130,20 @@ class Pruning:
 
     @classmethod
     def of(cls, plan: Plan, rows: Iterable[Row]) -> Pruning:
-        """Returns what a plan prunes."""
+        """Returns what a model prunes."""
         schedule, steps = plan.schedule, plan.pruned_steps
         late = [row for row in rows if row.step in steps]
         tokens = sum(schedule.tokens(step) for step in steps)
         return cls(
-            steps,
-            tokens,
-            tokens - sum(schedule.kept(step) for step in steps),
-            sum(row.flops for row in late),
-            sum(row.pruned_flops for row in late),
+            steps=steps,
+            tokens=tokens,
+            dropped=tokens - sum(schedule.kept(step) for step in steps),
+            flops=sum(row.flops for row in late),
+            pruned_flops=sum(row.pruned_flops for row in late),
         )
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What `fastvar_fx.compile` has compiled so far.
-
-    Attributes:
-        graphs: How many graphs, by the token count of the calls: 1 is one for all blocks of a step.
-        failures: Which calls run eagerly because they could not be compiled, and why.
-    """
-
-    graphs: dict[int, int]
-    failures: tuple[str, ...]
-
-    @classmethod
-    def of(cls, plan: Plan) -> Compiled | None:
-        """Returns what a plan's regions were compiled to, if compiling was asked for."""
-        made = plan.executor
-        if not isinstance(made, Compilation):
-            return None
-        return cls(dict(sorted(made.graphs.items())), tuple(made.failures))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Caches:
     """KV caches that blocks grow by `cat`, of the blocks that were traced.
 
@@ -179,21 +161,26 @@ class Caches:
     moved: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Caches | None:
-        """Returns what a plan does with caches, unless it is to leave them as they are."""
-        if plan.kv_buffers is None:
+    def of(cls, engine: Engine) -> Caches | None:
+        """Returns what a model does with caches, unless it is to leave them as they are."""
+        buffers = engine.buffers
+        if buffers is None:
             return None
         found: dict[str, str | None] = {}
-        for record in plan.records.values():
+        for record in engine.store.records.values():
             for cache in record.caches:
                 name = f"{record.block}.{cache.name}"
                 found[name] = found.get(name) or cache.copied
         copied = {name: reason for name, reason in found.items() if reason is not None}
-        buffers = plan.kv_buffers
-        return cls(len(found) - len(copied), copied, buffers.appended, buffers.moved)
+        return cls(
+            buffered=len(found) - len(copied),
+            copied=copied,
+            appended=buffers.appended,
+            moved=buffers.moved,
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What every block and branch does at the cache step and the pruned steps met so far.
 
@@ -231,34 +218,27 @@ class Report:
     step_times: dict[int, Comparison] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan) -> Report:
-        """Returns the report on a plan's records."""
-        records = sorted(plan.records.values(), key=lambda r: (r.step, r.layer))
+    def of(cls, engine: Engine) -> Report:
+        """Returns the report on a model so far."""
+        plan, generation, store = engine.plan, engine.generation, engine.store
+        records = sorted(store.records.values(), key=lambda r: (r.step, r.layer))
         met = {r.step for r in records}
-        rows = []
-        for r in records:
-            place = (r.step, r.layer, r.block)
-            if r.refusal is not None:
-                rows.append(Row(*place, "", "", r.tokens, r.tokens, 0, 0, None, r.refusal))
-            for b in r.branches:
-                kept = r.tokens if b.kept is None else b.kept
-                counts = (r.tokens, kept, b.flops, b.pruned_flops)
-                rows.append(Row(*place, b.name, b.kind, *counts, r.program, b.refusal))
+        rows = tuple(row for record in records for row in _rows(record))
         return cls(
-            tuple(rows),
-            plan.schedule.cache_step,
-            bool(plan.pruned_steps),
-            {s: plan.schedule.tokens(s) for s in plan.pruned_steps if s not in met},
-            dict(sorted(plan.dense_calls.items())),
-            dict(sorted(plan.early_calls.items())),
-            plan.trace_seconds,
-            Skipping.of(plan),
-            Pruning.of(plan, rows),
-            plan.captured_bytes,
-            plan.peak_captured_bytes,
-            Caches.of(plan),
-            Compiled.of(plan),
-            plan.step_times,
+            rows=rows,
+            cache_step=plan.schedule.cache_step,
+            prunes=bool(plan.pruned_steps),
+            unmet={s: plan.schedule.tokens(s) for s in plan.pruned_steps if s not in met},
+            dense_calls=dict(sorted(generation.dense_calls.items())),
+            early_calls=dict(sorted(generation.early_calls.items())),
+            trace_seconds=store.trace_seconds,
+            skipping=Skipping.of(engine),
+            pruning=Pruning.of(plan, rows),
+            captured_bytes=generation.captured_bytes,
+            peak_captured_bytes=generation.peak_captured_bytes,
+            caches=Caches.of(engine),
+            compiled=engine.executor.compiled,
+            step_times=engine.step_times,
         )
 
     @property
@@ -296,6 +276,35 @@ class Report:
                 lines.append(f"step {step}: {_change(dense, pruned)}")
         lines += [*_savings(self), *_notes(self), *_payoff(self)]
         return "\n".join(lines)
+
+
+def _rows(record: StepRecord) -> list[Row]:
+    whole = Row(
+        step=record.step,
+        layer=record.layer,
+        block=record.block,
+        branch="",
+        kind="",
+        tokens=record.tokens,
+        kept=record.tokens,
+        flops=0,
+        pruned_flops=0,
+        program=record.program,
+        refusal=record.refusal,
+    )
+    branches = [
+        replace(
+            whole,
+            branch=branch.name,
+            kind=branch.kind,
+            kept=record.tokens if branch.kept is None else branch.kept,
+            flops=branch.flops,
+            pruned_flops=branch.pruned_flops,
+            refusal=branch.refusal,
+        )
+        for branch in record.branches
+    ]
+    return branches if record.refusal is None else [whole, *branches]
 
 
 _HEADER = (

@@ -1,24 +1,20 @@
-"""Finds a model's transformer blocks, and copies a model's structure around shared tensors."""
+"""Finds a model's transformer blocks."""
 
 from __future__ import annotations
 
-import copy
-import types
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from fastvar_fx.errors import ModelError
-from passes.state import attributes, is_container
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential, list, tuple)
 _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)
+_SAME_WEIGHT: Final = 0.99
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,13 @@ class _Group:
     def submodules(self) -> int:
         """How many modules are in them, themselves included."""
         return sum(1 for m in self.modules for _ in m.modules())
+
+    def add(self, candidates: Iterable[tuple[str, nn.Module]]) -> None:
+        """Adds modules by name, each once."""
+        for name, module in candidates:
+            if not isinstance(module, _NO_FORWARD) and all(module is not m for m in self.modules):
+                self.names.append(name)
+                self.modules.append(module)
 
     def is_sister_of(self, other: _Group) -> bool:
         """Whether it holds blocks of the same classes in another list of the same owner."""
@@ -112,8 +115,8 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
             f"linear layers. Seen: {', '.join(seen[:20])}. Name them with blocks="
         )
     best = max(group.weight for group in groups)
-    # Chunks that only wrap blocks weigh the same as their blocks: the innermost such list counts.
-    heaviest = [group for group in groups if group.weight >= 0.99 * best]
+    # Chunks that wrap blocks weigh as much, up to a small projection: the innermost list counts.
+    heaviest = [group for group in groups if group.weight >= _SAME_WEIGHT * best]
     found = max(heaviest, key=lambda group: (len(group.modules), -group.submodules))
     names: dict[int, str] = {}
     modules = {}
@@ -129,23 +132,25 @@ def _groups(model: nn.Module) -> list[_Group]:
     groups: dict[Any, _Group] = {}
     lists: dict[int, Any] = {}  # which list a module stands in
     for owner_name, owner, key, items in _lists(model):
-        if isinstance(owner, _NO_FORWARD):
-            place: Any = (id(owner), "")
-        else:
+        place: Any = (id(owner), "")
+        if not isinstance(owner, _NO_FORWARD):
             place = (lists.get(id(owner), id(owner)), key)
         for _, item in items:
             lists.setdefault(id(item), place)
-        candidates = [(name, item) for name, item in items if _has_linear(item)]
-        if isinstance(owner, _NO_FORWARD) and _mixed(item for _, item in candidates):
-            continue  # sub-layers of a block that is no module: their owner's owner adds them up
-        if any(isinstance(item, _NO_FORWARD) and _mixed(item.children()) for _, item in items):
-            candidates = [(owner_name, owner)]
         group = groups.setdefault(place, _Group(place[0], [], []))
-        for name, item in candidates:
-            if not isinstance(item, _NO_FORWARD) and not any(item is m for m in group.modules):
-                group.names.append(name)
-                group.modules.append(item)
+        group.add(_candidates(owner_name, owner, items))
     return [group for group in groups.values() if group.modules]
+
+
+def _candidates(
+    owner_name: str, owner: nn.Module, items: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    """Returns the items of a list that may be blocks, or the owner if the items are parts of it."""
+    if any(isinstance(item, _NO_FORWARD) and _mixed(item.children()) for _, item in items):
+        return [(owner_name, owner)]
+    found = [(name, item) for name, item in items if _has_linear(item)]
+    parts_of_a_list = isinstance(owner, _NO_FORWARD) and _mixed(item for _, item in found)
+    return [] if parts_of_a_list else found
 
 
 def _mixed(modules: Iterable[nn.Module]) -> bool:
@@ -194,92 +199,3 @@ def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 stack += [
                     (_join(name, f"{key}.{i}"), m) for i, m in plain if isinstance(m, nn.Module)
                 ]
-
-
-def copy_structure(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """Copies a model's modules and containers; parameters and buffers are shared.
-
-    Returns:
-        The copy, and the copied module for each original one by its id.
-    """
-    copier = _Copier()
-    return copier.module(model), copier.modules
-
-
-class _Copier:
-    def __init__(self) -> None:
-        self.modules: dict[int, nn.Module] = {}
-        self._memo: dict[int, Any] = {}
-
-    def module(self, original: nn.Module) -> nn.Module:
-        """Returns the copy of a module."""
-        if id(original) not in self.modules:
-            made = original.__class__.__new__(original.__class__)
-            self.modules[id(original)] = made
-            made.__dict__ = {key: self._value(value) for key, value in vars(original).items()}
-        return self.modules[id(original)]
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return self.module(value)
-        if isinstance(value, (set, torch.Generator)) or is_container(value):
-            if id(value) not in self._memo:
-                self._memo[id(value)] = value  # a container that holds itself is left as it is
-                self._memo[id(value)] = self._container(value)
-            return self._memo[id(value)]
-        if isinstance(value, tuple) and not isinstance(value, torch.Size):
-            items = [self._value(item) for item in value]
-            if all(a is b for a, b in zip(items, value, strict=True)):
-                return value
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            return types.MethodType(value.__func__, self.module(value.__self__))
-        if isinstance(value, types.FunctionType) and value.__closure__:
-            return self._closure(value)
-        if isinstance(value, partial):
-            keywords = {k: self._value(v) for k, v in value.keywords.items()}
-            return partial(self._value(value.func), *map(self._value, value.args), **keywords)
-        return value
-
-    def _closure(self, value: types.FunctionType) -> Any:
-        """Copies a function that holds modules, such as a patched forward that calls the old."""
-        if id(value) not in self._memo:
-            self._memo[id(value)] = value  # a function that holds itself is left as it is
-            cells = tuple(map(self._cell, value.__closure__ or ()))
-            if not all(a is b for a, b in zip(cells, value.__closure__ or (), strict=True)):
-                made = types.FunctionType(
-                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
-                )
-                made.__kwdefaults__ = value.__kwdefaults__
-                made.__dict__.update(vars(value))
-                self._memo[id(value)] = made
-        return self._memo[id(value)]
-
-    def _cell(self, cell: types.CellType) -> types.CellType:
-        held = cell.cell_contents
-        if not isinstance(held, (nn.Module, types.MethodType, types.FunctionType, partial)):
-            return cell
-        copied = self._value(held)
-        return cell if copied is held else types.CellType(copied)
-
-    def _container(self, value: Any) -> Any:
-        if isinstance(value, torch.Generator):
-            return copy.deepcopy(value) if type(value) is not torch.Generator else _clone(value)
-        made = copy.copy(value)
-        if isinstance(value, dict):
-            made.update({key: self._value(item) for key, item in value.items()})
-        elif isinstance(value, (list, deque)):
-            made.clear()
-            made.extend(self._value(item) for item in value)
-        elif isinstance(value, set):
-            made = type(value)(self._value(item) for item in value)
-        else:  # an object of the user's, such as a cache
-            for name, item in attributes(value).items():
-                object.__setattr__(made, name, self._value(item))
-        return made
-
-
-def _clone(generator: torch.Generator) -> torch.Generator:
-    made = torch.Generator(device=generator.device)
-    made.set_state(generator.get_state())
-    return made

@@ -1,8 +1,8 @@
-"""How a model's own loop is brought to skip its last steps.
+"""Makes a model's own loop skip its last steps.
 
-A block cannot leave out a step of the loop that it runs in; that takes something which the loop
-offers. A loop rule looks for it on the transformed copy and, if it is there, uses it, by attributes
-of the copy's modules alone. The rules of `RULES` are tried in order, or a rule of the user's own:
+A block cannot leave out a step of the loop that it runs in: the loop must offer a way. A loop rule
+looks for one on the transformed copy and uses it, by setting attributes of the copy's modules. The
+rules of `RULES` are tried in order, or a rule of the user's:
 
     def rule(fast, skipped):
         fast.last_step = skipped.first  # this loop draws while step < last_step
@@ -21,46 +21,33 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from itertools import takewhile
-from math import prod
 from typing import Any, Final, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.blocks import reachable
+from fastvar_fx.engine.engine import ENGINE, Engine
+from fastvar_fx.engine.find_blocks import reachable
+from fastvar_fx.engine.generation import Generation
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.ops import Scale
 
-_SKIPPED: Final = "_fastvar_skipped"
 _STOP: Final = "trunk_scale"
 _ACCUMULATE: Final = "get_next_autoregressive_input"
 
 
 class Skipped:
-    """The steps that a loop skips, and whether it is at one of them.
+    """The steps that a loop skips, as a loop rule sees them.
 
     Attributes:
-        steps: The skipped steps, 0-based: the last ones of the schedule, or none.
+        steps: The skipped steps, 0-based: the last ones of the schedule.
         scales: The token maps of all steps.
     """
 
-    def __init__(self, scales: Sequence[Scale], steps: Sequence[int]) -> None:
-        self.steps = tuple(steps)
-        self.scales = tuple(scales)
-        self._tokens = [prod(scale) for scale in scales]
-        drawn = {prod(scale) for step, scale in enumerate(scales) if step not in self.steps}
-        self._telling = {self._tokens[step] for step in self.steps} - drawn
-        self._forget()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Skipped:
-        """A copy is in no generation yet."""
-        memo[id(self)] = made = Skipped(self.scales, self.steps)
-        return made
-
-    def _forget(self) -> None:
-        self._at: int | None = None  # the skipped step that the loop is at
-        self._last: int | None = None  # tokens of the last block call since `drew`
-        self._early = False  # whether blocks ran at a step before the skipped ones
+    def __init__(self, engine: Engine) -> None:
+        self.steps = engine.plan.skipped_steps
+        self.scales = engine.plan.schedule.scales
+        self._engine = engine
 
     @property
     def first(self) -> int:
@@ -68,68 +55,11 @@ class Skipped:
         return self.steps[0]
 
     def drew(self, step: int) -> None:
-        """Notes that the loop has added up what it drew at a step, and goes on to the next.
+        """Notes that the loop has accumulated what it drew at a step, and moves to the next one.
 
         At skipped steps, the blocks then return their input at once.
         """
-        self._at = step + 1 if step + 1 in self.steps else None
-        self._last = None
-
-    def passes(self, tokens: int) -> bool:
-        """Whether a block, called with so many tokens, is at a skipped step that it has to pass.
-
-        Raises:
-            RunError: If a new generation begins, and the one before never added up a skipped step.
-        """
-        at = self._at
-        if at is not None:
-            if tokens == self._tokens[at]:
-                self._last = tokens
-                return True
-            if self._last == self._tokens[at]:
-                self._raise_drawn(at)
-        self._last = tokens
-        if tokens < self._tokens[self.first]:
-            self._early = True
-        return False
-
-    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the model; if that drew an image, checks that the steps were skipped.
-
-        Raises:
-            RunError: If the loop drew a skipped step.
-        """
-        before, self._early = self._early, False
-        try:
-            result = method(*args, **kwargs)
-        except BaseException:
-            self._forget()
-            raise
-        if self._early:
-            self.check()
-        self._early = self._early or before
-        return result
-
-    def check(self) -> None:
-        """Checks, when a generation has ended, that the steps were skipped.
-
-        Raises:
-            RunError: If blocks ran at a skipped step, and what they gave was not left out.
-        """
-        if self._last is not None and self._at is not None:
-            self._raise_drawn(self._at)
-        if self._last in self._telling:
-            self._raise_drawn(self._tokens.index(self._last))
-
-    def _raise_drawn(self, step: int) -> None:
-        how = "past its accumulator" if self._at is not None else "though told to leave it out"
-        self._forget()
-        raise RunError(
-            f"step {step} ({self._tokens[step]} tokens) has ratio 1 and is to be skipped, but the "
-            f'loop draws it {how}. Pass on_full="cache" to transform, which draws the step from '
-            f"the captured features, or on_full= a loop rule of your own. If a generation was cut "
-            f"off, run it again"
-        )
+        self._engine.generation.drew(step)
 
 
 LoopRule = Callable[[nn.Module, Skipped], bool]
@@ -139,17 +69,18 @@ OnFull = Literal["skip", "cache"] | LoopRule
 """What becomes of the last steps with ratio 1."""
 
 
-def install(fast: nn.Module, skipped: Skipped, on_full: OnFull) -> None:
+def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
     """Makes the loop of a transformed model skip steps.
 
     Args:
         fast: The transformed copy.
-        skipped: The steps.
+        engine: Its engine.
         on_full: "skip" to try `RULES`, or a rule.
 
     Raises:
         ModelError: If no rule applies.
     """
+    skipped = Skipped(engine)
     rules = (on_full,) if callable(on_full) else tuple(RULES)
     if not any(rule(fast, skipped) for rule in rules):
         tried = "; ".join(_first_line(rule) for rule in rules)
@@ -212,7 +143,7 @@ def _stopping(method: Callable[..., Any], signature: inspect.Signature) -> Calla
     def stopping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        given, first = bound.arguments[_STOP], _skipped(self).first
+        given, first = bound.arguments[_STOP], _generation(self).plan.skipped_steps[0]
         bound.arguments[_STOP] = first if given is None else min(given, first)
         return method(*bound.args, **bound.kwargs)
 
@@ -224,44 +155,45 @@ def _accumulating(method: Callable[..., Any]) -> Callable[..., Any]:
     def accumulating(
         self: nn.Module, si: int, SN: int, f_hat: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        skipped = _skipped(self)
-        if len(skipped.scales) != SN:
+        generation = _generation(self)
+        plan = generation.plan
+        if plan.schedule.steps != SN:
             raise RunError(
-                f"the loop draws {SN} steps, but the schedule has {len(skipped.scales)}; give the "
+                f"the loop draws {SN} steps, but the schedule has {plan.schedule.steps}; give the "
                 f"schedule that the loop runs"
             )
-        if si in skipped.steps:
-            result = _left_out(skipped, si, f_hat)
+        if si in plan.skipped_steps:
+            result = _left_out(plan.schedule.scales, si, f_hat)
         else:
             result = method(self, si, SN, f_hat, *args, **kwargs)
-        skipped.drew(si)
+        generation.drew(si)
         return result
 
     return accumulating
 
 
-def _left_out(skipped: Skipped, step: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+def _left_out(scales: Sequence[Scale], step: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the sum so far, and the next map made of it."""
-    size, final = tuple(f_hat.shape[-2:]), skipped.scales[-1][-2:]
+    size, final = tuple(f_hat.shape[-2:]), scales[-1][-2:]
     if size != final:
         raise RunError(
             f"step {step} is to be skipped, but the loop sums its maps up at {size} by then, not "
             f'at the final {final}; pass on_full="cache" to transform, or a loop rule of your own'
         )
-    following = skipped.scales[min(step + 1, len(skipped.scales) - 1)][-2:]
+    following = scales[min(step + 1, len(scales) - 1)][-2:]
     return f_hat, F.interpolate(f_hat, size=following, mode="area")
 
 
 def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _skipped(self).run(method, self, *args, **kwargs)
+        return _generation(self).run(method, self, *args, **kwargs)
 
     return watched
 
 
-def _skipped(module: nn.Module) -> Skipped:
-    return getattr(module, _SKIPPED)  # type: ignore[no-any-return]
+def _generation(module: nn.Module) -> Generation:
+    return Engine.of(module).generation
 
 
 def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -277,5 +209,5 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def _override(module: nn.Module, name: str, skipped: Skipped, function: Callable[..., Any]) -> None:
     """Puts a method on one module; as a bound method it goes with a deep copy of it."""
-    object.__setattr__(module, _SKIPPED, skipped)
+    object.__setattr__(module, ENGINE, skipped._engine)
     object.__setattr__(module, name, types.MethodType(function, module))

@@ -12,9 +12,9 @@ from passes.kv_buffer import Growth, new_buffer
 class KVBuffers:
     """The buffers behind the caches of a transformed model.
 
-    A cache is a view of the filled front of its buffer. Only the view that was handed out last
-    grows in place, and only as it was handed out. A cache that the loop reset, sliced, copied or
-    went back to is another tensor, so it gets a buffer of its own: entries that a tensor can see
+    A cache is a view of the filled front of its buffer. Only the newest returned view grows in
+    place, and only if it was not changed. A cache that the loop reset, sliced, copied or restored
+    from an earlier step is another tensor, so it gets a new buffer: entries that a tensor can see
     are never overwritten. A buffer lives as long as a view of it.
 
     Attributes:
