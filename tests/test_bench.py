@@ -42,7 +42,7 @@ from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
-from fastvar_fx.timing import Budget
+from fastvar_fx.timing import Budget, Comparison, Spread
 from passes.prune import take_side
 from tests.graph_double import record
 
@@ -254,6 +254,40 @@ def test_a_step_where_pruning_does_not_pay(
     assert "step 7: pruned-eager is no faster than dense" in out
     assert "schedule.without(7)" in out
     assert "without(8)" not in out
+
+
+def test_unusable_and_missing_figures_are_named(
+    of_hart: Result, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, pruned = (row_of(of_hart, variant) for variant in (DENSE, PRUNED))
+    steady, loaded = Spread.of([1.0, 1.0, 1.0]), Spread.of([0.5, 1.0, 1.5])
+    alone = replace(dense, transformer=steady, total=steady, comparison=Comparison(steady, steady))
+    compared = replace(pruned, transformer=loaded, comparison=Comparison(steady, loaded))
+    lonely = replace(pruned, variant=replace(PRUNED, compiled=True), comparison=None)
+    result = replace(of_hart, rows=(alone, compared, lonely), left_out=(PEER,))
+    monkeypatch.setattr(cli_bench, "measure_rows", lambda *_, **__: result)
+    assert main(["bench", "--preset=hart-tiny"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if "-" in line}
+    assert lines["dense-eager"][:6] == ["dense-eager", "3", "1000.0", "0.0", "1000.0", "1.00"]
+    assert lines["pruned-eager"][:5] == ["pruned-eager", "3", "1000.0", "!", "500.0"]
+    assert lines["pruned-eager"][6:8] == ["1.00", "!"]
+    assert lines["pruned-compiled"][1:4:2] == ["2", "?"]
+    assert lines["pruned-compiled"][5] == "-"
+    text = " ".join(out.split())
+    assert "! unusable: pruned-eager: interquartile range 50% of the median, above 20%" in text
+    assert "spread unknown: fewer than 3 timed runs" in text
+    assert "left out for lack of time: peer-eager; see --seconds" in text
+
+    assert main(["bench", "--preset=hart-tiny", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    found = [
+        (row["unusable"], row["speedup_unusable"], row["speedup"], row["limit_fraction"])
+        for row in data["rows"]
+    ]
+    assert found == [(False, False, 1.0, None), (True, True, 1.0, None), (False, None, None, None)]
+    assert data["rows"][1]["reason"].startswith("interquartile range 50%")
+    assert data["left_out"] == ["peer-eager"]
 
 
 def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:

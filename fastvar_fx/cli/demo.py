@@ -79,7 +79,16 @@ def run_demo(
     as_json: Json = False,
 ) -> None:
     """Generate a batch dense and pruned, compare the times, and draw both."""
-    asked = Asked(model, preset, schedule, ratios, blocks, run, batch, seed)
+    asked = Asked(
+        model=model,
+        preset=preset,
+        schedule_file=schedule,
+        ratios=ratios,
+        blocks=blocks,
+        run=run,
+        batch=batch,
+        seed=seed,
+    )
     budget = Budget(_SECONDS if repeats is None else inf)
     with show_progress(budget) as progress:
         progress("building the model")

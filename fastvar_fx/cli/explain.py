@@ -40,7 +40,15 @@ def run_explain(
     as_json: Json = False,
 ) -> None:
     """Show what every branch does at the cache step and the pruned steps, and why."""
-    asked = Asked(model, preset, schedule, ratios, blocks, run, batch)
+    asked = Asked(
+        model=model,
+        preset=preset,
+        schedule_file=schedule,
+        ratios=ratios,
+        blocks=blocks,
+        run=run,
+        batch=batch,
+    )
     subject = asked.subject()
     fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)
     report = (measure if timed else trace)(fast, subject.generate)

@@ -1,4 +1,4 @@
-"""The options that several commands take, and the model that they ask for."""
+"""Options shared by several commands, and the model that they describe."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fastvar_fx.timing import Subject
 
 _RATIOS: Final = (0.5, 0.75)
 DEMO: Final = packaged.NAME
-"""The demo's own model, which is trained."""
+"""The packaged model, which is trained."""
 RANDOM: Final = "random"
-"""A wider one that is not: large enough for pruning to pay, small enough for two cores."""
+"""A wider, untrained model: large enough for pruning to pay off, small enough for two cores."""
 _RANDOM_SIZES: Final[dict[str, Any]] = {
     "depth": 6,
     "width": 512,
@@ -64,7 +64,7 @@ Ratios = Annotated[
 ]
 Blocks = Annotated[
     str | None,
-    typer.Option("--blocks", help="Module path of the transformer blocks; else found."),
+    typer.Option("--blocks", help="Module path of the transformer blocks; found if not given."),
 ]
 OnFullName = Annotated[
     OnFull,
@@ -82,9 +82,9 @@ Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images at onc
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options that say which model, which schedule and how to run it."""
+    """The options that choose the model, the schedule and how to run it."""
 
     model: str
     preset: str | None
@@ -144,7 +144,7 @@ class Asked:
 def chosen_schedule(
     model: str, preset: str | None, file: Path | None, ratios: str | None, own: Schedule | None
 ) -> Schedule:
-    """Returns the schedule asked for, else the model's own, with other ratios if they are given."""
+    """Returns the chosen schedule, or the model's own, with other ratios if some are given."""
     if preset is not None and file is not None:
         usage("--preset and --schedule exclude each other")
     if preset is not None:
@@ -159,7 +159,7 @@ def chosen_schedule(
 
 
 def _with_ratios(schedule: Schedule, text: str) -> Schedule:
-    """Returns a schedule with other ratios; their number moves the cache step along."""
+    """Returns a schedule with other ratios; the cache step moves if their number changes."""
     try:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
