@@ -20,17 +20,14 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
+from fastvar_fx import inductor_linears
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
-from passes.linears import FasterLinears
 
 log = logging.getLogger(__name__)
 
 _MOST_SHARED: Final = 4
 """Graphs of a region after which other blocks get a new one: Dynamo stops at 8 for one code."""
-
-_LINEARS_PASS: Final = {"post_grad_custom_pre_pass": FasterLinears()}
-"""For Inductor; one object, for Dynamo compares options."""
 
 
 class _Region:
@@ -52,7 +49,7 @@ class Compilation:
 
     def __init__(self, schedule: Schedule, options: dict[str, Any], *, fallback: bool) -> None:
         self._schedule = schedule
-        self._options = _with_faster_linears(options)
+        self._options = inductor_linears.with_pass(options)
         self._fallback = fallback
         self._programs: dict[GraphModule, _Region] = {}
         self._newest: dict[Any, _Region] = {}
@@ -71,6 +68,11 @@ class Compilation:
         return self._options.get("backend") == "cudagraphs" or bool(
             chosen.get("triton.cudagraphs", default)
         )
+
+    @property
+    def linears(self) -> inductor_linears.Choice | None:
+        """Which library large linear layers on a CPU run in; None if that is left to the user."""
+        return inductor_linears.choice_in(self._options)
 
     def anew(self) -> Compilation:
         """Returns one with the same options and nothing compiled, for a copy of the model."""
@@ -173,16 +175,6 @@ def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType
     """
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name)
-
-
-def _with_faster_linears(options: dict[str, Any]) -> dict[str, Any]:
-    """Adds a pass to the options of `torch.compile` for Inductor; one that is given stays."""
-    settings, mode = options.get("options"), options.get("mode")
-    if options.get("backend", "inductor") != "inductor" or (settings and mode):
-        return options
-    settings = settings or torch._inductor.list_mode_options(mode or "default")
-    others = {name: value for name, value in options.items() if name != "mode"}
-    return {**others, "options": {**_LINEARS_PASS, **settings}}
 
 
 def _run_dense(

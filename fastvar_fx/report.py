@@ -147,10 +147,13 @@ class Compiled:
     Attributes:
         graphs: How many graphs, by the token count of the calls: 1 is one for all blocks of a step.
         failures: Which calls run eagerly because they could not be compiled, and why.
+        linears: Which library large linear layers on a CPU run in, and why; None if that is left
+            to the options of the user.
     """
 
     graphs: dict[int, int]
     failures: tuple[str, ...]
+    linears: str | None
 
     @classmethod
     def of(cls, plan: Plan) -> Compiled | None:
@@ -158,7 +161,8 @@ class Compiled:
         made = plan.executor
         if not isinstance(made, Compilation):
             return None
-        return cls(dict(sorted(made.graphs.items())), tuple(made.failures))
+        linears = made.linears and str(made.linears)
+        return cls(dict(sorted(made.graphs.items())), tuple(made.failures), linears)
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,8 @@ def _compiled_notes(report: Report) -> list[str]:
         return []
     total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
     text = f"torch.compile: {total} graphs for calls of {counts} token counts"
-    return [text, *(f"not compiled, so eager: {failure}" for failure in compiled.failures)]
+    failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
+    return [text, *filter(None, [compiled.linears]), *failures]
 
 
 def _payoff(report: Report) -> list[str]:
