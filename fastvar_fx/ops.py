@@ -147,8 +147,9 @@ def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _chosen(full, index, kept)
     batch, tokens, width = full.shape
-    rows = full.reshape(batch * tokens, width)
-    rows = rows.index_copy_(0, _rows(index, tokens), kept.reshape(-1, width))
+    rows, kept_rows = full.reshape(batch * tokens, width), kept.reshape(-1, width)
+    target, source = _in_wide_elements(rows, kept_rows)
+    target.index_copy_(0, _rows(index, tokens), source)
     return rows.view(full.shape)
 
 
@@ -168,6 +169,24 @@ def _rows(index: Tensor, tokens: int) -> Tensor:
     """Turns indices per sample (B, kept) into row numbers of the flattened (B * L) tokens."""
     first = torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)
     return (index + first.unsqueeze(1)).flatten()
+
+
+def _in_wide_elements(*rows: Tensor) -> tuple[Tensor, ...]:
+    """Views rows (N, C) with elements of 16 bytes, if all of them allow it.
+
+    `index_copy_` on a CPU copies rows element by element: four float32 at once take a third of the
+    time. The bits stay. Such a view has no gradient.
+    """
+    fit = all(
+        part.is_cpu
+        and part.dtype == rows[0].dtype
+        and part.is_contiguous()
+        and not part.requires_grad
+        and part.shape[1] * part.element_size() % 16 == 0
+        and part.storage_offset() * part.element_size() % 16 == 0
+        for part in rows
+    )
+    return tuple(part.view(torch.complex128) for part in rows) if fit else rows
 
 
 def _joint(scale: Scale) -> tuple[int, int, int]:
