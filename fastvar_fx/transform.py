@@ -240,8 +240,6 @@ def explain(fast: nn.Module) -> Report:
     return Engine.of(fast).report()
 
 
-
-
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"transform takes a torch.nn.Module; found {type(model).__name__}")
