@@ -117,7 +117,7 @@ class MyVAR(nn.Module):
             x = labels[:, None, None].expand(-1, side * side, 16) + torch.rand(side * side, 16)
             for block in self.blocks:
                 x = block(x)
-        return x.unflatten(1, (side, side)).movedim(-1, 1)[:, :3].sigmoid()
+        return x[..., :3].transpose(1, 2).reshape(-1, 3, side, side).sigmoid()
 
 
 USERS_MODULE: Final = """
