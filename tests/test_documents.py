@@ -51,8 +51,8 @@ SMALLER: Final = {
 }
 """Options that are added to a command so that it takes seconds; of two, the last one counts."""
 
-LARGE: Final = r"var-d\d+-\d+|var-small-512|infinity-2b-1024|hart-0.7b-1024"
-"""Models of these commands in the place of which a tiny one runs."""
+MODEL: Final = r"(?<=evaluate)( (demo|var)\S*)?(?= |$)"
+"""What of a command of `evaluate` is replaced by a tiny model."""
 
 OTHER_KEYWORDS: Final = {"seed"}  # of what `cuda_graph` returns
 """Keyword arguments that documents name and that no public name takes."""
@@ -117,7 +117,7 @@ class MyVAR(nn.Module):
             x = labels[:, None, None].expand(-1, side * side, 16) + torch.rand(side * side, 16)
             for block in self.blocks:
                 x = block(x)
-        return x.unflatten(1, (side, side)).movedim(-1, 1)[:, :3].sigmoid()
+        return x[..., :3].transpose(1, 2).reshape(-1, 3, side, side).sigmoid()
 
 
 USERS_MODULE: Final = """
@@ -202,7 +202,8 @@ def smaller(command: str) -> str:
     for verb, options in SMALLER.items():
         if command.startswith(f"fastvar-fx {verb}"):
             verb_and_options, *rest = re.split(r"(?=[|>&;])", command, maxsplit=1)
-            return " ".join((re.sub(LARGE, "var-tiny", verb_and_options), options, *rest))
+            tiny = re.sub(MODEL, " var-tiny", verb_and_options.strip())
+            return " ".join((tiny, options, *rest))
     return command
 
 

@@ -244,10 +244,10 @@ def test_a_name_is_what_it_says() -> None:
     assert (tome.take, tome.restore) == (merging.take, merging.restore)
 
 
-def test_the_library_needs_torch_alone() -> None:
+def test_the_library_needs_torch_and_numpy_alone() -> None:
     code = """
 import sys
-for name in ("numpy", "einops", "safetensors", "PIL", "matplotlib", "typer", "rich"):
+for name in ("einops", "safetensors", "PIL", "matplotlib", "typer", "rich"):
     sys.modules[name] = None
 import fastvar_fx
 from fastvar_fx.models import build

@@ -196,14 +196,14 @@ def parameters(function: Any) -> Iterator[str]:
 
 def written(parameter: inspect.Parameter) -> str:
     """Returns a parameter as the head of its function has it."""
-    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
     default = parameter.default
     if inspect.isfunction(default):
         default = f"{default.__module__}.{default.__qualname__}"
     elif default is not parameter.empty:
         default = repr(default)
     given = "" if default is parameter.empty else f" = {default}"
-    return f"{star}{parameter.name}: {parameter.annotation}{given}"
+    return f"{stars}{parameter.name}: {parameter.annotation}{given}"
 
 
 def test_names_modules_and_signatures() -> None:

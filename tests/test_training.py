@@ -130,7 +130,7 @@ def test_bad_photographs_are_refused(packages: Path, tmp_path: Path) -> None:
 
 
 def test_bad_sets_are_refused(crops: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no\.safetensors not a training set .*; build it"):
+    with pytest.raises(SystemExit, match=r"no\.safetensors is not .* set .*; build it"):
         data.CropSet.load(tmp_path / "no.safetensors")
     wrong = data.CropSet.load(crops)
     wrong = dataclasses.replace(wrong, images=wrong.images[:, :, :100].contiguous())

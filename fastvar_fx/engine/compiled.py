@@ -21,20 +21,17 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
+from fastvar_fx.engine import inductor_linears
 from fastvar_fx.engine.block import with_own_code
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.executor import Compiled
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
-from passes.linears import FasterLinears
 
 log = logging.getLogger(__name__)
 
 _MOST_SHARED: Final = 4
 """Graphs of a region after which other blocks get a new one: Dynamo stops at 8 for one code."""
-
-_LINEARS_PASS: Final = {"post_grad_custom_pre_pass": FasterLinears()}
-"""For Inductor; one object, for Dynamo compares options."""
 
 
 class _Region:
@@ -56,7 +53,7 @@ class Compilation:
 
     def __init__(self, schedule: Schedule, options: dict[str, Any], *, fallback: bool) -> None:
         self._schedule = schedule
-        self._options = _with_faster_linears(options)
+        self._options = inductor_linears.with_pass(options)
         self._fallback = fallback
         self._programs: dict[GraphModule, _Region] = {}
         self._newest: dict[Any, _Region] = {}
@@ -79,7 +76,12 @@ class Compilation:
     @property
     def compiled(self) -> Compiled:
         """What was compiled so far."""
-        return Compiled(graphs=dict(sorted(self.graphs.items())), failures=tuple(self.failures))
+        choice = inductor_linears.choice_in(self._options)
+        return Compiled(
+            graphs=dict(sorted(self.graphs.items())),
+            failures=tuple(self.failures),
+            linears=None if choice is None else str(choice),
+        )
 
     def anew(self) -> Compilation:
         """Returns one with the same options and nothing compiled, for a copy of the model."""
@@ -150,16 +152,6 @@ class Compilation:
         steps = range(self._schedule.steps)
         found = [str(step) for step in steps if self._schedule.tokens(step) == tokens]
         return f"step {' or '.join(found) or '-'} ({tokens} tokens)"
-
-
-def _with_faster_linears(options: dict[str, Any]) -> dict[str, Any]:
-    """Adds a pass to the options of `torch.compile` for Inductor; one that is given stays."""
-    settings, mode = options.get("options"), options.get("mode")
-    if options.get("backend", "inductor") != "inductor" or (settings and mode):
-        return options
-    settings = settings or list_mode_options(mode or "default")
-    others = {name: value for name, value in options.items() if name != "mode"}
-    return {**others, "options": {**_LINEARS_PASS, **settings}}
 
 
 def _run_dense(

@@ -18,10 +18,13 @@ class Compiled:
     Attributes:
         graphs: How many graphs, by the token count of the calls: 1 is one for all blocks of a step.
         failures: Which calls run eagerly because they could not be compiled, and why.
+        linears: Which library large linear layers on a CPU run in, and why; None if that is left to
+            the user's options.
     """
 
     graphs: dict[int, int]
     failures: tuple[str, ...]
+    linears: str | None = None
 
 
 class Executor(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -51,13 +52,21 @@ class Program:
         self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
         open_dims = [program.conditions.dims(path) for path in made.inputs]
         self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
-        self._expected = list(zip(self._readers, self._metas, strict=True))
+        self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
         self._form = call.form
         origin = roots(block, call.args, call.kwargs)
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
-        self._settings = [(r.module, r.name, e) for r, e in guards if isinstance(r, _Attribute)]
-        self._constants = [(r, e) for r, e in guards if not isinstance(r, _Attribute)]
+        self._settings = [
+            (module, path[-1][1], expected)
+            for path, expected in guards.items()
+            if (module := _module_of(block, path)) is not None
+        ]
+        self._constants = [
+            (_reader(block, path).read, expected)
+            for path, expected in guards.items()
+            if _module_of(block, path) is None
+        ]
         self._single = program.result.is_leaf()
         self._result = program.result
         self._result_leaves = program.result_leaves
@@ -77,13 +86,13 @@ class Program:
             value = getattr(module, name, None)
             if value is not expected and value != expected:
                 return None
-        for reader, expected in self._constants:
-            value = reader.read(call)
+        for read, expected in self._constants:
+            value = read(call)
             if value is not expected and value != expected:
                 return None
         inputs = []
-        for reader, (kind, shape, dtype, device, closed) in self._expected:
-            value = reader.read(call)
+        for read, (kind, shape, dtype, device, closed) in self._expected:
+            value = read(call)
             if type(value) is not kind:
                 return None
             if dtype is not None and (
@@ -130,10 +139,8 @@ class Program:
     def misses_caches(self, call: BlockCall) -> bool:
         """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
         return any(
-            meta.dtype is not None
-            and reader.reads_state
-            and not isinstance(reader.read(call), Tensor)
-            for reader, meta in self._expected
+            reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
+            for reader, meta in zip(self._readers, self._metas, strict=True)
         )
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
@@ -236,85 +243,53 @@ class StaysDense:
 # --- reading inputs ------------------------------------------------------------------------------
 
 
-class _Attribute:
-    """An attribute of a module."""
+class _Reader(NamedTuple):
+    """How a value is read at a call; it reads None where there is none.
 
-    reads_state = True
+    Attributes:
+        read: Returns the value at a call.
+        of_state: Whether a block keeps it from call to call, in itself or in a cache. An argument
+            such as a mask is not there at every step, and a weight always is.
+    """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
-        self.name = name
-
-    def read(self, call: BlockCall) -> Any:
-        """Returns the value at a call; None if there is none."""
-        return getattr(self.module, self.name, None)
-
-
-class _Registered:
-    """A parameter or buffer of a module, found without the module's slow `__getattr__`."""
-
-    def __init__(self, module: nn.Module, registry: str, name: str) -> None:
-        self._entries: dict[str, Any] = getattr(module, registry)
-        self._name = name
-        self.reads_state = registry == "_buffers"
-
-    def read(self, call: BlockCall) -> Any:
-        """Returns the value at a call; None if there is none."""
-        return self._entries.get(self._name)
-
-
-class _Argument:
-    """An argument of the call; one such as a mask is not there at every step."""
-
-    reads_state = False
-
-    def __init__(self, root: str, key: Any) -> None:
-        self._named = root == "kwargs"
-        self._key = key
-
-    def read(self, call: BlockCall) -> Any:
-        """Returns the value at a call; None if there is none."""
-        if self._named:
-            return call.kwargs.get(self._key)
-        return call.args[self._key] if self._key < len(call.args) else None
-
-
-class _Inside:
-    """A value inside the containers of the block or of an argument, such as a cache."""
-
-    reads_state = True
-
-    def __init__(self, block: nn.Module, path: Path) -> None:
-        (_, root), *rest = path
-        self._block = None if root in _ARGUMENTS else block
-        self._named = root == "kwargs"
-        self._path = tuple(rest)
-
-    def read(self, call: BlockCall) -> Any:
-        """Returns the value at a call; None if there is none."""
-        origin = self._block or (call.kwargs if self._named else call.args)
-        try:
-            return get(origin, self._path)
-        except (AttributeError, LookupError, TypeError):
-            return None
-
-
-_Reader = _Attribute | _Registered | _Argument | _Inside
-"""Where a value is read; `reads_state` says whether a block keeps it from call to call."""
+    read: Callable[[BlockCall], Any]
+    of_state: bool
 
 
 def _reader(block: nn.Module, path: Path) -> _Reader:
     (_, root), *rest = path
-    if root in _ARGUMENTS:
-        return _Argument(root, rest[0][1]) if len(rest) == 1 else _Inside(block, path)
-    module = get(block, tuple(rest[:-1])) if _is_module_path(rest) else None
-    if not isinstance(module, nn.Module):
-        return _Inside(block, path)
+    key = rest[0][1]
+    if root in _ARGUMENTS and len(rest) == 1:
+        if root == "kwargs":
+            return _Reader(lambda call: call.kwargs.get(key), of_state=False)
+        return _Reader(lambda call: call.args[key] if key < len(call.args) else None, False)
+    module = _module_of(block, path)
+    if module is None:
+        return _Reader(partial(_read_inside, block, root, tuple(rest)), of_state=True)
     name = rest[-1][1]
-    for registry in ("_parameters", "_buffers"):
-        if name in getattr(module, registry):
-            return _Registered(module, registry, name)
-    return _Attribute(module, name)
+    for registry in ("_parameters", "_buffers"):  # a module's own `__getattr__` is slow
+        entries: dict[str, Any] = getattr(module, registry)
+        if name in entries:
+            return _Reader(partial(_read_entry, entries, name), registry == "_buffers")
+    return _Reader(lambda call: getattr(module, name, None), of_state=True)
+
+
+def _module_of(block: nn.Module, path: Path) -> nn.Module | None:
+    """Returns the module that a value of the block is an attribute of, if it is one."""
+    (_, root), *rest = path
+    if root in _ARGUMENTS or not _is_module_path(rest):
+        return None
+    module = get(block, tuple(rest[:-1]))
+    return module if isinstance(module, nn.Module) else None
+
+
+def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
+    return entries.get(name)
+
+
+def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
+    origin: Any = block if root not in _ARGUMENTS else call.args if root == "args" else call.kwargs
+    return _find(origin, path)
 
 
 class _Meta(NamedTuple):
@@ -380,28 +355,28 @@ def _find(origin: Any, path: Path) -> Any:
         return None
 
 
-def _constant_guards(program: BlockProgram, call: BlockCall) -> list[tuple[_Reader, Any]]:
-    """Guards of the plain values a call could read; a container of plain values counts as one.
+def _constant_guards(program: BlockProgram, call: BlockCall) -> dict[Path, Any]:
+    """Returns the plain values a call could read; a container of plain values counts as one.
 
-    They expect what this block's own call holds: blocks that share a program may differ in it.
+    They are what this block's own call holds: blocks that share a program may differ in them.
     """
-    guards: dict[Any, tuple[_Reader, Any]] = {}
+    origin = {"module": call.block, "args": list(call.args), "kwargs": call.kwargs}
+    guards: dict[Path, Any] = {}
     open_numbers = {path for path, dim in program.conditions.places if dim is None}
     mixed = {path[:2] for path in open_numbers}
     for path in program.constants.keys() - open_numbers:
-        reader = _reader(call.block, path)
-        if path[0][1] not in _ARGUMENTS or path[:2] in mixed:
-            guards[path] = (reader, reader.read(call))
-            continue
         top = path[:2]
-        whole = get({"args": list(call.args), "kwargs": call.kwargs}, top)
-        leaves = pytree.tree_leaves(whole)
-        if any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves):
-            guards[path] = (reader, reader.read(call))
+        if path[0][1] in _ARGUMENTS and top not in mixed and _is_plain(_find(origin, top)):
+            # A copy: the loop may change the container.
+            guards[top] = pytree.tree_map(lambda leaf: leaf, _find(origin, top))
         else:
-            whole = pytree.tree_map(lambda leaf: leaf, whole)  # a copy: the loop may change it
-            guards[top] = (_reader(call.block, top), whole)
-    return list(guards.values())
+            guards[path] = _find(origin, path)
+    return guards
+
+
+def _is_plain(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return not any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves)
 
 
 def _autocast() -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -400,7 +400,8 @@ def _compiled_notes(report: Report) -> list[str]:
         return []
     total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
     text = f"torch.compile: {total} graphs for calls of {counts} token counts"
-    return [text, *(f"not compiled, so eager: {failure}" for failure in compiled.failures)]
+    failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
+    return [text, *filter(None, [compiled.linears]), *failures]
 
 
 def _payoff(report: Report) -> list[str]:
