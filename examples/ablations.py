@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fastvar_fx.evaluate import DENSE, METRICS, PHOTOGRAPHS, Baseline, Fidelity,
 from fastvar_fx.metrics import Interval
 from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
-from fastvar_fx.timing import Runs
+from fastvar_fx.timing import Runs, alternate
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where something else is compared."""
@@ -244,13 +245,14 @@ class Row:
         return score.pruned.mean
 
 
-def measure(
+def measure_settings(
     model: Case, settings: Iterable[Setting], seeds: int, repeats: int
 ) -> dict[Setting, Row]:
     """A row for each setting."""
     rules = rules_of(model.schedule.scales)
     baseline = Baseline(model, tuple(METRICS), range(seeds))
-    dense = Runs(model.subject(0), model.model)
+    subject = model.subject(0)
+    dense = subject.runs(model.model)
     dense.count()
     fidelity: dict[Setting, Fidelity] = {}
     runs: dict[Setting, Runs] = {}
@@ -258,14 +260,13 @@ def measure(
         schedule, begun = setting.schedule, time.perf_counter()
         fast = transform(model.model, schedule, **rules[setting.rules])
         fidelity[setting] = baseline.compare(fast, schedule)
-        runs[setting] = Runs(dense.subject, fast, schedule.steps - len(schedule.full_steps))
+        runs[setting] = subject.runs(fast, schedule.steps - len(schedule.full_steps))
         runs[setting].count()
         took = time.perf_counter() - begun
         print(f"{setting.rules}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
-    for turn in range(repeats):
-        print(f"timing, turn {turn + 1} of {repeats}", flush=True)
-        for each in (dense, *runs.values()):
-            each.time()
+    timed = {"dense": dense}
+    timed |= {f"{s.rules}, {percent(*s.schedule.ratios)}": each for s, each in runs.items()}
+    alternate(timed, repeats, progress=partial(print, flush=True))
     return {s: Row(s, fidelity[s], speed_of(dense, each)) for s, each in runs.items()}
 
 
@@ -385,7 +386,7 @@ def main() -> None:
     model = replace(model, draw=in_turn)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = [s for part in sections(model.schedule.scales) for s in part.settings.values()]
-    rows = measure(model, settings, options.seeds, options.repeats)
+    rows = measure_settings(model, settings, options.seeds, options.repeats)
     text = report(model, rows, options.seeds, options.repeats)
     (options.out / "report.md").write_text(text, encoding="utf-8")
     draw_figures(model, rows, options.out)

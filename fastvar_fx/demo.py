@@ -1,14 +1,13 @@
-"""A model measured dense and pruned, step by step, and drawn: what `fastvar-fx demo` does."""
+"""A model measured dense and pruned, step by step, with pictures: what `fastvar-fx demo` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from fastvar_fx import ops
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.report import Report
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Runs, Spread, Subject
+from fastvar_fx.timing import Budget, Comparison, Progress, Runs, Subject, alternate, no_progress
 from fastvar_fx.transform import trace, transform
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-DENSE, CAPTURES, PRUNES = "dense", "captures", "prunes"
+Role = Literal["dense", "captures", "prunes"]
 """What a step of the transformed model does."""
 
 _MOST_ROWS: Final = 4
@@ -34,37 +33,7 @@ _MOST_ROWS: Final = 4
 # --- results ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Dense and pruned time of one part of a generation.
-
-    Attributes:
-        dense: Time of the original model.
-        pruned: Time of the transformed model.
-        limit: The speed-up if time followed the FLOPs of the blocks; None if none are left.
-    """
-
-    dense: Spread
-    pruned: Spread
-    limit: float | None
-
-    @property
-    def speedup(self) -> float:
-        """Dense over pruned median."""
-        return self.dense.median / self.pruned.median
-
-    @property
-    def share_of_limit(self) -> float | None:
-        """Speed-up over limit."""
-        return None if self.limit is None else self.speedup / self.limit
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns plain data."""
-        times = {"ms_dense": self.dense.as_dict(), "ms_pruned": self.pruned.as_dict()}
-        return times | {"speedup": self.speedup, "limit": self.limit}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult(Comparison):
     """The blocks at one step; FLOPs are those of matrix products, whole batch."""
 
@@ -72,7 +41,7 @@ class StepResult(Comparison):
     scale: ops.Scale
     tokens: int
     kept: int
-    role: str
+    role: Role
     dense_flops: int
     pruned_flops: int
 
@@ -82,7 +51,7 @@ class StepResult(Comparison):
         return {name: getattr(self, name) for name in names} | super().as_dict()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A generation measured dense and pruned.
 
@@ -121,15 +90,9 @@ class Measurement:
         return slower if self.repeats > 1 else ()
 
     @property
-    def unsteady(self) -> bool:
-        """Whether the transformer's time spread by more than a fifth, dense or pruned."""
-        times = (self.transformer.dense, self.transformer.pruned)
-        return any(t.high - t.low > 0.2 * t.median for t in times)
-
-    @property
     def branch_counts(self) -> tuple[int, int]:
         """How many branches prune, and how many there are, over blocks and pruned steps."""
-        pruned = {s.step for s in self.steps if s.role == PRUNES}
+        pruned = {s.step for s in self.steps if s.role == "prunes"}
         rows = [row for row in self.report.rows if row.step in pruned]
         return sum(row.kept < row.tokens for row in rows), len(rows)
 
@@ -144,7 +107,6 @@ class Measurement:
             "transformer": self.transformer.as_dict(),
             "total": self.total.as_dict(),
             "slower_steps": self.slower_steps,
-            "unsteady": self.unsteady,
             "pruned_branches": pruned,
             "branches": branches,
             "skipped_steps": [],
@@ -156,28 +118,24 @@ class Measurement:
 # --- measuring --------------------------------------------------------------------------------
 
 
-def phases(repeats: int) -> int:
-    """Returns how often `measure` reports progress, at most."""
-    return 3 + 2 * repeats
-
-
-def measure(
+def measure_both(
     subject: Subject,
     *,
     repeats: int = 3,
-    patience: float = inf,
-    progress: Callable[[str], None] = lambda _: None,
+    budget: Budget | None = None,
+    progress: Progress = no_progress,
 ) -> Measurement:
     """Returns times, FLOPs, images and kept tokens of a model, dense and pruned.
 
-    Steps of ratio 1 are not skipped but run on no tokens, so that each step has a time. Untimed
-    runs come first: one dense and one pruned that count FLOPs, and the one that traces.
-    Then dense and pruned runs take turns, all from the same seed.
+    Steps of ratio 1 are not skipped but run on no tokens, so that each step has a time. Three
+    untimed runs come first: one dense and one pruned that count FLOPs, and one that traces. Then
+    dense and pruned runs alternate, all from the same seed.
 
     Args:
         subject: The model; it is not changed.
         repeats: Timed runs of each, at least 1.
-        patience: Seconds; after the first, no repeat begins that would probably end later.
+        budget: Time that all of it may take: repeats that would probably exceed it are left out,
+            but for the first. None for no bound.
         progress: Called with a few words before each run.
 
     Raises:
@@ -190,91 +148,47 @@ def measure(
         raise ScheduleError(
             f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
         )
-    deadline = perf_counter() + patience
     select = _Recorder()
     fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache", select=select)
-    dense_bench, pruned_bench = Runs(subject, subject.model), Runs(subject, fast)
+    dense, pruned = subject.runs(subject.model), subject.runs(fast)
 
     progress("warm-up and FLOPs, dense")
-    first_images = _images(dense_bench.count())
+    dense.count()
+    first_images = _images(dense.result)
     progress("tracing")
     report = trace(fast, subject.generate)
     progress("warm-up and FLOPs, pruned")
     with select.recording():
-        pruned_bench.count()
-    dense_images, pruned_images = _take_turns(
-        dense_bench, pruned_bench, repeats, deadline, progress
-    )
-    steps = tuple(_step(subject.schedule, s, dense_bench, pruned_bench) for s in _all(schedule))
+        pruned.count()
+    alternate({"dense": dense, "pruned": pruned}, repeats, budget=budget, progress=progress)
+    dense_images = _images(dense.result)
     return Measurement(
-        steps,
-        _over(schedule.pruned_steps, dense_bench, pruned_bench),
-        _over(_all(schedule), dense_bench, pruned_bench),
-        _whole(dense_bench, pruned_bench),
-        dense_images,
-        pruned_images,
-        {s: select.share(schedule.scales[s]) for s in schedule.pruned_steps},
-        {s: select.calls(schedule.tokens(s)) for s in schedule.pruned_steps},
-        (first_images - dense_images).abs().max().item(),
-        len(dense_bench.seconds),
-        report,
+        steps=tuple(_step(schedule, step, dense, pruned) for step in range(schedule.steps)),
+        pruned_steps=Comparison.of_blocks(dense, pruned, schedule.pruned_steps),
+        transformer=Comparison.of_blocks(dense, pruned),
+        total=Comparison.of_runs(dense, pruned),
+        dense_images=dense_images,
+        pruned_images=_images(pruned.result),
+        kept_shares={s: select.share(schedule.scales[s]) for s in schedule.pruned_steps},
+        selections={s: select.calls(schedule.tokens(s)) for s in schedule.pruned_steps},
+        repeat_difference=(first_images - dense_images).abs().max().item(),
+        repeats=len(dense.seconds),
+        report=report,
     )
-
-
-def _take_turns(
-    dense: Runs,
-    pruned: Runs,
-    repeats: int,
-    deadline: float,
-    progress: Callable[[str], None],
-) -> tuple[Tensor, Tensor]:
-    """Times both models by turns; returns the images of the last turn."""
-    longest = 0.0
-    for i in range(repeats):
-        begun = perf_counter()
-        if i and begun + longest > deadline:
-            break
-        progress(f"dense, run {i + 1} of {repeats}")
-        dense_images = _images(dense.time())
-        progress(f"pruned, run {i + 1} of {repeats}")
-        pruned_images = _images(pruned.time())
-        longest = max(longest, perf_counter() - begun)
-    return dense_images, pruned_images
 
 
 def _step(schedule: Schedule, step: int, dense: Runs, pruned: Runs) -> StepResult:
-    part = _over([step], dense, pruned)
-    role = PRUNES if step in schedule.pruned_steps else DENSE
+    role: Role = "prunes" if step in schedule.pruned_steps else "dense"
     return StepResult(
-        part.dense,
-        part.pruned,
-        part.limit,
-        step,
-        schedule.scales[step],
-        schedule.tokens(step),
-        schedule.kept(step),
-        CAPTURES if step == schedule.cache_step else role,
-        dense.flops[step],
-        pruned.flops[step],
+        **vars(Comparison.of_blocks(dense, pruned, [step])),
+        step=step,
+        scale=schedule.scales[step],
+        tokens=schedule.tokens(step),
+        kept=schedule.kept(step),
+        role="captures" if step == schedule.cache_step else role,
+        dense_flops=dense.flops[step],
+        pruned_flops=pruned.flops[step],
     )
-
-
-def _over(steps: Sequence[int], dense: Runs, pruned: Runs) -> Comparison:
-    dense_flops, pruned_flops = (sum(b.flops[s] for s in steps) for b in (dense, pruned))
-    limit = dense_flops / pruned_flops if pruned_flops else None
-    return Comparison(dense.spread(steps), pruned.spread(steps), limit)
-
-
-def _whole(dense: Runs, pruned: Runs) -> Comparison:
-    """The limit of a whole run: its blocks at theirs, everything else as in the dense run."""
-    total, steps = Spread.of(dense.seconds), _all(dense.subject.schedule)
-    blocks, limit = dense.spread(steps).median, _over(steps, dense, pruned).limit
-    left = total.median - blocks + (blocks / limit if limit else 0)
-    return Comparison(total, Spread.of(pruned.seconds), total.median / left)
-
-
-def _all(schedule: Schedule) -> range:
-    return range(schedule.steps)
 
 
 def _images(result: object) -> Tensor:
@@ -332,7 +246,7 @@ def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -
     """Writes a PNG with the first images dense, pruned, and how far they are apart.
 
     Args:
-        result: What `measure` returned.
+        result: What `measure_both` returned.
         title: Line above.
         caption: Line below.
         path: File to write.
@@ -367,7 +281,7 @@ def draw_kept_tokens(result: Measurement, title: str, caption: str, path: Path) 
     """Writes a PNG with the tokens that each pruned step kept, over the first image.
 
     Args:
-        result: What `measure` returned.
+        result: What `measure_both` returned.
         title: Line above.
         caption: Line below.
         path: File to write.
@@ -375,7 +289,7 @@ def draw_kept_tokens(result: Measurement, title: str, caption: str, path: Path) 
     from matplotlib.figure import Figure
 
     image = result.dense_images[0]  # (3, H, W)
-    steps = [step for step in result.steps if step.role == PRUNES]
+    steps = [step for step in result.steps if step.role == "prunes"]
     columns = min(1 + len(steps), 3)
     rows = ceil((1 + len(steps)) / columns)
     side = 4.1 * image.shape[1] / image.shape[2]

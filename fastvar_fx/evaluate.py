@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastvar_fx.alternatives import Rules
 from fastvar_fx.cases import Case, Generation
-from fastvar_fx.demo import Comparison
 from fastvar_fx.errors import ModelError
 from fastvar_fx.metrics import (
     Interval,
@@ -33,7 +32,7 @@ from fastvar_fx.metrics import (
 )
 from fastvar_fx.models.var import VAR
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Runs, Spread
+from fastvar_fx.timing import Comparison, Progress, Runs, Spread, alternate, no_progress
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -51,8 +50,6 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
 DENSE: Final = "dense"
 PHOTOGRAPHS: Final = "photographs"
 """What is compared with: what the dense model drew, or images that it never saw."""
-
-Progress = Callable[[str], None]
 
 _PRUNED: Final = "pruned"
 
@@ -252,7 +249,7 @@ class Baseline:
         case: Case,
         metrics: Sequence[str] = tuple(METRICS),
         seeds: Sequence[int] = (0, 1, 2, 3),
-        progress: Progress = lambda _: None,
+        progress: Progress = no_progress,
     ) -> None:
         self.case = case
         self._progress = progress
@@ -413,9 +410,9 @@ def _bits_score(against: str, dense: Tensor, pruned: Tensor, schedule: Schedule)
 
 
 def measure_speed(
-    case: Case, fast: nn.Module, repeats: int, progress: Progress = lambda _: None
+    case: Case, fast: nn.Module, repeats: int, progress: Progress = no_progress
 ) -> Speed:
-    """Returns times and FLOPs of the dense and the transformed model, which take turns.
+    """Returns times and FLOPs of alternating runs of the dense and the transformed model.
 
     Args:
         case: The dense model and how to run it; the first seed is drawn.
@@ -425,42 +422,26 @@ def measure_speed(
     """
     schedule = case.schedule
     subject = case.subject(0)
-    dense = Runs(subject, case.model)
-    pruned = Runs(subject, fast, schedule.steps - len(schedule.full_steps))
-    for name, runs in ((DENSE, dense), (_PRUNED, pruned)):
+    dense = subject.runs(case.model)
+    pruned = subject.runs(fast, schedule.steps - len(schedule.full_steps))
+    both = {DENSE: dense, _PRUNED: pruned}
+    for name, runs in both.items():
         progress(f"{name}, FLOPs")
         runs.count()
-    for turn in range(repeats):
-        for name, runs in ((DENSE, dense), (_PRUNED, pruned)):
-            progress(f"{name}, run {turn + 1} of {repeats}")
-            runs.time()
+    alternate(both, repeats, progress=progress)
     return speed_of(dense, pruned)
 
 
 def speed_of(dense: Runs, pruned: Runs) -> Speed:
-    """Returns what counted and timed runs of both models say."""
-    steps = range(dense.subject.schedule.steps)
-    flops_dense, flops_pruned = sum(dense.flops), sum(pruned.flops)
-    limit = flops_dense / flops_pruned
-    blocks = dense.spread(steps)
-    whole = Spread.of(dense.seconds)
-    rest = whole.median - blocks.median
-    total = Comparison(
-        whole, Spread.of(pruned.seconds), whole.median / (rest + blocks.median / limit)
-    )
+    """Returns the speed that counted and timed runs of both models show."""
     return Speed(
-        Comparison(blocks, pruned.spread(steps), limit),
-        total,
-        flops_dense,
-        flops_pruned,
-        tuple((dense.spread([s]), pruned.spread([s])) for s in steps),
+        Comparison.of_blocks(dense, pruned),
+        Comparison.of_runs(dense, pruned),
+        sum(dense.flops),
+        sum(pruned.flops),
+        tuple(zip(dense.by_step, pruned.by_step, strict=True)),
         len(dense.seconds),
     )
-
-
-def phases(seeds: int, repeats: int) -> int:
-    """Returns how often `evaluate` reports progress, at most."""
-    return 2 * seeds + 5 + (2 + 2 * repeats if repeats else 0)
 
 
 def evaluate(
@@ -470,7 +451,7 @@ def evaluate(
     seeds: int = 4,
     repeats: int = 3,
     rules: Rules | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Returns quality and speed of a pruned model.
 

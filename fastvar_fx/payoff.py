@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fastvar_fx.blocks import module_at
 from fastvar_fx.plan import Plan
-from fastvar_fx.timing import Clock, Spread, StepTimes, per_step, read_around
+from fastvar_fx.timing import Comparison, Runs, alternate
 
 
 def time_steps(
     fast: nn.Module, plan: Plan, run: Callable[[Any], object], repeats: int
-) -> dict[int, StepTimes]:
-    """Returns the time of each pruned step in the blocks, dense and pruned, taken by turns.
+) -> dict[int, Comparison]:
+    """Returns the blocks' time at each pruned step, from alternating dense and pruned runs.
 
     One model runs both, so that all but the pruning is the same, compilation included.
 
@@ -26,24 +25,14 @@ def time_steps(
         run: Runs one generation.
         repeats: Timed runs of each, after one that is not timed.
     """
-    clock = Clock(next(module_at(fast, plan.blocks[0]).parameters()).device)
-    seconds: dict[bool, list[list[float]]] = {True: [], False: []}
-    for turn in range(1 + repeats):
-        for prunes in (False, True):
-            with nullcontext() if prunes else plan.running_dense():
-                found = _seconds_by_step(fast, plan, run, clock)
-            if turn:
-                seconds[prunes].append(found)
-    return {
-        step: StepTimes(*(Spread.of([run[step] for run in seconds[p]]) for p in (False, True)))
-        for step in plan.pruned_steps
-    }
 
+    def run_dense() -> object:
+        with plan.running_dense():
+            return run(fast)
 
-def _seconds_by_step(
-    fast: nn.Module, plan: Plan, run: Callable[[Any], object], clock: Clock
-) -> list[float]:
-    with read_around(fast, plan.blocks, clock.read) as passes:
-        run(fast)
-    amounts = [(tokens, clock.seconds(ended, begun)) for tokens, begun, ended in passes]
-    return per_step(amounts, plan.schedule, plan.last_step + 1)
+    place = (fast, plan.blocks, plan.schedule, plan.last_step + 1)
+    dense, pruned = Runs(run_dense, *place), Runs(partial(run, fast), *place)
+    for runs in (dense, pruned):
+        runs.generate()
+    alternate({"dense": dense, "pruned": pruned}, repeats)
+    return {s: Comparison(dense.spread([s]), pruned.spread([s])) for s in plan.pruned_steps}

@@ -19,7 +19,7 @@ from fastvar_fx.errors import RunError
 from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import StepTimes
+from fastvar_fx.timing import Comparison
 from passes.branches import Kind
 from passes.costs import BranchReport
 from passes.kv_buffer import CacheReport, LaterRows
@@ -103,7 +103,7 @@ class Plan:
     holders: list[Holder] = field(default_factory=list)
     peak_captured_bytes: int = 0
     prunes_now: bool = True
-    step_times: dict[int, StepTimes] = field(default_factory=dict)
+    step_times: dict[int, Comparison] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         schedule = self.schedule

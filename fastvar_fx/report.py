@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastvar_fx.compiled import Compilation
-from fastvar_fx.timing import StepTimes
+from fastvar_fx.timing import Comparison
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Report:
     peak_captured_bytes: int
     caches: Caches | None = None
     compiled: Compiled | None = None
-    step_times: dict[int, StepTimes] = field(default_factory=dict)
+    step_times: dict[int, Comparison] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Report:

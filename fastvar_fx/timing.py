@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import operator
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
+from math import inf
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ class Subject:
         name: What to call it.
         model: In eval mode.
         schedule: The scales its loop draws and the pruning ratios.
-        run: Runs one generation of the model; `measure` needs images (B, 3, H, W) in [0, 1] back.
+        run: Runs one generation of the model; the demo needs images (B, 3, H, W) in [0, 1] back.
         blocks: Module path of the transformer blocks; None to find them.
         seed: Seed of torch's global generators for each generation.
         note: What a reader of the pictures has to know; may be empty.
@@ -51,7 +50,7 @@ class Subject:
 
     @property
     def weight(self) -> Tensor:
-        """A parameter of the blocks; tells device and dtype."""
+        """A parameter of the blocks, which has the model's device and dtype."""
         block = next(iter(find_blocks(self.model, self.blocks).values()))
         return next(block.parameters())
 
@@ -62,28 +61,71 @@ class Subject:
             torch.manual_seed(self.seed)
             return self.run(model)
 
+    def runs(self, model: nn.Module, drawn: int | None = None) -> Runs:
+        """Returns runs of the model or of a transform of it, none made yet.
+
+        Args:
+            model: The model to run.
+            drawn: How many steps of the schedule it draws; None for all.
+        """
+        blocks = tuple(find_blocks(self.model, self.blocks))
+        return Runs(partial(self.generate, model), model, blocks, self.schedule, drawn)
+
+
+_STEADY: Final = 0.2
+"""The largest spread, interquartile range over median, of times that can be used."""
+_FEWEST: Final = 3
+"""Runs below which a spread is unknown."""
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds that the same thing took in several runs.
+    """Seconds that several runs of the same thing took.
 
     Attributes:
+        runs: How many there were.
         median: The middle one.
         low: The shortest.
         high: The longest.
-        iqr: The distance of the quartiles; 0 for a single run.
+        iqr: The distance of the quartiles; None with fewer than 3 runs.
     """
 
+    runs: int
     median: float
     low: float
     high: float
-    iqr: float
+    iqr: float | None
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
         """Returns the spread of the seconds of at least one run."""
-        lower, _, upper = quantiles(seconds, method="inclusive") if len(seconds) > 1 else (0, 0, 0)
-        return cls(median(seconds), min(seconds), max(seconds), upper - lower)
+        iqr = None
+        if len(seconds) >= _FEWEST:
+            lower, _, upper = quantiles(seconds, method="inclusive")
+            iqr = upper - lower
+        return cls(len(seconds), median(seconds), min(seconds), max(seconds), iqr)
+
+    @property
+    def relative(self) -> float | None:
+        """The interquartile range over the median; None with fewer than 3 runs."""
+        return self.iqr / self.median if self.iqr and self.median else self.iqr
+
+    @property
+    def unusable(self) -> bool:
+        """Whether the runs differ by too much for the median to mean anything."""
+        return self.relative is not None and self.relative > _STEADY
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the median is unusable or may be so; None if the runs agree."""
+        if self.relative is None:
+            return f"spread unknown: fewer than {_FEWEST} timed runs"
+        if not self.unusable:
+            return None
+        return (
+            f"interquartile range {self.relative:.0%} of the median, above {_STEADY:.0%}: other "
+            f"work was running"
+        )
 
     def as_dict(self) -> dict[str, float]:
         """Returns milliseconds as plain data."""
@@ -92,16 +134,41 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class StepTimes:
-    """The blocks' time at one step, run dense and pruned.
+class Comparison:
+    """Dense and pruned time of the same part of a generation.
 
     Attributes:
         dense: Dense, with all else the same.
         pruned: As the schedule has it.
+        limit: The speed-up if time followed the FLOPs of the blocks; None if unknown, or if no
+            FLOPs are left.
     """
 
     dense: Spread
     pruned: Spread
+    limit: float | None = None
+
+    @classmethod
+    def of_blocks(cls, dense: Runs, pruned: Runs, steps: Iterable[int] | None = None) -> Comparison:
+        """Compares the blocks of two counted and timed models.
+
+        Args:
+            dense: Runs of the original model.
+            pruned: Runs of the transformed model.
+            steps: The steps to compare; None for all of them.
+        """
+        chosen = tuple(range(dense.schedule.steps) if steps is None else steps)
+        flops, left = (sum(runs.flops[step] for step in chosen) for runs in (dense, pruned))
+        return cls(dense.spread(chosen), pruned.spread(chosen), flops / left if left else None)
+
+    @classmethod
+    def of_runs(cls, dense: Runs, pruned: Runs) -> Comparison:
+        """Compares whole runs. At the limit, all but the blocks takes as long as in dense runs."""
+        blocks = cls.of_blocks(dense, pruned)
+        whole = Spread.of(dense.seconds)
+        at_limit = blocks.dense.median / blocks.limit if blocks.limit else 0.0
+        limit = whole.median / (whole.median - blocks.dense.median + at_limit)
+        return cls(whole, Spread.of(pruned.seconds), limit)
 
     @property
     def speedup(self) -> float:
@@ -109,74 +176,172 @@ class StepTimes:
         return self.dense.median / self.pruned.median
 
     @property
+    def limit_fraction(self) -> float | None:
+        """Speed-up over limit; None without a limit."""
+        return None if self.limit is None else self.speedup / self.limit
+
+    @property
     def pays(self) -> bool:
-        """Whether pruning makes the step faster."""
+        """Whether pruning makes it faster."""
         return self.speedup > 1
+
+    @property
+    def unusable(self) -> bool:
+        """Whether one of the times is unusable, and so the speed-up."""
+        return self.dense.unusable or self.pruned.unusable
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the speed-up is unusable or may be so; None if the runs of both agree."""
+        times = {"dense": self.dense, "pruned": self.pruned}
+        return "; ".join(f"{name}: {t.doubt}" for name, t in times.items() if t.doubt) or None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data; times in milliseconds."""
-        times = {"ms_dense": self.dense.as_dict(), "ms_pruned": self.pruned.as_dict()}
-        return times | {"speedup": self.speedup, "pays": self.pays}
+        return {
+            "ms_dense": self.dense.as_dict(),
+            "ms_pruned": self.pruned.as_dict(),
+            "speedup": self.speedup,
+            "limit": self.limit,
+            "pays": self.pays,
+            "unusable": self.unusable,
+            "reason": self.doubt,
+        }
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+Progress = Callable[[str], None]
+"""Called with a few words before each part of the work."""
+
+
+def no_progress(_: str) -> None:
+    """Reports nothing."""
+
+
+class Budget:
+    """Wall-clock time that measuring may take, counted from when this is made.
+
+    Attributes:
+        seconds: How much there is; infinite by default.
+    """
+
+    def __init__(self, seconds: float = inf) -> None:
+        self.seconds = seconds
+        self._began = perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since it was made."""
+        return perf_counter() - self._began
+
+    def allows(self, seconds: float) -> bool:
+        """Whether there is time left for something that takes so long."""
+        return self.spent + seconds <= self.seconds
+
+
+class Timed(Protocol):
+    """What can be timed again and again.
+
+    Attributes:
+        seconds: Seconds of each timed run so far.
+    """
+
+    seconds: list[float]
+
+    def time(self) -> object:
+        """Times one run, and adds its seconds."""
+
+
+def alternate(
+    timed: Mapping[Any, Timed],
+    repeats: int,
+    *,
+    budget: Budget | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Times each of several things in turn until all have `repeats` runs.
+
+    Alternating runs meet the same conditions. Runs that were made before count. The first turn
+    always takes place; a later one begins only if the budget has room for it, by the longest run of
+    each so far.
+
+    Args:
+        timed: What to time, by what to call it.
+        repeats: Timed runs of each, at least 1.
+        budget: Time that all of it may take; None for no bound.
+        progress: Called before each run.
+    """
+    for turn in range(repeats):
+        if turn and budget and not budget.allows(sum(max(t.seconds) for t in timed.values())):
+            return
+        for name, each in timed.items():
+            if len(each.seconds) <= turn:
+                progress(f"{name}, run {turn + 1} of {repeats}")
+                each.time()
 
 
 @dataclass
 class Runs:
-    """Runs a model, original or transformed, and keeps what it measured per step.
+    """Runs of one model that are counted and timed, step by step.
 
     Attributes:
-        subject: The original model and how to run it.
-        model: The one that runs.
-        drawn: How many steps it draws; None for all of the schedule.
+        generate: Runs one generation.
+        model: The model that it runs, original or transformed.
+        blocks: Module paths of its transformer blocks.
+        schedule: The steps.
+        drawn: How many of them it draws; None for all.
         flops: FLOPs of the blocks' matrix products and attention per step.
         step_seconds: Seconds in the blocks per step, for each timed run.
         seconds: Seconds of each timed run as a whole.
+        result: What the latest run returned.
     """
 
-    subject: Subject
+    generate: Callable[[], Any]
     model: nn.Module
+    blocks: Sequence[str]
+    schedule: Schedule
     drawn: int | None = None
     flops: list[int] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    result: Any = None
 
-    def count(self) -> Any:
-        """Counts FLOPs per step; returns what the run returns."""
+    def count(self) -> None:
+        """Runs once and counts FLOPs per step."""
         formulas = {_CPU_ATTENTION: _attention_flops}
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            result, passes = self._run(counter.get_total_flops)
+            passes = self._run(counter.get_total_flops)
         self.flops = [int(value) for value in self._by_step(passes, operator.sub)]
-        return result
 
-    def time(self) -> Any:
-        """Times the run and its steps; returns what the run returns."""
-        clock = Clock(self.subject.weight.device)
+    def time(self) -> None:
+        """Runs once and times the run and its steps."""
+        clock = Clock(next(module_at(self.model, self.blocks[0]).parameters()).device)
         started = clock.read()
-        result, passes = self._run(clock.read)
+        passes = self._run(clock.read)
         self.seconds.append(clock.seconds(clock.read(), started))
         self.step_seconds.append(self._by_step(passes, clock.seconds))
-        return result
 
-    def _run(self, read: Callable[[], Any]) -> tuple[Any, list[Pass]]:
-        names = list(find_blocks(self.subject.model, self.subject.blocks))
-        with read_around(self.model, names, read) as passes:
-            result = self.subject.generate(self.model)
-        return result, passes
+    def _run(self, read: Callable[[], Any]) -> list[Pass]:
+        with read_around(self.model, self.blocks, read) as passes:
+            self.result = self.generate()
+        return passes
 
     def _by_step(
         self, passes: Sequence[Pass], difference: Callable[[Any, Any], float]
     ) -> list[float]:
         amounts = [(tokens, difference(ended, begun)) for tokens, begun, ended in passes]
-        return per_step(amounts, self.subject.schedule, self.drawn)
+        return per_step(amounts, self.schedule, self.drawn)
 
     @property
     def loop(self) -> Spread:
         """The blocks' time over all steps."""
-        return self.spread(range(self.subject.schedule.steps))
+        return self.spread(range(self.schedule.steps))
 
     @property
     def by_step(self) -> tuple[Spread, ...]:
         """The blocks' time at each step."""
-        return tuple(self.spread([step]) for step in range(self.subject.schedule.steps))
+        return tuple(self.spread([step]) for step in range(self.schedule.steps))
 
     def spread(self, steps: Iterable[int]) -> Spread:
         """Returns the blocks' time over some steps."""
@@ -296,9 +461,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate(change for _, change in changes), default=0)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvar_fx import ModelError, Schedule, ScheduleError, transform
+from fastvar_fx import GraphError, ModelError, Schedule, ScheduleError, transform
 from fastvar_fx.bench import presets, resolutions
+from fastvar_fx.bench import rows as bench_rows
 from fastvar_fx.bench.modules import (
     MODULES,
     ModuleClock,
@@ -33,22 +34,37 @@ from fastvar_fx.bench.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.bench.rows import Result, Row, measure, phases, record_replays
+from fastvar_fx.bench.rows import Result, Row, default_variants, measure_rows
+from fastvar_fx.bench.variants import VARIANTS, Variant
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
 from fastvar_fx.models import hart
 from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
-from fastvar_fx.timing import Runs
 from passes.prune import take_side
 from tests.graph_double import record
 
-ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]
+ROW = [
+    "name",
+    "ms",
+    "ms_iqr",
+    "runs",
+    "unusable",
+    "reason",
+    "total_ms",
+    "speedup",
+    "speedup_unusable",
+    "limit",
+    "limit_fraction",
+    "peak_mib",
+    "kv_mib",
+]
+DENSE, PRUNED, SKIP, PEER = (Variant(what) for what in ("dense", "pruned", "skip", "peer"))
 HART = preset("hart-tiny").schedule
 
 
 @pytest.fixture(scope="module")
 def of_hart() -> Result:
-    return measure("hart-tiny", batch=2, repeats=2, compiled=False)
+    return measure_rows("hart-tiny", (PEER, PRUNED, DENSE), batch=2, repeats=2)
 
 
 def by_hand(pruned: bool) -> tuple[int, int]:
@@ -65,54 +81,75 @@ def by_hand(pruned: bool) -> tuple[int, int]:
     return 4 * config.depth * flops, 4 * config.depth * 2 * keys * width
 
 
-def row_of(result: Result, name: str) -> Row:
-    (row,) = (row for row in result.rows if row.name == name)
+def row_of(result: Result, variant: Variant) -> Row:
+    (row,) = (row for row in result.rows if row.variant == variant)
     return row
 
 
 def test_the_limit_is_the_flop_ratio_by_hand(of_hart: Result) -> None:
     limit = by_hand(pruned=False)[0] / by_hand(pruned=True)[0]
-    assert row_of(of_hart, "dense-eager").limit == 1
-    for name in ("pruned-eager", "peer-eager"):
-        row = row_of(of_hart, name)
-        assert row.limit == pytest.approx(limit)
-        assert row.limit_fraction == pytest.approx(row.speedup / limit)
+    assert row_of(of_hart, DENSE).limit == 1
+    for variant in (PRUNED, PEER):
+        row = row_of(of_hart, variant)
+        assert row.comparison is not None
+        assert row.limit == row.comparison.limit == pytest.approx(limit)
+        assert row.comparison.limit_fraction == pytest.approx(row.comparison.speedup / limit)
 
 
 def test_keys_and_values_by_hand(of_hart: Result) -> None:
-    for name, pruned in (("dense-eager", False), ("pruned-eager", True)):
-        row = row_of(of_hart, name)
+    for variant, pruned in ((DENSE, False), (PRUNED, True)):
+        row = row_of(of_hart, variant)
         assert row.kv_mib * 2**20 == 4 * by_hand(pruned)[1]
         assert row.peak_mib > row.kv_mib
 
 
 def test_times_add_up(of_hart: Result) -> None:
-    assert [row.name for row in of_hart.rows] == ["dense-eager", "pruned-eager", "peer-eager"]
-    dense = row_of(of_hart, "dense-eager")
+    assert [row.variant for row in of_hart.rows] == [DENSE, PRUNED, PEER]
+    dense = row_of(of_hart, DENSE)
     for row in of_hart.rows:
         assert 0 < row.transformer.median < row.total.median
-        assert row.speedup == dense.transformer.median / row.transformer.median
-        assert row.compiled_speedup is None
+        assert row.comparison is not None
+        assert row.comparison.dense == dense.transformer
+        assert row.comparison.pruned == row.transformer
         # With two runs, the median is the mean.
         total = sum(step.median for step in row.steps)
         assert row.transformer.median == pytest.approx(total)
 
 
-def test_a_replayed_loop_is_timed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is compared with a graph, and timed as a whole."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(bench_rows, "recorder", lambda _: record)
+    graphs = [Variant(what, graph=True) for what in ("dense", "pruned", "skip")]
+    result = measure_rows("infinity-tiny", (*graphs, PRUNED), batch=2, repeats=2)
+    pruned, dense_graph, pruned_graph, skip_graph = result.rows
+    assert [row.variant for row in result.rows] == [PRUNED, *graphs]
+    assert pruned.comparison is None
+    assert pruned.limit == pruned_graph.limit > 1
+    for row in (dense_graph, pruned_graph, skip_graph):
+        assert row.steps == ()
+        assert row.comparison is not None
+        assert row.comparison.dense == dense_graph.transformer
+        assert row.transformer == row.total
+        assert row.peak_mib > 0
+    assert [row.transformer.runs for row in result.rows] == [2] * 4
+
+
+def test_a_replay_goes_on_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     chosen = preset("infinity-tiny")
     subject = subject_of("infinity-tiny", chosen, 2, torch.device("cpu"))
-    source = Runs(subject, transform(subject.model, chosen.schedule))
-    replays, peak = record_replays(source, chosen, 2, record)
-    drawn = replays.time()
+    fast = transform(subject.model, chosen.schedule)
+    replays, peak = bench_rows.record_replays(fast, chosen, 2, record)
+    replays.time()
+    drawn = replays.result
     torch.manual_seed(3)
-    again = chosen.draw(source.model, chosen.prompt(source.model, 2), None)
+    again = chosen.draw(fast, chosen.prompt(fast, 2), None)
     assert drawn.shape == again.shape
     assert not torch.equal(drawn, again)
-    assert torch.equal(replays.draw(seed=3), again)  # type: ignore[call-arg]
+    assert torch.equal(replays.call(seed=3), again)  # type: ignore[call-arg]
     assert peak > 0
-    assert replays.loop.median == replays.loop_seconds[0] <= replays.seconds[0]
-    assert replays.by_step == ()
+    assert replays.loop.median == replays.seconds[0] > 0
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,17 +159,22 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"device", "dtype", "batch", "threads", "torch", "rows"} <= data.keys()
     assert [list(row) for row in data["rows"]] == 4 * [ROW]
     rows = {row["name"]: row for row in data["rows"]}
-    assert list(rows) == ["dense-eager", "pruned-eager", "pruned-eager-skip", "peer-eager"]
+    assert list(rows) == ["dense-eager", "pruned-eager", "skip-eager", "peer-eager"]
     assert rows["dense-eager"]["speedup"] == 1
-    assert rows["pruned-eager-skip"]["limit"] >= rows["pruned-eager"]["limit"] > 1
+    assert rows["skip-eager"]["limit"] >= rows["pruned-eager"]["limit"] > 1
     assert {name: len(steps) for name, steps in data["steps"].items()} == dict.fromkeys(rows, 7)
-    assert data["steps"]["pruned-eager-skip"][-1] == 0
-    assert data["total_ms"]["peer-eager"] > rows["peer-eager"]["ms"]
+    assert data["steps"]["skip-eager"][-1] == 0
+    assert rows["peer-eager"]["total_ms"] > rows["peer-eager"]["ms"]
+    saved, steps = data["saved_ms"]["skip-eager"], data["steps"]
+    assert saved["ratio_1_steps"] == steps["dense-eager"][-1]
+    earlier = [steps["dense-eager"][s] - steps["skip-eager"][s] for s in (4, 5)]
+    assert saved["pruned_steps"] == pytest.approx(sum(earlier))
+    assert (data["left_out"], data["failed"]) == ([], {})
     assert data["modules"].keys() == {"dense-eager", "pruned-eager"}
     assert [set(step) for step in data["modules"]["pruned-eager"]] == 7 * [set(MODULES)]
     assert [row["pixels"] for row in data["resolutions"]] == [160, 192]
-    assert data["resolutions"][1]["pruned"].keys() == {"ms", "peak_mib", "gflops"}
-    assert data["exponents"]["gflops"]["dense"] > data["exponents"]["gflops"]["pruned"]
+    assert data["resolutions"][1]["pruned-eager"].keys() == {"ms", "peak_mib", "gflops"}
+    assert data["exponents"]["gflops"]["dense-eager"] > data["exponents"]["gflops"]["pruned-eager"]
     assert data["files"] == []
 
 
@@ -157,15 +199,15 @@ def test_tables_and_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 def test_a_step_where_pruning_does_not_pay(
     of_hart: Result, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense, pruned = (row_of(of_hart, name) for name in ("dense-eager", "pruned-eager"))
+    dense, pruned = (row_of(of_hart, variant) for variant in (DENSE, PRUNED))
     twice, half = (
         replace(spread, median=f * spread.median)
         for f, spread in ((2, dense.steps[7]), (0.5, dense.steps[8]))
     )
     slower = replace(pruned, steps=(*pruned.steps[:7], twice, half))
     result = replace(of_hart, rows=(dense, slower))
-    assert result.slower_steps == {"pruned-eager": (7,)}
-    monkeypatch.setattr(cli_bench, "measure", lambda *_, **__: result)
+    assert result.slower_steps == {PRUNED: (7,)}
+    monkeypatch.setattr(cli_bench, "measure_rows", lambda *_, **__: result)
     assert main(["bench", "--preset=hart-tiny"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "step 7: pruned-eager is no faster than dense" in out
@@ -173,10 +215,22 @@ def test_a_step_where_pruning_does_not_pay(
     assert "without(8)" not in out
 
 
-def test_rows_with_compiled_ones() -> None:
-    schedule = preset("infinity-tiny")
-    assert phases(schedule, 3, compiled=True) == 1 + 7 * 5
-    assert phases(schedule, 3, compiled=False) == 1 + 4 * 5
+def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipping = preset("infinity-tiny").schedule
+    compiled = [Variant(what, compiled=True) for what in ("dense", "pruned", "skip")]
+    assert default_variants(HART) == (DENSE, PRUNED, PEER, *compiled[:2])
+    assert default_variants(skipping) == (DENSE, PRUNED, SKIP, PEER, *compiled)
+    assert default_variants(skipping, compiled=False) == (DENSE, PRUNED, SKIP, PEER)
+    monkeypatch.setattr(bench_rows, "recorder", lambda _: record)
+    graphs = [replace(variant, graph=True) for variant in (DENSE, PRUNED, *compiled[:2])]
+    assert set(default_variants(HART)) == {DENSE, PRUNED, PEER, *compiled[:2], *graphs}
+
+
+def test_names_of_rows() -> None:
+    assert [Variant.parse(str(variant)) for variant in VARIANTS] == list(VARIANTS)
+    assert str(Variant("skip", compiled=True, graph=True)) == "skip-compiled-graph"
+    assert Variant.parse("pruned-eager-graph") == Variant("pruned", graph=True)
+    assert Variant("skip", compiled=True, graph=True).dense == Variant("dense", True, True)
 
 
 def test_the_peer_does_what_our_operators_do() -> None:
@@ -195,6 +249,13 @@ def test_the_peer_does_what_our_operators_do() -> None:
             1,
             "no benchmark preset is named 'var-tinny'; did you mean var",
         ),
+        (
+            "--rows dense-eager,prune-eager",
+            1,
+            "no benchmark row is named 'prune-eager'; did you mean pruned-eager",
+        ),
+        ("--rows skip-eager", 1, "skips steps of ratio 1, but the ratios are (0.5, 0.75)"),
+        ("--rows dense-eager --no-compile", 2, "exclude each other"),
         ("--batch 0", 2, "--batch"),
         ("--repeats 0", 2, "--repeats"),
         ("--resolutions 256,large", 2, "such as 256,512,1024; found '256,large'"),
@@ -214,9 +275,17 @@ def test_bad_input(
 
 def test_bad_numbers() -> None:
     with pytest.raises(ModelError, match="batch is at least 1; found 0"):
-        measure("var-tiny", batch=0)
+        measure_rows("var-tiny", batch=0)
     with pytest.raises(ModelError, match="repeats is at least 1; found -1"):
-        measure("var-tiny", repeats=-1)
+        measure_rows("var-tiny", repeats=-1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA graphs")
+def test_a_graph_without_a_gpu() -> None:
+    with pytest.raises(GraphError, match=r"row pruned-eager-graph is a CUDA graph.*runs on cpu"):
+        measure_rows("var-tiny", (DENSE, replace(PRUNED, graph=True)))
+    with pytest.raises(ModelError, match="no row to measure; name some of dense-eager, "):
+        measure_rows("var-tiny", ())
 
 
 def test_what_does_not_fit_says_so_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +293,7 @@ def test_what_does_not_fit_says_so_before_it_starts(monkeypatch: pytest.MonkeyPa
     told: list[str] = []
     message = r"infinity-2b-1024 at batch 4 needs about .* GiB .* 3.0 GiB free; .*fit: var-tiny"
     with pytest.raises(ModelError, match=message):
-        measure("infinity-2b-1024", batch=4, progress=told.append)
+        measure_rows("infinity-2b-1024", batch=4, progress=told.append)
     assert told == []
 
 
@@ -270,15 +339,15 @@ def test_every_module_takes_time_where_it_should(of_hart: Result) -> None:
     subject = of_hart.subject
     images = subject.generate(transform(subject.model, HART, on_full="cache"))
     told: list[str] = []
-    modules = measure_modules(subject, 1, told.append)
+    modules = measure_modules(subject, 1, progress=told.append)
     assert len(told) == 4
-    assert {name: len(steps) for name, steps in modules.items()} == {
-        "dense-eager": HART.steps,
-        "pruned-eager": HART.steps,
+    assert {variant: len(steps) for variant, steps in modules.items()} == {
+        DENSE: HART.steps,
+        PRUNED: HART.steps,
     }
-    for name, steps in modules.items():
+    for variant, steps in modules.items():
         for step, times in enumerate(steps):
-            pruned = name == "pruned-eager" and step in HART.pruned_steps
+            pruned = variant == PRUNED and step in HART.pruned_steps
             assert times["attention"] + times["cross_attention"] > 0
             assert min(times["ffn"], times["rest"]) > 0
             assert (times["PTS"] > 0, times["CTR"] > 0) == (pruned, pruned)
@@ -316,17 +385,17 @@ def test_a_resolution_of_no_whole_tokens(pixels: int) -> None:
 
 def test_growth_is_the_exponent() -> None:
     rows = [
-        AtResolution(16 * n, Schedule((1, 2, n), (0.5,)), {"dense": dense, "pruned": pruned}, "")
+        AtResolution(16 * n, Schedule((1, 2, n), (0.5,)), {DENSE: dense, PRUNED: pruned}, "")
         for n in (4, 8, 16)
         for dense, pruned in [(Cost(n**3, n, n**4), Cost(n, 1, n))]
     ]
     other = Cost(1e9, 1e9, 1e9)
-    rows.append(AtResolution(32, Schedule((1, 2), ()), {"dense": other, "pruned": other}, ""))
-    rows.append(AtResolution(512, Schedule((1, 2, 32), (0.5,)), {"pruned": other}, ""))
-    found = [growth(rows, "dense", quantity) for quantity in QUANTITIES]
+    rows.append(AtResolution(32, Schedule((1, 2), ()), {DENSE: other, PRUNED: other}, ""))
+    rows.append(AtResolution(512, Schedule((1, 2, 32), (0.5,)), {PRUNED: other}, ""))
+    found = [growth(rows, DENSE, quantity) for quantity in QUANTITIES]
     assert found == pytest.approx([1.5, 0.5, 2.0])
-    assert growth(rows, "pruned", "ms") == pytest.approx(0.5)
-    assert isnan(growth(rows[2:], "pruned", "ms"))
+    assert growth(rows, PRUNED, "ms") == pytest.approx(0.5)
+    assert isnan(growth(rows[2:], PRUNED, "ms"))
 
 
 def test_what_is_too_large_or_too_slow_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +405,7 @@ def test_what_is_too_large_or_too_slow_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(resolutions, "free_bytes", lambda _: free)
     rows = measure_resolutions("infinity-tiny", [512, 192, 160])
     assert [row.pixels for row in rows] == [160, 192, 512]
-    assert rows[0].costs["pruned"].gflops < rows[0].costs["dense"].gflops
+    assert rows[0].costs[PRUNED].gflops < rows[0].costs[DENSE].gflops
     assert [set(row.costs) for row in rows[1:]] == [set(), set()]
-    assert "dense would take 0 s, pruned would take 0 s" in rows[1].note
+    assert "dense-eager would take 0 s, pruned-eager would take 0 s" in rows[1].note
     assert "GiB are free" in rows[2].note

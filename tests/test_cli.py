@@ -18,7 +18,7 @@ from fastvar_fx import Schedule, demo, presets
 from fastvar_fx.cli import main
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.models.var import build
-from fastvar_fx.timing import Subject, per_step
+from fastvar_fx.timing import Budget, Subject, per_step
 
 SCALES = (1, 2, 3, 4, 6, 8)
 MODELS = """
@@ -159,7 +159,7 @@ def demo_data(cli: Cli, folder: Path) -> dict[str, Any]:
     options = ("--schedule", "schedule.json", "--batch", "2", "--repeats", "2", "--seed", "4")
     code, out, err = cli("demo", "--model", "tiny", "--out", "made/here", *options, "--json")
     assert code == 0, err
-    assert "fastvar-fx: pruned, run 2 of 2\n" in err
+    assert re.search(r"^fastvar-fx: \d+ s: pruned, run 2 of 2$", err, re.MULTILINE)
     data: dict[str, Any] = json.loads(out)
     return data
 
@@ -240,7 +240,7 @@ def subject() -> Subject:
 def measured(subject: Subject) -> Iterator[demo.Measurement]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield demo.measure(subject, repeats=1)
+    yield demo.measure_both(subject, repeats=1)
     torch.set_num_threads(threads)
 
 
@@ -268,11 +268,11 @@ def test_kept_shares_add_up_to_the_kept_tokens(measured: demo.Measurement) -> No
         assert set((4 * share).flatten().tolist()) <= {0, 1, 2, 3, 4}
 
 
-def test_patience_ends_the_repeats(subject: Subject) -> None:
+def test_a_budget_ends_the_repeats(subject: Subject) -> None:
     told: list[str] = []
-    result = demo.measure(subject, repeats=9, patience=0, progress=told.append)
+    result = demo.measure_both(subject, repeats=9, budget=Budget(0), progress=told.append)
     assert result.repeats == 1
-    assert len(told) == demo.phases(1)
+    assert told[3:] == ["dense, run 1 of 9", "pruned, run 1 of 9"]
 
 
 def test_passes_are_told_apart_by_step() -> None:
@@ -289,7 +289,7 @@ def test_passes_are_told_apart_by_step() -> None:
 
 def test_nothing_to_compare(subject: Subject) -> None:
     with pytest.raises(ScheduleError, match="nothing to compare"):
-        demo.measure(Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
+        demo.measure_both(Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
 
 
 # --- what goes wrong --------------------------------------------------------------------------

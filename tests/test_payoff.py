@@ -13,7 +13,7 @@ from torch import Tensor
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.models.var import VAR, build
-from fastvar_fx.timing import Spread, StepTimes
+from fastvar_fx.timing import Comparison, Spread
 
 SCALES = (1, 2, 3, 4, 6, 8)
 SCHEDULE = Schedule(SCALES, (0.5, 0.75))
@@ -29,8 +29,8 @@ def run(model: Any) -> Tensor:
     return latents
 
 
-def times(dense: float, pruned: float) -> StepTimes:
-    return StepTimes(Spread.of([dense]), Spread.of([pruned]))
+def times(dense: float, pruned: float) -> Comparison:
+    return Comparison(Spread.of([dense]), Spread.of([pruned]))
 
 
 def test_dense_and_pruned_take_turns(model: VAR) -> None:
@@ -49,7 +49,10 @@ def test_dense_and_pruned_take_turns(model: VAR) -> None:
         "ms_dense",
         "ms_pruned",
         "speedup",
+        "limit",
         "pays",
+        "unusable",
+        "reason",
     }
 
 

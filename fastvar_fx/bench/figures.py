@@ -10,41 +10,46 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastvar_fx.bench.modules import MODULES, ModuleTimes, late_modules
+from fastvar_fx.bench.modules import MODULES, PRUNED, ModuleTimes, late_modules
 from fastvar_fx.bench.resolutions import KINDS, AtResolution, growth
-from fastvar_fx.bench.rows import DENSE, DENSE_COMPILED, PRUNED, PRUNED_COMPILED, Result
+from fastvar_fx.bench.rows import Result
+from fastvar_fx.bench.variants import Variant, What
 from fastvar_fx.schedule import Schedule
 
-_COLORS: Final = {"dense": "#c44e52", "pruned": "#4c72b0"}
+_COLORS: Final[Mapping[What, str]] = {"dense": "#c44e52", "pruned": "#4c72b0"}
 _MODULE_COLORS: Final = dict(
     zip(MODULES, ("#4c72b0", "#8da0cb", "#55a868", "#c44e52", "#e5a23c", "#bbbbbb"), strict=True)
 )
 _BAR: Final = 0.4
 """The width of one of two bars that stand side by side."""
+_SIDES: Final[Mapping[What, float]] = {"dense": -_BAR, "pruned": 0.0}
+"""Where they begin."""
 
 
 def draw_rows(result: Result, title: str, caption: str, path: Path) -> None:
     """Writes a PNG with the speed-up of every pruned row, and the limit that the FLOPs set.
 
     Args:
-        result: What `measure` returned.
+        result: What `measure_rows` returned.
         title: Line above.
         caption: Line below.
         path: File to write.
     """
-    rows = [row for row in reversed(result.rows) if row.limit > 1]
-    figure, ax = _figure(title, caption, height=1.8 + 0.5 * len(rows))
-    places = range(len(rows))
-    speedups = [row.limit * row.limit_fraction for row in rows]
+    pairs = [(row, row.comparison) for row in reversed(result.rows) if row.variant.what != "dense"]
+    compared = [(row, found) for row, found in pairs if found is not None]
+    figure, ax = _figure(title, caption, height=1.8 + 0.5 * len(compared))
+    places = range(len(compared))
+    speedups = [found.speedup for _, found in compared]
     ax.barh(places, speedups, 0.6, color=_COLORS["pruned"], label="measured")
-    limits = [row.limit for row in rows]
+    limits = [row.limit for row, _ in compared]
     ax.scatter(limits, places, 500, color="k", marker="|", label="limit: dense FLOPs / its FLOPs")
-    for place, row, speedup in zip(places, rows, speedups, strict=True):
-        text = f" {speedup:.2f}x, {row.limit_fraction:.0%} of the limit"
-        ax.text(max(speedup, row.limit), place, f"  {text}", va="center")
+    for place, (row, found) in zip(places, compared, strict=True):
+        share = found.speedup / row.limit
+        text = f"   {found.speedup:.2f}x, {share:.0%} of the limit{', unusable' * found.unusable}"
+        ax.text(max(found.speedup, row.limit), place, text, va="center")
     ax.axvline(1, color=_COLORS["dense"], lw=1)
-    ax.set_yticks(places, [row.name for row in rows])
-    ax.set_xlim(0, 1.45 * max(*limits, *speedups))
+    ax.set_yticks(places, [str(row.variant) for row, _ in compared])
+    ax.set_xlim(0, 1.45 * max([1.0, *limits, *speedups]))
     ax.set_xlabel("transformer time: speed-up over the dense row of the same kind")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, markerscale=0.5, frameon=False)
     figure.savefig(path)
@@ -54,21 +59,21 @@ def draw_steps(result: Result, title: str, caption: str, path: Path) -> None:
     """Writes a PNG with the time in the blocks at each step, dense and pruned.
 
     Args:
-        result: What `measure` returned.
+        result: What `measure_rows` returned.
         title: Line above.
         caption: Line below.
         path: File to write.
     """
-    rows = {row.name: row for row in result.rows}
-    pairs = {"eager": (DENSE, PRUNED), "compiled": (DENSE_COMPILED, PRUNED_COMPILED)}
-    shown = {kind: pair for kind, pair in pairs.items() if set(pair) <= rows.keys()}
+    rows = {row.variant: row for row in result.rows}
+    kinds = {"eager": False, "compiled": True}
+    shown = {kind: c for kind, c in kinds.items() if all(Variant(w, c) in rows for w in _SIDES)}
     figure, axes = _figures(title, caption, len(shown))
     steps = range(result.subject.schedule.steps)
-    for ax, (kind, pair) in zip(axes, shown.items(), strict=True):
-        for name, label, left in zip(pair, KINDS, (-_BAR, 0), strict=True):
-            times = [1e3 * spread.median for spread in rows[name].steps]
+    for ax, (kind, compiled) in zip(axes, shown.items(), strict=True):
+        for what, left in _SIDES.items():
+            times = [1e3 * spread.median for spread in rows[Variant(what, compiled)].steps]
             places = [step + left for step in steps]
-            ax.bar(places, times, _BAR, align="edge", color=_COLORS[label], label=label)
+            ax.bar(places, times, _BAR, align="edge", color=_COLORS[what], label=what)
         ax.set(title=kind, ylabel="transformer time, ms")
         _name_steps(ax, result.subject.schedule, steps)
         ax.legend(loc="upper left")
@@ -76,9 +81,9 @@ def draw_steps(result: Result, title: str, caption: str, path: Path) -> None:
 
 
 def draw_modules(
-    modules: Mapping[str, ModuleTimes], schedule: Schedule, title: str, caption: str, path: Path
+    modules: Mapping[Variant, ModuleTimes], schedule: Schedule, title: str, caption: str, path: Path
 ) -> None:
-    """Writes a PNG with what the time goes into, from the cache step on: dense left, pruned right.
+    """Writes a PNG with the time by module from the cache step on: dense left, pruned right.
 
     Args:
         modules: What `measure_modules` returned.
@@ -89,17 +94,17 @@ def draw_modules(
     """
     figure, ax = _figure(title, caption, height=5.2)
     steps = range(schedule.cache_step, schedule.steps)
-    for (name, times), left in zip(modules.items(), (-_BAR, 0.02), strict=True):
+    for (variant, times), left in zip(modules.items(), (-_BAR, 0.02), strict=True):
         heights = [0.0] * len(steps)
         for module in late_modules(modules, schedule):
             parts = [1e3 * times[step][module] for step in steps]
-            label = module.replace("_", "-") if name == PRUNED else None
+            label = module.replace("_", "-") if variant == PRUNED else None
             places = [step + left for step in steps]
             color = _MODULE_COLORS[module]
             ax.bar(places, parts, _BAR, heights, align="edge", color=color, label=label)
             heights = [a + b for a, b in zip(heights, parts, strict=True)]
         for step, height in zip(steps, heights, strict=True):
-            text = f"{name.partition('-')[0]}\n{height:.1f} ms"
+            text = f"{variant.what}\n{height:.1f} ms"
             ax.text(step + left + _BAR / 2, height, text, ha="center", va="bottom")
     ax.set_ylabel("transformer time, eager, ms")
     ax.margins(y=0.15)
@@ -128,8 +133,8 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
                 if kind in row.costs
             ]
             slope = growth(rows, kind, quantity)
-            name = kind if isnan(slope) else f"{kind}: grows as tokens$^{{{slope:.2f}}}$"
-            ax.plot(*zip(*points, strict=True), marker=marker, color=_COLORS[kind], label=name)
+            name = kind.what if isnan(slope) else f"{kind.what}: grows as tokens$^{{{slope:.2f}}}$"
+            ax.plot(*zip(*points, strict=True), marker=marker, color=_COLORS[kind.what], label=name)
         ax.set(xscale="log", yscale="log", ylabel=label, xlabel="side of the image, pixels")
         measured = [row for row in rows if row.costs]
         ax.set_xticks([r.tokens for r in measured], [f"{r.pixels}" for r in measured])
@@ -140,11 +145,11 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
 
 
 def _name_steps(ax: Axes, schedule: Schedule, steps: Sequence[int]) -> None:
-    """Writes below each step what is drawn."""
+    """Labels each step with its token map and its kept tokens."""
     maps = ["x".join(map(str, schedule.scales[step])) for step in steps]
     names = [f"{map_}\n{schedule.kept(step)}" for map_, step in zip(maps, steps, strict=True)]
     ax.set_xticks(steps, names, fontsize=9)
-    ax.set_xlabel("token map of the step, and how many tokens are kept")
+    ax.set_xlabel("token map of the step, and number of kept tokens")
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
 

@@ -1,8 +1,8 @@
-"""The blocks' time by what it goes into: attention, feed-forward, PTS, CTR and the rest.
+"""The blocks' time by module: attention, feed-forward, PTS, CTR and the rest.
 
-The programs of the blocks tell: each node of a branch is marked with the branch's kind, and where
-this changes, a copy of the graph reads the clock. The blocks' own forwards, which have no program,
-get one that prunes nothing.
+Each node of a block's program is marked with the kind of its branch. A copy of the graph reads the
+clock wherever the kind changes. Blocks that run their own forward, without a program, get a program
+that prunes nothing.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
+from time import perf_counter
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fastvar_fx.bench.rows import DENSE, PRUNED
+from fastvar_fx.bench.variants import Variant
 from fastvar_fx.bound import BoundProgram, StaysDense
 from fastvar_fx.ops import Operators
 from fastvar_fx.plan import Plan
 from fastvar_fx.programs import Block, ProgramStore
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Clock, Subject, per_step
+from fastvar_fx.timing import Budget, Clock, Progress, Subject, alternate, no_progress, per_step
 from fastvar_fx.transform import run_by, transform
 from passes.branches import KINDS
 from passes.pipeline import Call
 from passes.prune import take_side
 
+DENSE, PRUNED = Variant("dense"), Variant("pruned")
+"""What is timed by module."""
 PTS, CTR, REST = "PTS", "CTR", "rest"
 MODULES: Final = (*KINDS, PTS, CTR, REST)
-"""What time goes into; the rest is what lies between the branches, and blocks without a program.
+"""The modules; the rest is what lies between the branches, and blocks without a program.
 
 At a step of one token, attention to that token counts as cross-attention.
 """
@@ -41,37 +44,63 @@ ModuleTimes = tuple[dict[str, float], ...]
 """Seconds by module at each step, summed over the blocks."""
 
 _Marks = list[tuple[str, Any]]
-"""What begins, and when, by the clock."""
+"""Which module begins, and the reading of the clock."""
 
 
 def measure_modules(
-    subject: Subject, repeats: int, progress: Callable[[str], None] = lambda _: None
-) -> dict[str, ModuleTimes]:
+    subject: Subject,
+    repeats: int,
+    *,
+    budget: Budget | None = None,
+    progress: Progress = no_progress,
+) -> dict[Variant, ModuleTimes]:
     """Returns the median times of the blocks by module, dense and pruned, both run eagerly.
 
     Steps of ratio 1 run on no tokens. Reading the clock costs some time itself.
 
     Args:
         subject: The original model, its schedule and how to run it.
-        repeats: Timed runs of each, by turns, at least 1.
-        progress: Called with a few words before each run, `2 * (1 + repeats)` times.
+        repeats: Timed runs of each, alternating, at least 1.
+        budget: Time that all of it may take; repeats are left out for it.
+        progress: Called with a few words before each run.
     """
     schedules = {DENSE: Schedule(subject.schedule.scales, ()), PRUNED: subject.schedule}
-    models, clocks = {}, {}
-    for name, schedule in schedules.items():
+    timed = {}
+    for variant, schedule in schedules.items():
+        timed[variant] = _ModuleRuns(subject, schedule)
+        progress(f"{variant} by module, warm-up")
+        timed[variant].warm_up()
+    named = {f"{variant} by module": runs for variant, runs in timed.items()}
+    alternate(named, repeats, budget=budget, progress=progress)
+    return {variant: _medians(runs.taken) for variant, runs in timed.items()}
+
+
+class _ModuleRuns:
+    """Runs of a transformed model, each with its times by module.
+
+    Attributes:
+        seconds: Seconds of each timed run as a whole.
+        taken: The times by module of each.
+    """
+
+    def __init__(self, subject: Subject, schedule: Schedule) -> None:
         fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache")
-        clock = clocks[name] = ModuleClock.of(fast, subject.weight.device)
-        models[name] = fast
-        progress(f"{name} by module, warm-up")
-        subject.generate(fast)
-        clock.take()
-    taken: dict[str, list[ModuleTimes]] = {name: [] for name in models}
-    for turn in range(repeats):
-        for name, fast in models.items():
-            progress(f"{name} by module, run {turn + 1} of {repeats}")
-            subject.generate(fast)
-            taken[name].append(clocks[name].take())
-    return {name: _medians(times) for name, times in taken.items()}
+        self._clock = ModuleClock.of(fast, subject.weight.device)
+        self._generate = partial(subject.generate, fast)
+        self.seconds: list[float] = []
+        self.taken: list[ModuleTimes] = []
+
+    def warm_up(self) -> None:
+        """Makes the programs."""
+        self._generate()
+        self._clock.take()
+
+    def time(self) -> None:
+        """Times a run."""
+        begun = perf_counter()
+        self._generate()
+        self.taken.append(self._clock.take())
+        self.seconds.append(perf_counter() - begun)
 
 
 def _medians(runs: Sequence[ModuleTimes]) -> ModuleTimes:
@@ -81,13 +110,13 @@ def _medians(runs: Sequence[ModuleTimes]) -> ModuleTimes:
     )
 
 
-def late_modules(modules: Mapping[str, ModuleTimes], schedule: Schedule) -> list[str]:
+def late_modules(modules: Mapping[Variant, ModuleTimes], schedule: Schedule) -> list[str]:
     """Returns the modules that take time at the cache step or later."""
     late = [step for times in modules.values() for step in times[schedule.cache_step :]]
     return [module for module in MODULES if any(step[module] for step in late)]
 
 
-def overhead(modules: Mapping[str, ModuleTimes], step: int) -> float:
+def overhead(modules: Mapping[Variant, ModuleTimes], step: int) -> float:
     """Returns the time of PTS and CTR at a step over that of the dense branches."""
     dense, pruned = modules[DENSE][step], modules[PRUNED][step]
     branches = sum(time for module, time in dense.items() if module in KINDS)
@@ -95,9 +124,9 @@ def overhead(modules: Mapping[str, ModuleTimes], step: int) -> float:
 
 
 class ModuleClock:
-    """Runs blocks eagerly and reads the clock where their graphs pass from one module to another.
+    """Runs blocks eagerly and reads the clock where the module changes in their graphs.
 
-    Programs of dense steps are made at the first call of each, so that run is not one to measure.
+    Programs of dense steps are made at the first call of each: do not measure that run.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -110,7 +139,7 @@ class ModuleClock:
 
     @classmethod
     def of(cls, fast: nn.Module, device: torch.device) -> ModuleClock:
-        """Returns one that the blocks of a transformed model run by from now on."""
+        """Returns one that runs the blocks of a transformed model from now on."""
         return run_by(fast, lambda plan: cls(plan, device))
 
     def anew(self) -> ModuleClock:
@@ -118,7 +147,7 @@ class ModuleClock:
         return ModuleClock(self._plan, self._clock.device)
 
     def take(self) -> ModuleTimes:
-        """Returns the times of the generation since it was last asked."""
+        """Returns the times of the generation since the last call."""
         calls = [(tokens, self._seconds(marks)) for tokens, marks in self._calls]
         self._calls.clear()
         schedule = self._plan.schedule
@@ -136,8 +165,8 @@ class ModuleClock:
     ) -> Any:
         """Runs a program on its inputs."""
         if graph_module not in self._marked:
-            told = partial(module_of, self._plan.operators)
-            self._marked[graph_module] = with_marks(graph_module, told, self._mark)
+            modules = partial(module_of, self._plan.operators)
+            self._marked[graph_module] = with_marks(graph_module, modules, self._mark)
         self._begin(tokens)
         outputs = self._marked[graph_module](*inputs)
         self._mark(REST)
@@ -152,7 +181,7 @@ class ModuleClock:
         kwargs: dict[str, Any],
         x: Tensor,
     ) -> Any:
-        """Runs a block's own forward by a program of it, or as it is where there is none."""
+        """Runs a program of a block's own forward, or the forward where there is no program."""
         program = self._dense_program(name, forward, block, args, kwargs)
         if isinstance(program, BoundProgram):
             execute = partial(self.run_program, block=name, tokens=x.shape[1])

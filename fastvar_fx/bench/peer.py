@@ -1,4 +1,4 @@
-"""The two operators as the method's authors wrote them, to be measured against."""
+"""The two operators as the authors of FastVAR wrote them, for comparison."""
 
 from __future__ import annotations
 

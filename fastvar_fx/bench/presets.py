@@ -30,8 +30,7 @@ class Preset:
     """A model with random weights, its schedule and its loop.
 
     Attributes:
-        build: Builds the model, on the CPU in float32.
-        bare: Constructs it without filling in weights, to be called on the meta device.
+        bare: Constructs the model without filling in weights, to be called on the meta device.
         schedule: The scales that it draws, and the pruning ratios.
         prompt: Makes what a generation is conditioned on, (model, batch) -> a tensor.
         draw: Runs its token loop, (model, prompt, seed) -> latents (B, C, H, W); without a seed,
@@ -40,13 +39,31 @@ class Preset:
         decode: Makes images of latents, (model, latents); None where the package has no decoder.
     """
 
-    build: Callable[[], nn.Module]
     bare: Callable[[], nn.Module]
     schedule: Schedule
     prompt: Callable[[Any, int], Tensor]
     draw: Callable[[Any, Tensor, int | None], Tensor]
     at: Callable[[Schedule], Preset]
     decode: Callable[[Any, Tensor], Tensor] | None = None
+
+    def build(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """Returns the model with random weights of seed 0, in eval mode, without gradients.
+
+        The weights are drawn on the device in the dtype; there is no copy of another kind.
+        """
+        with torch.device("meta"):
+            model: Any = self.bare()
+        # A VAR holds its VQ-VAE without owning it. Both are drawn from the same generator.
+        parts = [model.vae, model] if isinstance(model, var.VAR) else [model]
+        generator = torch.Generator(device).manual_seed(0)
+        for part in parts:
+            part.to(dtype).to_empty(device=device)
+            with torch.device(device):
+                part.init_weights(generator)
+            part.eval().requires_grad_(False)
+        return parts[-1]
 
 
 def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
@@ -65,8 +82,7 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
         config = replace(var.CONFIGS[name], scales=sides, **sizes)  # type: ignore[arg-type]
         return config.new_var(config.new_vae())
 
-    build = partial(var.build, name, scales=sides, **sizes)
-    return Preset(build, bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
+    return Preset(bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
 
 
 def _infinity(schedule: Schedule, name: str) -> Preset:
@@ -74,8 +90,7 @@ def _infinity(schedule: Schedule, name: str) -> Preset:
         return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(infinity.Infinity, infinity.CONFIGS[name])
-    build = partial(infinity.build, name)
-    return Preset(build, bare, schedule, _text, draw, partial(_infinity, name=name))
+    return Preset(bare, schedule, _text, draw, partial(_infinity, name=name))
 
 
 def _hart(schedule: Schedule, name: str) -> Preset:
@@ -83,8 +98,7 @@ def _hart(schedule: Schedule, name: str) -> Preset:
         return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
 
     bare = partial(hart.HART, hart.CONFIGS[name])
-    build = partial(hart.build, name)
-    return Preset(build, bare, schedule, _text, draw, partial(_hart, name=name))
+    return Preset(bare, schedule, _text, draw, partial(_hart, name=name))
 
 
 def _text(model: infinity.Infinity | hart.HART, batch: int) -> Tensor:
@@ -131,16 +145,12 @@ def preset(name: str) -> Preset:
 
 
 def subject_of(name: str, chosen: Preset, batch: int, device: torch.device) -> Subject:
-    """Returns a preset's model on a device, with how to run it: token loop and image decoder."""
-    dtype = dtype_on(device)
-    model = chosen.build().to(device, dtype)
-    if isinstance(model, var.VAR):
-        model.vae.to(device, dtype)
+    """Returns a preset's model on a device, with how to run its token loop."""
+    model = chosen.build(device, dtype_on(device))
     prompt = chosen.prompt(model, batch)
 
     def run(model: nn.Module) -> Tensor:
-        latents = chosen.draw(model, prompt, 0)
-        return latents if chosen.decode is None else chosen.decode(model, latents)
+        return chosen.draw(model, prompt, 0)
 
     return Subject(name, model, chosen.schedule, run, blocks="blocks")
 

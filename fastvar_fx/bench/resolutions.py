@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, log, nan
-from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -19,13 +18,14 @@ from fastvar_fx.bench.presets import (
     preset,
     subject_of,
 )
+from fastvar_fx.bench.variants import Variant
 from fastvar_fx.errors import ScheduleError
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Runs, Subject, peak_bytes
+from fastvar_fx.timing import Budget, Progress, Subject, alternate, no_progress, peak_bytes
 from fastvar_fx.transform import transform
 
 PATIENCE: Final = 30.0
-"""Seconds that a generation may take by the growth so far; beyond it is left out."""
+"""Seconds that a generation may take, extrapolated; longer ones are left out."""
 _GROWTH: Final = 1.5
 """The most that a side grows from one map to the next where a schedule is continued."""
 _MIB: Final = 2**20
@@ -49,8 +49,8 @@ class Cost:
 
 QUANTITIES: Final = ("ms", "peak_mib", "gflops")
 """What grows."""
-DENSE, PRUNED = KINDS = ("dense", "pruned")
-"""How it is run."""
+DENSE, PRUNED = KINDS = (Variant("dense"), Variant("pruned"))
+"""What is run."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class AtResolution:
     Attributes:
         pixels: Its side.
         schedule: The maps drawn for it, and the pruning ratios.
-        costs: What it costs, by "dense" and "pruned"; what was left out is not there.
+        costs: The cost of each of `KINDS` that was not left out.
         note: Why something was left out; may be empty.
     """
 
     pixels: int
     schedule: Schedule
-    costs: Mapping[str, Cost]
+    costs: Mapping[Variant, Cost]
     note: str
 
     @property
@@ -76,21 +76,21 @@ class AtResolution:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data."""
-        costs = {kind: vars(cost) for kind, cost in self.costs.items()}
+        costs = {str(kind): vars(cost) for kind, cost in self.costs.items()}
         return {"pixels": self.pixels, "tokens": self.tokens, **costs, "note": self.note}
 
 
 def schedule_at(schedule: Schedule, pixels: int) -> Schedule:
     """Returns the schedule of an image of another size.
 
-    Maps of the schedule that are smaller than the last one stay, and maps are added that grow by
-    at most a half. The cache step stays. A larger map has the ratio that the schedule gives it; one
-    that the schedule skips or has not keeps as many tokens per row as the last that it prunes, so
-    that their number grows with the side and not with the area. Up to the map of the cache step,
-    nothing is pruned.
+    Maps smaller than the new last map stay; maps are added, each at most 1.5 times as wide as the
+    one before. The cache step stays, and nothing is pruned up to it. A later map has the ratio of
+    the schedule. Where the schedule has no such map, or skips it, the map keeps as many tokens per
+    row as the last map that the schedule prunes: the number of kept tokens then grows with the
+    side, not with the area.
 
     Raises:
-        ScheduleError: If the size is no multiple of a token's, or below two tokens.
+        ScheduleError: If the size is not a multiple of a token's side, or below two tokens.
 
     Example:
         >>> made = schedule_at(Schedule((1, 2, 4, 8), (0.75,)), 192)
@@ -122,17 +122,19 @@ def measure_resolutions(
     *,
     batch: int = 1,
     repeats: int = 1,
-    progress: Callable[[str], None] = lambda _: None,
+    budget: Budget | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[AtResolution, ...]:
     """Returns what images of several sizes cost, dense and pruned, both run eagerly.
 
-    What does not fit into memory, or would take longer than `PATIENCE`, is left out.
+    What does not fit into memory, or would take too long, is left out.
 
     Args:
         name: A key of `PRESETS`.
         resolutions: Sides of the images in pixels.
         batch: Images per generation, at least 1.
-        repeats: Timed runs of each, by turns, at least 1.
+        repeats: Timed runs of each, alternating, at least 1.
+        budget: Time that all of it may take; None for no bound.
         progress: Called with a few words before each resolution.
 
     Raises:
@@ -140,18 +142,23 @@ def measure_resolutions(
         ScheduleError: If a resolution is not made of whole tokens.
     """
     chosen, device = preset(name), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    budget = budget or Budget()
     sizes = {pixels: schedule_at(chosen.schedule, pixels) for pixels in sorted(set(resolutions))}
     found: list[AtResolution] = []
     for pixels, schedule in sizes.items():
         progress(f"{name} at {pixels} x {pixels}")
-        sized = replace(chosen.at(schedule), decode=None)
+        sized = chosen.at(schedule)
         needed, free = needed_bytes(sized, batch, dtype_on(device)), free_bytes(device)
         if needed > free:
             note = f"needs {needed / _GIB:.1f} GiB, of which {free / _GIB:.1f} GiB are free"
             found.append(AtResolution(pixels, schedule, {}, note))
             continue
         expected = {kind: _expected_seconds(found, kind, pixels) for kind in KINDS}
-        too_long = {kind: seconds for kind, seconds in expected.items() if seconds > PATIENCE}
+        too_long = {
+            kind: seconds
+            for kind, seconds in expected.items()
+            if seconds > PATIENCE or not budget.allows(seconds)
+        }
         note = ", ".join(f"{kind} would take {s:.0f} s" for kind, s in too_long.items())
         subject = subject_of(name, sized, batch, device)
         costs = _costs(subject, repeats, expected.keys() - too_long)
@@ -159,38 +166,34 @@ def measure_resolutions(
     return tuple(found)
 
 
-def _expected_seconds(found: Sequence[AtResolution], kind: str, pixels: int) -> float:
-    """Returns what a generation takes if time grows with the square of the tokens."""
+def _expected_seconds(found: Sequence[AtResolution], kind: Variant, pixels: int) -> float:
+    """Returns how long a generation takes if time grows with the square of the tokens."""
     known = [(one.pixels, one.costs[kind].ms) for one in found if kind in one.costs]
     before, ms = known[-1] if known else (pixels, 0.0)
     return 1e-3 * ms * (pixels / before) ** 4
 
 
-def _costs(subject: Subject, repeats: int, kinds: Collection[str]) -> dict[str, Cost]:
+def _costs(subject: Subject, repeats: int, kinds: Collection[Variant]) -> dict[Variant, Cost]:
     device, runs = subject.weight.device, {}
     if DENSE in kinds:
-        runs[DENSE] = Runs(subject, subject.model)
+        runs[DENSE] = subject.runs(subject.model)
     if PRUNED in kinds:
         fast = transform(subject.model, subject.schedule, on_full="cache")
-        subject.generate(fast)  # traces, which is not to be counted
-        runs[PRUNED] = Runs(subject, fast)
-    peaks = {kind: peak_bytes(run.count, device) for kind, run in runs.items()}
-    for _ in range(repeats):
-        for run in runs.values():
-            run.time()
+        runs[PRUNED] = subject.runs(fast)
+        runs[PRUNED].generate()  # traces, which is not to be counted
+    peaks = {kind: peak_bytes(run.count, device) / _MIB for kind, run in runs.items()}
+    alternate(runs, repeats)
     return {
-        kind: Cost(
-            1e3 * median(map(sum, run.step_seconds)), peaks[kind] / _MIB, sum(run.flops) / 1e9
-        )
+        kind: Cost(1e3 * run.loop.median, peaks[kind], sum(run.flops) / 1e9)
         for kind, run in runs.items()
     }
 
 
-def growth(rows: Sequence[AtResolution], kind: str, quantity: str) -> float:
-    """Returns the e of cost ~ tokens^e, by least squares of logarithms; NaN below two points.
+def growth(rows: Sequence[AtResolution], kind: Variant, quantity: str) -> float:
+    """Returns e in cost ~ tokens^e, by least squares of logarithms; NaN below two points.
 
     Args:
-        rows: What was measured; those without a pruned step, or not of both kinds, do not count.
+        rows: What was measured; sizes without a pruned step, or not of both kinds, do not count.
         kind: One of `KINDS`.
         quantity: One of `QUANTITIES`.
     """

@@ -1,271 +1,466 @@
-"""A model measured dense and pruned, eager and compiled, by turns: what `fastvar-fx bench` does."""
+"""One model run in several ways, which alternate: the rows of `fastvar-fx bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvar_fx.bench.peer import peer_restoration, peer_selection
 from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
-from fastvar_fx.errors import ModelError
+from fastvar_fx.bench.variants import VARIANTS, Variant, What
+from fastvar_fx.errors import GraphError, ModelError, ScheduleError
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Clock, Runs, Spread, StepTimes, Subject, peak_bytes
+from fastvar_fx.timing import (
+    Budget,
+    Clock,
+    Comparison,
+    Progress,
+    Runs,
+    Spread,
+    Subject,
+    alternate,
+    no_progress,
+    peak_bytes,
+)
 from fastvar_fx.transform import compile as compile_regions
 from fastvar_fx.transform import transform
 
-DENSE, DENSE_COMPILED = "dense-eager", "dense-compiled"
-PRUNED, PRUNED_COMPILED = "pruned-eager", "pruned-compiled"
-SKIPPED, SKIPPED_COMPILED = "pruned-eager-skip", "pruned-compiled-skip"
-GRAPH, SKIPPED_GRAPH = "pruned-compiled-graph", "pruned-compiled-skip-graph"
-PEER = "peer-eager"
-"""Names of the rows."""
-_EAGER: Final = {
-    DENSE_COMPILED: DENSE,
-    PRUNED_COMPILED: PRUNED,
-    SKIPPED_COMPILED: SKIPPED,
-    GRAPH: PRUNED,
-    SKIPPED_GRAPH: SKIPPED,
-}
-"""The row that runs the same ops eagerly; FLOPs are counted there."""
-_RECORDED: Final = {GRAPH: PRUNED_COMPILED, SKIPPED_GRAPH: SKIPPED_COMPILED}
-"""The row whose generation is recorded as a CUDA graph."""
+log = logging.getLogger(__name__)
 
 _MIB: Final = 2**20
+
+Record = Callable[..., Callable[..., Any]]
+"""(fast, run, *inputs) -> a function that replays the run with inputs, as `cuda_graph`."""
 
 
 # --- results ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One way to run the model.
 
     Attributes:
-        name: What it is.
-        transformer: Time in the transformer blocks over a generation; where that is replayed, of
-            the token loop as a whole, head and sampling included.
-        total: Time of the whole generation, with sampling and, if there is one, image decoder.
-        steps: Time in the blocks per step; empty where a generation is replayed.
-        speedup: Transformer time of `dense-eager` over its own.
-        compiled_speedup: That of `dense-compiled` over its own; None without that row.
+        variant: How it runs.
+        transformer: Time in the transformer blocks over a generation; of a graph, time of the
+            token loop as a whole, head and sampling included.
+        total: Time of the token loop and, if there is one, the image decoder.
+        steps: Time in the blocks per step; empty for a graph.
+        comparison: Its transformer time and that of the dense row of the same kind; None if that
+            row was not measured.
         limit: FLOPs of the blocks, dense over its own: the speed-up if time followed them.
-        limit_fraction: How much of the limit is reached against the dense row that is run alike,
-            eager or compiled.
         peak_mib: The most memory allocated in the token loop, without the weights, in MiB.
         kv_mib: The most that cached keys and values take, in MiB.
     """
 
-    name: str
+    variant: Variant
     transformer: Spread
     total: Spread
     steps: tuple[Spread, ...]
-    speedup: float
-    compiled_speedup: float | None
+    comparison: Comparison | None
     limit: float
-    limit_fraction: float
     peak_mib: float
     kv_mib: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain data; times in milliseconds."""
-        numbers = ("speedup", "limit", "limit_fraction", "peak_mib", "kv_mib")
-        times = {"ms": 1e3 * self.transformer.median, "ms_iqr": 1e3 * self.transformer.iqr}
-        return {"name": self.name} | times | {name: getattr(self, name) for name in numbers}
+        """Returns plain data; times in milliseconds; None stands for what is unknown."""
+        time, compared = self.transformer, self.comparison
+        return {
+            "name": str(self.variant),
+            "ms": 1e3 * time.median,
+            "ms_iqr": None if time.iqr is None else 1e3 * time.iqr,
+            "runs": time.runs,
+            "unusable": time.unusable,
+            "reason": time.doubt,
+            "total_ms": 1e3 * self.total.median,
+            "speedup": compared and compared.speedup,
+            "speedup_unusable": compared and compared.unusable,
+            "limit": self.limit,
+            "limit_fraction": compared and compared.limit_fraction,
+            "peak_mib": self.peak_mib,
+            "kv_mib": self.kv_mib,
+        }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What was measured.
 
     Attributes:
-        subject: The original model, its schedule and how it was run.
+        subject: The original model, its schedule and how its token loop is run.
         batch: Images per generation.
-        repeats: Timed runs of each row.
+        repeats: Timed runs of each row that were asked for.
         rows: One per way to run it.
+        left_out: Rows for which there was no time.
+        failed: Rows that could not be run, with the error.
     """
 
     subject: Subject
     batch: int
     repeats: int
     rows: tuple[Row, ...]
+    left_out: tuple[Variant, ...] = ()
+    failed: Mapping[Variant, str] = field(default_factory=dict)
+
+    def pairs(self) -> Iterator[tuple[Row, Row]]:
+        """Yields each row with times per step, next to the dense row of the same kind."""
+        rows = {row.variant: row for row in self.rows}
+        for variant, row in rows.items():
+            if row.steps and variant != variant.dense and variant.dense in rows:
+                yield rows[variant.dense], row
 
     @property
-    def slower_steps(self) -> dict[str, tuple[int, ...]]:
-        """The pruned steps that are no faster than in the dense row of the same kind, by row."""
-        rows = {row.name: row for row in self.rows}
-        pairs = ((DENSE, PRUNED), (DENSE_COMPILED, PRUNED_COMPILED))
+    def slower_steps(self) -> dict[Variant, tuple[int, ...]]:
+        """The pruned steps that are no faster than in the dense row of the same kind."""
+        steps = self.subject.schedule.pruned_steps
         return {
-            pruned: self._slower(rows[dense], rows[pruned])
-            for dense, pruned in pairs
-            if dense in rows
+            row.variant: tuple(
+                s for s in steps if not Comparison(dense.steps[s], row.steps[s]).pays
+            )
+            for dense, row in self.pairs()
+            if row.variant.what == "pruned"
         }
 
-    def _slower(self, dense: Row, pruned: Row) -> tuple[int, ...]:
-        pruned_steps = self.subject.schedule.pruned_steps
-        return tuple(s for s in pruned_steps if not StepTimes(dense.steps[s], pruned.steps[s]).pays)
+    @property
+    def saved(self) -> dict[Variant, tuple[float, float]]:
+        """Seconds saved over the dense row of the same kind: at steps of ratio 1, at pruned ones.
+
+        They are apart because leaving steps out saves time without any pruning of tokens.
+        """
+        schedule = self.subject.schedule
+        pruned = [s for s in schedule.pruned_steps if s not in schedule.full_steps]
+        return {
+            row.variant: (
+                _saved(dense, row, schedule.full_steps),
+                _saved(dense, row, pruned),
+            )
+            for dense, row in self.pairs()
+        }
+
+
+def _saved(dense: Row, row: Row, steps: Sequence[int]) -> float:
+    return sum(dense.steps[s].median - row.steps[s].median for s in steps)
+
+
+# --- what to measure --------------------------------------------------------------------------
+
+
+def recorder(device: torch.device) -> Record | None:
+    """Returns what records a generation as a CUDA graph; None on a device that has none."""
+    return cuda_graph if device.type == "cuda" else None
+
+
+def default_device() -> torch.device:
+    """Returns the device that the benchmark runs on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_variants(schedule: Schedule, *, compiled: bool = True) -> tuple[Variant, ...]:
+    """Returns the rows to measure where none are named.
+
+    Args:
+        schedule: Steps are skipped only if it has steps of ratio 1.
+        compiled: Whether the compiled rows are among them.
+    """
+    graphs = recorder(default_device()) is not None
+    return tuple(
+        variant
+        for variant in VARIANTS
+        if (compiled or not variant.compiled)
+        and (graphs or not variant.graph)
+        and (variant.what != "skip" or schedule.full_steps)
+        and (variant.what != "peer" or variant == Variant("peer"))
+    )
+
+
+def check_variants(variants: Sequence[Variant], schedule: Schedule) -> tuple[Variant, ...]:
+    """Returns the rows asked for in the order in which they are measured, each once.
+
+    Raises:
+        ModelError: If there is none.
+        GraphError: If one is a CUDA graph, and there is no GPU.
+        ScheduleError: If one skips steps, and the schedule has none of ratio 1.
+    """
+    ordered = tuple(variant for variant in VARIANTS if variant in variants)
+    device = default_device()
+    for variant in ordered:
+        if variant.graph and recorder(device) is None:
+            raise GraphError(
+                f"row {variant} is a CUDA graph, which needs a CUDA device; the benchmark runs on "
+                f"{device}; leave out the rows that end in -graph"
+            )
+        if variant.what == "skip" and not schedule.full_steps:
+            raise ScheduleError(
+                f"row {variant} skips steps of ratio 1, but the ratios are {schedule.ratios}; "
+                f"leave out the rows that begin with skip"
+            )
+    if not ordered:
+        raise ModelError(f"no row to measure; name some of {', '.join(map(str, VARIANTS))}")
+    return ordered
 
 
 # --- measuring --------------------------------------------------------------------------------
 
 
-def phases(chosen: Preset, repeats: int, *, compiled: bool) -> int:
-    """Returns how often `measure` reports progress."""
-    skips = bool(chosen.schedule.full_steps)
-    rows = (3 + 2 * compiled) + (1 + compiled) * skips
-    recorded = (1 + skips) * (compiled and torch.cuda.is_available())
-    return 1 + rows * (2 + repeats) + recorded * (1 + repeats)
-
-
-def measure(
+def measure_rows(
     name: str,
+    variants: Sequence[Variant] | None = None,
     *,
     batch: int = 1,
     repeats: int = 5,
-    compiled: bool = True,
-    progress: Callable[[str], None] = lambda _: None,
+    budget: Budget | None = None,
+    progress: Progress = no_progress,
 ) -> Result:
-    """Returns times, FLOPs and memory of a preset, dense and pruned, in one process.
+    """Returns times, FLOPs and memory of a preset run in several ways, in one process.
 
-    After untimed runs, of which the first traces or compiles, all rows take turns. On a GPU there
-    are rows of replayed CUDA graphs too. Pruned rows run
-    the steps of ratio 1 on no tokens; those named `-skip` leave them out. On a GPU the model is in
-    bfloat16, else in float32.
+    First each row is prepared (traced, compiled, recorded) and run once, dense rows first within
+    each kind; then the rows alternate. On a GPU the model is in bfloat16, else in float32.
 
     Args:
         name: A key of `PRESETS`.
+        variants: The rows; None for the default ones.
         batch: Images per generation, at least 1.
         repeats: Timed runs of each row, at least 1.
-        compiled: Whether to measure the compiled rows too.
+        budget: Time that all of it may take. Repeats are left out for it, and rows; the first row
+            is always run once. None for no bound.
         progress: Called with a few words before each run.
 
     Raises:
         ModelError: Unknown name, numbers below 1, or a preset that does not fit into memory.
+        GraphError: A row is a CUDA graph, and there is no GPU.
+        ScheduleError: A row skips steps, and the schedule has none to skip.
     """
     chosen = preset(name)
     for what, number in (("batch", batch), ("repeats", repeats)):
         if number < 1:
             raise ModelError(f"{what} is at least 1; found {number}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = default_variants(chosen.schedule) if variants is None else variants
+    ordered = check_variants(asked, chosen.schedule)
+    budget = budget or Budget()
+    device = default_device()
     check_fits(name, batch, device)
     progress("building the model")
-    subject = subject_of(name, chosen, batch, device)
-    runs = _variants(subject, compiled=compiled)
-    memory = {row: _warm_up(row, run, chosen, batch, progress) for row, run in runs.items()}
-    if device.type == "cuda":
-        for row, source in _RECORDED.items():
-            if source in runs:
-                progress(f"{row}, recording")
-                runs[row], peak = record_replays(runs[source], chosen, batch)
-                memory[row] = peak, memory[source][1]
-    for turn in range(repeats):
-        for row, run in runs.items():
-            progress(f"{row}, run {turn + 1} of {repeats}")
-            run.time()
-    rows = tuple(_row(row, runs, *memory[row]) for row in runs)
-    return Result(subject, batch, repeats, rows)
+    rows = _Rows(chosen, subject_of(name, chosen, batch, device), batch, progress)
+    left_out, failed = _first_runs(rows, ordered, budget)
+    timed = rows.timed if rows.decoder is None else {**rows.timed, "image decoder": rows.decoder}
+    alternate(timed, repeats, budget=budget, progress=progress)
+    return Result(
+        subject=rows.subject,
+        batch=batch,
+        repeats=repeats,
+        rows=tuple(map(rows.row, rows.timed)),
+        left_out=left_out,
+        failed=failed,
+    )
 
 
-def _variants(subject: Subject, *, compiled: bool) -> dict[str, Runs]:
-    """Returns the models to run by row, with FLOPs that are still to be counted."""
-    model, schedule = subject.model, subject.schedule
-    pruned = partial(transform, model, schedule, on_full="cache")
-    skipped = partial(transform, model, schedule)
-    drawn = schedule.steps - len(schedule.full_steps)
-    runs = {DENSE: Runs(subject, model)}
-    if compiled:
-        dense = transform(model, Schedule(schedule.scales, ()))
-        runs[DENSE_COMPILED] = Runs(subject, compile_regions(dense))
-    runs[PRUNED] = Runs(subject, pruned())
-    if compiled:
-        runs[PRUNED_COMPILED] = Runs(subject, compile_regions(pruned()))
-    if schedule.full_steps:
-        runs[SKIPPED] = Runs(subject, skipped(), drawn)
-        if compiled:
-            runs[SKIPPED_COMPILED] = Runs(subject, compile_regions(skipped()), drawn)
-    peer = pruned(select=peer_selection, restore=peer_restoration)
-    return runs | {PEER: Runs(subject, peer)}
+def _first_runs(
+    rows: _Rows, variants: Sequence[Variant], budget: Budget
+) -> tuple[tuple[Variant, ...], dict[Variant, str]]:
+    """Prepares rows and runs each once; returns those without time, and those that failed."""
+    left_out: list[Variant] = []
+    failed: dict[Variant, str] = {}
+    longest: dict[tuple[bool, bool], float] = {}
+    for variant in variants:
+        kind = variant.compiled, variant.graph
+        if rows.timed and not budget.allows(longest.get(kind, 0.0)):
+            left_out.append(variant)
+            continue
+        begun = budget.spent
+        try:
+            rows.add(variant)
+        except Exception as error:
+            if not rows.timed:
+                raise
+            # One row that fails, for example for memory, must not lose the figures of the others.
+            log.exception("row %s failed", variant)
+            failed[variant] = f"{type(error).__name__}: {error}"
+        longest[kind] = max(longest.get(kind, 0.0), budget.spent - begun)
+    return tuple(left_out), failed
 
 
-def _warm_up(
-    row: str, run: Runs, chosen: Preset, batch: int, progress: Callable[[str], None]
-) -> tuple[int, int]:
-    """Traces or compiles, counts FLOPs of eager rows; returns bytes at the peak and of keys."""
-    progress(f"{row}, warm-up")
-    if row != DENSE:
-        run.subject.generate(run.model)  # traces and compiles, which is not to be counted
-    if row not in _EAGER:
-        run.count()
-    progress(f"{row}, memory")
-    prompt = chosen.prompt(run.model, batch)
-    loop = replace(run.subject, run=lambda model: chosen.draw(model, prompt, 0))
-    with _watch_keys(run.model) as sizes:
-        peak = peak_bytes(lambda: loop.generate(run.model), run.subject.weight.device)
-    return peak, max(sizes)
+class _Rows:
+    """Rows as they are added; they share models, counted FLOPs and the image decoder.
+
+    Attributes:
+        subject: The original model and how to run its token loop.
+        timed: The runs by row.
+        decoder: Runs of the image decoder, which is the same for all rows; None without one.
+    """
+
+    def __init__(self, chosen: Preset, subject: Subject, batch: int, progress: Progress) -> None:
+        self.subject = subject
+        self.timed: dict[Variant, Runs | Whole] = {}
+        self.decoder: Whole | None = None
+        self._chosen = chosen
+        self._batch = batch
+        self._progress = progress
+        self._played: dict[Variant, Runs] = {}
+        self._memory: dict[Variant, tuple[int, int]] = {}
+        self._flops: dict[What, int] = {}
+
+    def add(self, variant: Variant) -> None:
+        """Prepares a row and runs it once."""
+        made = self._recorded(variant) if variant.graph else self._runs(variant)
+        self._count(variant.what)
+        self._count("dense")
+        self._progress(f"{variant}, first timed run")
+        made.time()
+        self.timed[variant] = made
+        if self.decoder is None and self._chosen.decode is not None:
+            decode = partial(self._chosen.decode, self.subject.model, made.result)
+            self.decoder = Whole(decode, self.subject.weight.device)
+            self._progress("image decoder, warm-up")
+            decode()
+            self.decoder.time()
+
+    def row(self, variant: Variant) -> Row:
+        """Returns a row; all have been run equally often."""
+        runs, dense = self.timed[variant], self.timed.get(variant.dense)
+        limit = self._flops["dense"] / self._flops[variant.what]
+        peak, keys = self._memory[variant]
+        decoded = self.decoder.seconds if self.decoder else [0.0] * len(runs.seconds)
+        return Row(
+            variant=variant,
+            transformer=runs.loop,
+            total=Spread.of([sum(pair) for pair in zip(runs.seconds, decoded, strict=True)]),
+            steps=runs.by_step,
+            comparison=None if dense is None else Comparison(dense.loop, runs.loop, limit),
+            limit=limit,
+            peak_mib=peak / _MIB,
+            kv_mib=keys / _MIB,
+        )
+
+    def _runs(self, variant: Variant) -> Runs:
+        """Returns runs of a model that is traced or compiled, with its use of memory known."""
+        if variant in self._played:
+            return self._played[variant]
+        runs, device = self._new_runs(variant), self.subject.weight.device
+        if runs.model is not self.subject.model or device.type == "cuda":
+            self._progress(f"{variant}, warm-up")
+            runs.generate()
+        # One untimed run serves for memory and, where the ops can be seen, for FLOPs.
+        self._progress(f"{variant}, memory{'' if variant.compiled else ' and FLOPs'}")
+        with _watch_keys(runs.model) as sizes:
+            peak = peak_bytes(runs.generate if variant.compiled else runs.count, device)
+        if not variant.compiled:
+            self._flops[variant.what] = sum(runs.flops)
+        self._memory[variant] = peak, max(sizes)
+        self._played[variant] = runs
+        return runs
+
+    def _count(self, what: What) -> None:
+        """Counts FLOPs, unless an eager run of the same ops has done so."""
+        if what in self._flops:
+            return
+        runs = self._new_runs(Variant(what))
+        self._progress(f"{what}, FLOPs")
+        if runs.model is not self.subject.model:
+            runs.generate()  # traces, which is not to be counted
+        runs.count()
+        self._flops[what] = sum(runs.flops)
+
+    def _new_runs(self, variant: Variant) -> Runs:
+        schedule = self.subject.schedule
+        drawn = schedule.steps - (len(schedule.full_steps) if variant.what == "skip" else 0)
+        model = self.subject.model if variant == Variant("dense") else self._transformed(variant)
+        return self.subject.runs(model, drawn)
+
+    def _transformed(self, variant: Variant) -> nn.Module:
+        model, schedule = self.subject.model, self.subject.schedule
+        if variant.what == "dense":
+            fast = transform(model, Schedule(schedule.scales, ()))
+        elif variant.what == "skip":
+            fast = transform(model, schedule)
+        elif variant.what == "pruned":
+            fast = transform(model, schedule, on_full="cache")
+        else:
+            rules = {"select": peer_selection, "restore": peer_restoration}
+            fast = transform(model, schedule, on_full="cache", **rules)
+        return compile_regions(fast) if variant.compiled else fast
+
+    def _recorded(self, variant: Variant) -> Whole:
+        """Returns the token loop of the row without a graph, recorded."""
+        played, device = variant.played, self.subject.weight.device
+        runs, record = self._runs(played), recorder(device)
+        if record is None:
+            raise GraphError(f"there are no CUDA graphs on {device}")
+        fast = self._transformed(played) if played == Variant("dense") else runs.model
+        self._progress(f"{variant}, recording")
+        made, peak = record_replays(fast, self._chosen, self._batch, record)
+        self._memory[variant] = peak, self._memory[played][1]
+        return made
 
 
 @dataclass
-class Replays(Runs):
-    """Replays of a recorded token loop, inside of which nothing can be timed or counted.
+class Whole:
+    """Runs of what is timed as a whole: a replayed token loop, or the image decoder.
 
     Attributes:
-        draw: Replays it; returns latents.
-        decode: Makes images of them.
-        loop_seconds: Seconds of each timed replay.
+        call: What runs.
+        device: Where it runs.
+        seconds: Seconds of each timed run.
+        result: What the latest run returned.
     """
 
-    draw: Callable[[], Tensor] = field(kw_only=True)
-    decode: Callable[[Tensor], object] = field(kw_only=True)
-    loop_seconds: list[float] = field(default_factory=list)
+    call: Callable[[], Any]
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+    result: Any = None
 
-    def time(self) -> Any:
-        """Times a replay and the decoder; returns the images."""
-        clock = Clock(self.subject.weight.device)
+    def time(self) -> None:
+        """Times a run."""
+        clock = Clock(self.device)
+        begun = clock.read()
         with torch.no_grad():
-            begun = clock.read()
-            latents = self.draw()
-            drawn = clock.read()
-            images = self.decode(latents)
-            decoded = clock.read()
-        self.loop_seconds.append(clock.seconds(drawn, begun))
-        self.seconds.append(clock.seconds(decoded, begun))
-        return images
+            self.result = self.call()
+        self.seconds.append(clock.seconds(clock.read(), begun))
 
     @property
     def loop(self) -> Spread:
-        """The time of the token loop."""
-        return Spread.of(self.loop_seconds)
+        """The time of the runs."""
+        return Spread.of(self.seconds)
 
     @property
     def by_step(self) -> tuple[Spread, ...]:
-        """Nothing: a replay has no steps."""
+        """Nothing: steps cannot be timed in it."""
         return ()
 
 
 def record_replays(
-    run: Runs, chosen: Preset, batch: int, record: Callable[..., Any] = cuda_graph
-) -> tuple[Replays, int]:
-    """Records the token loop of a compiled row; returns it with bytes at the peak of recording."""
-    recorded: list[Any] = []
-    prompt = chosen.prompt(run.model, batch)
+    fast: nn.Module, chosen: Preset, batch: int, record: Record
+) -> tuple[Whole, int]:
+    """Records the token loop of a transformed model.
+
+    Args:
+        fast: The model, compiled or not.
+        chosen: The preset that it belongs to.
+        batch: Images per generation.
+        record: Records a generation as `cuda_graph` does.
+
+    Returns:
+        Its replays, none made yet, and the bytes allocated at the peak of recording.
+    """
+    recorded: list[Callable[..., Any]] = []
+    prompt = chosen.prompt(fast, batch)
 
     def draw(model: Any, prompt: Tensor) -> Tensor:
         return chosen.draw(model, prompt, None)
 
     def keep_recording() -> None:
-        recorded.append(record(run.model, draw, prompt))
+        recorded.append(record(fast, draw, prompt))
 
-    peak = peak_bytes(keep_recording, run.subject.weight.device)
-    replay, decode = partial(recorded[0], prompt), chosen.decode
-    images = (lambda latents: latents) if decode is None else partial(decode, run.model)
-    return Replays(run.subject, run.model, run.drawn, draw=replay, decode=images), peak
+    peak = peak_bytes(keep_recording, prompt.device)
+    return Whole(partial(recorded[0], prompt), prompt.device), peak
 
 
 @contextmanager
@@ -283,24 +478,3 @@ def _watch_keys(model: Any) -> Iterator[list[int]]:
         yield sizes
     finally:
         hook.remove()
-
-
-def _row(name: str, runs: Mapping[str, Runs], peak: int, keys: int) -> Row:
-    run, dense, compiled = runs[name], runs[DENSE], runs.get(DENSE_COMPILED)
-    time = run.loop
-    speedup = dense.loop.median / time.median
-    over_compiled = None if compiled is None else compiled.loop.median / time.median
-    limit = sum(dense.flops) / sum(runs[_EAGER.get(name, name)].flops)
-    alike = over_compiled if name in _EAGER and over_compiled is not None else speedup
-    return Row(
-        name,
-        time,
-        Spread.of(run.seconds),
-        run.by_step,
-        speedup,
-        over_compiled,
-        limit,
-        alike / limit,
-        peak / _MIB,
-        keys / _MIB,
-    )

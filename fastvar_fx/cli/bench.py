@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.table import Table
 
 from fastvar_fx.bench import figures
-from fastvar_fx.bench.modules import ModuleTimes, late_modules, measure_modules, overhead
+from fastvar_fx.bench.modules import DENSE, ModuleTimes, late_modules, measure_modules, overhead
 from fastvar_fx.bench.presets import PRESETS, preset
 from fastvar_fx.bench.resolutions import (
     KINDS,
@@ -24,7 +24,8 @@ from fastvar_fx.bench.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.bench.rows import DENSE, Result, Row, measure, phases
+from fastvar_fx.bench.rows import Result, Row, check_variants, default_variants, measure_rows
+from fastvar_fx.bench.variants import Variant
 from fastvar_fx.cli.options import Json
 from fastvar_fx.cli.terminal import (
     environment,
@@ -37,12 +38,35 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
+from fastvar_fx.schedule import Schedule
+from fastvar_fx.timing import Budget, Comparison, Spread
+
+_UNUSABLE: Final = " !"
+"""Behind a figure that is unusable."""
 
 PresetName = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at once.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each row.")]
+Seconds = Annotated[
+    float,
+    typer.Option(
+        "--seconds",
+        min=0,
+        help="Time for the whole command. Repeats are left out for it, and rows; what was measured "
+        "is printed.",
+    ),
+]
+Rows = Annotated[
+    str | None,
+    typer.Option(
+        "--rows",
+        help="What to measure, such as dense-eager,pruned-eager: (dense|pruned|skip|peer)-"
+        "(eager|compiled), with -graph for CUDA graphs.",
+    ),
+]
 Compiled = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Whether to measure compiled rows too.")
+    bool,
+    typer.Option("--compile/--no-compile", help="Whether the default rows include compiled ones."),
 ]
 Steps = Annotated[bool, typer.Option("--steps", help="Also print the time of every step.")]
 Modules = Annotated[
@@ -70,7 +94,7 @@ class _Measured:
 
     result: Result
     with_steps: bool
-    modules: dict[str, ModuleTimes]
+    modules: dict[Variant, ModuleTimes]
     resolutions: tuple[AtResolution, ...]
 
 
@@ -78,6 +102,8 @@ def run_bench(
     preset_name: PresetName = "var-tiny",
     batch: Batch = 1,
     repeats: Repeats = 5,
+    seconds: Seconds = 300.0,
+    rows: Rows = None,
     compiled: Compiled = True,
     steps: Steps = False,
     modules: Modules = False,
@@ -85,32 +111,43 @@ def run_bench(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model dense and pruned, eager and compiled, by turns in one process."""
+    """Measure a model dense and pruned, eager and compiled, in alternating runs."""
+    budget = Budget(seconds)
     chosen, sizes = preset(preset_name), _pixels(resolutions)
     for pixels in sizes:
         schedule_at(chosen.schedule, pixels)  # refuses what has no whole tokens, before all else
+    variants = _variants(rows, chosen.schedule, compiled=compiled)
     if plot is not None:
         make_folder(plot)
-    total = phases(chosen, repeats, compiled=compiled) + modules * 2 * (1 + repeats) + len(sizes)
-    with show_progress(total) as progress:
-        result = measure(
-            preset_name, batch=batch, repeats=repeats, compiled=compiled, progress=progress
+    with show_progress(budget) as progress:
+        result = measure_rows(
+            preset_name, variants, batch=batch, repeats=repeats, budget=budget, progress=progress
         )
         measured = _Measured(
             result,
             steps,
-            measure_modules(result.subject, repeats, progress) if modules else {},
-            measure_resolutions(preset_name, sizes, batch=batch, progress=progress)
-            if sizes
-            else (),
+            measure_modules(result.subject, repeats, budget=budget, progress=progress)
+            if modules
+            else {},
+            measure_resolutions(preset_name, sizes, batch=batch, budget=budget, progress=progress),
         )
     files = [] if plot is None else _draw(measured, plot)
     if as_json:
         print(json.dumps(_as_dict(measured) | {"files": list(map(str, files))}))
-        return
-    _print(measured)
-    if files:
-        print(f"wrote {', '.join(map(str, files))}")
+    else:
+        _print(measured)
+        if files:
+            print(f"wrote {', '.join(map(str, files))}")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _variants(names: str | None, schedule: Schedule, *, compiled: bool) -> tuple[Variant, ...]:
+    if names is None:
+        return default_variants(schedule, compiled=compiled)
+    if not compiled:
+        usage("--rows and --no-compile exclude each other; name the rows without -compiled")
+    return check_variants([Variant.parse(name.strip()) for name in names.split(",")], schedule)
 
 
 def _pixels(text: str) -> list[int]:
@@ -134,16 +171,22 @@ def _as_dict(measured: _Measured) -> dict[str, Any]:
         "repeats": result.repeats,
         "schedule": json.loads(result.subject.schedule.to_json()),
         "rows": [row.as_dict() for row in rows],
-        "total_ms": {row.name: 1e3 * row.total.median for row in rows},
-        "speedup_over_dense_compiled": {row.name: row.compiled_speedup for row in rows},
-        "slower_steps": result.slower_steps,
+        "saved_ms": {
+            str(variant): {"ratio_1_steps": 1e3 * skipped, "pruned_steps": 1e3 * pruned}
+            for variant, (skipped, pruned) in result.saved.items()
+        },
+        "slower_steps": {str(variant): s for variant, s in result.slower_steps.items()},
+        "left_out": list(map(str, result.left_out)),
+        "failed": {str(variant): error for variant, error in result.failed.items()},
     }
     if measured.with_steps:
-        data["steps"] = {row.name: [1e3 * step.median for step in row.steps] for row in rows}
+        data["steps"] = {
+            str(row.variant): [1e3 * step.median for step in row.steps] for row in rows
+        }
     if measured.modules:
         data["modules"] = {
-            name: [{module: 1e3 * time for module, time in step.items()} for step in steps]
-            for name, steps in measured.modules.items()
+            str(variant): [{name: 1e3 * time for name, time in step.items()} for step in steps]
+            for variant, steps in measured.modules.items()
         }
     if measured.resolutions:
         data["resolutions"] = [row.as_dict() for row in measured.resolutions]
@@ -152,8 +195,8 @@ def _as_dict(measured: _Measured) -> dict[str, Any]:
 
 
 def _exponents(rows: Sequence[AtResolution]) -> dict[str, dict[str, float | None]]:
-    """Returns the e of cost ~ tokens^e; None where too little was measured."""
-    found = {name: {kind: growth(rows, kind, name) for kind in KINDS} for name in QUANTITIES}
+    """Returns e in cost ~ tokens^e; None where too few sizes were measured."""
+    found = {name: {str(kind): growth(rows, kind, name) for kind in KINDS} for name in QUANTITIES}
     return {
         name: {kind: None if isnan(e) else e for kind, e in of_kind.items()}
         for name, of_kind in found.items()
@@ -167,29 +210,15 @@ def _print(measured: _Measured) -> None:
     result = measured.result
     show(headline(result.subject))
     show(environment_line(result.subject, result.batch))
-    times = ("ms", "iqr", "total\nms", "x dense\neager", "x dense\ncompiled")
-    table = new_table("", *times, "limit", "of\nlimit", "peak\nMiB", "KV\nMiB", left=1)
+    names = ("runs", "ms", "iqr", "total\nms", "x dense", "limit", "of\nlimit", "peak\nMiB")
+    table = new_table("", *names, "KV\nMiB", left=1)
     for row in result.rows:
-        table.add_row(row.name, *_row_cells(row))
+        table.add_row(str(row.variant), *_row_cells(row))
     show(table)
     if measured.with_steps:
         show(_step_table(result))
-    show(
-        f"ms: transformer blocks over one generation, median of {result.repeats} alternating runs "
-        f"after warm-up; iqr: distance of the quartiles; total: the whole run, with sampling and, "
-        f"for VAR, the image decoder. limit: dense FLOPs / FLOPs of the blocks; of limit: against "
-        f"the dense row of the same kind, eager or compiled. peak: of the token loop, without "
-        f"weights. skip: steps of ratio 1 are left out, else they run on no tokens. peer: the "
-        f"authors' argsort, interpolation and scatter. Random weights."
-    )
-    if any(not row.steps for row in result.rows):
-        show("graph: a replayed CUDA graph of the token loop, all of which counts as ms.")
-    for name, steps in result.slower_steps.items():
-        for step in steps:
-            show(
-                f"step {step}: {name} is no faster than dense: pruning does not pay here; "
-                f"schedule.without({step}) leaves the step dense"
-            )
+    for line in _remarks(result):
+        show(line)
     if measured.modules:
         _print_modules(measured)
     if measured.resolutions:
@@ -197,24 +226,78 @@ def _print(measured: _Measured) -> None:
 
 
 def _row_cells(row: Row) -> tuple[str, ...]:
+    time, compared = row.transformer, row.comparison
     return (
-        f"{1e3 * row.transformer.median:.1f}",
-        f"{1e3 * row.transformer.iqr:.1f}",
-        f"{1e3 * row.total.median:.1f}",
-        f"{row.speedup:.2f}",
-        "-" if row.compiled_speedup is None else f"{row.compiled_speedup:.2f}",
+        str(time.runs),
+        _marked(f"{1e3 * time.median:.1f}", time),
+        "?" if time.iqr is None else f"{1e3 * time.iqr:.1f}",
+        _marked(f"{1e3 * row.total.median:.1f}", row.total),
+        "-" if compared is None else _marked(f"{compared.speedup:.2f}", compared),
         f"{row.limit:.2f}",
-        f"{row.limit_fraction:.0%}",
+        "-" if compared is None else _marked(f"{compared.speedup / row.limit:.0%}", compared),
         f"{row.peak_mib:.1f}",
         f"{row.kv_mib:.1f}",
     )
+
+
+def _marked(figure: str, of: Spread | Comparison) -> str:
+    """Marks a figure that is unusable."""
+    return figure + _UNUSABLE * of.unusable
+
+
+def _remarks(result: Result) -> Iterator[str]:
+    yield (
+        "ms: transformer blocks over one generation, median of alternating runs after a warm-up; "
+        "iqr: distance of the quartiles; total: the token loop, with sampling, and, for VAR, the "
+        "image decoder. x dense: speed-up over the dense row of the same kind; limit: dense FLOPs "
+        "/ FLOPs of the blocks. peak: of the token loop, without weights. Random weights."
+    )
+    what = {row.variant.what for row in result.rows}
+    if "skip" in what:
+        yield "skip: steps of ratio 1 are left out; elsewhere they run on no tokens."
+    if "peer" in what:
+        yield "peer: the authors' argsort, interpolation and scatter."
+    if any(row.variant.graph for row in result.rows):
+        yield "graph: a replayed CUDA graph of the token loop, all of which counts as ms."
+    yield from _doubts(result)
+    yield from _savings(result)
+    for variant, steps in result.slower_steps.items():
+        for step in steps:
+            yield (
+                f"step {step}: {variant} is no faster than dense: pruning does not pay here; "
+                f"schedule.without({step}) leaves the step dense"
+            )
+
+
+def _doubts(result: Result) -> Iterator[str]:
+    """Yields what is wrong with the figures, and what is missing."""
+    times = {str(row.variant): row.transformer for row in result.rows}
+    unusable = {name: time.doubt for name, time in times.items() if time.unusable}
+    for name, doubt in unusable.items():
+        yield f"{_UNUSABLE.strip()} unusable: {name}: {doubt}; measure again"
+    unknown = {time.doubt for time in times.values() if time.doubt and not time.unusable}
+    yield from sorted(unknown)
+    if result.left_out:
+        yield f"left out for lack of time: {', '.join(map(str, result.left_out))}; see --seconds"
+    for variant, error in result.failed.items():
+        yield f"failed: {variant}: {error}"
+
+
+def _savings(result: Result) -> Iterator[str]:
+    """Yields what skipping and pruning save, apart, where the schedule has both."""
+    full = result.subject.schedule.full_steps
+    for variant, (skipped, pruned) in result.saved.items() if full else ():
+        yield (
+            f"{variant} saves {1e3 * skipped:.1f} ms at the steps of ratio 1 "
+            f"({', '.join(map(str, full))}) and {1e3 * pruned:.1f} ms by pruning tokens"
+        )
 
 
 def _step_table(result: Result) -> Table:
     """Returns the time in the blocks per step, in ms."""
     schedule = result.subject.schedule
     rows = [row for row in result.rows if row.steps]
-    names = [row.name.replace("-", "\n") for row in rows]
+    names = [str(row.variant).replace("-", "\n") for row in rows]
     table = new_table("step", "scale", "tokens", "kept", *names)
     for step, scale in enumerate(schedule.scales):
         times = [f"{1e3 * row.steps[step].median:.1f}" for row in rows]
@@ -229,22 +312,22 @@ def _print_modules(measured: _Measured) -> None:
     table = new_table("step", "kept", "", *(name.replace("_", "\n") for name in names), "all")
     table.columns[2].justify = "left"
     for step in range(schedule.cache_step, schedule.steps):
-        for row, steps in modules.items():
-            kept = schedule.tokens(step) if row == DENSE else schedule.kept(step)
+        for variant, steps in modules.items():
+            kept = schedule.tokens(step) if variant == DENSE else schedule.kept(step)
             times = [1e3 * steps[step][name] for name in names]
             cells = [f"{time:.2f}" for time in (*times, sum(times))]
-            table.add_row(str(step), str(kept), row, *cells)
+            table.add_row(str(step), str(kept), str(variant), *cells)
     show(table)
     shares = [f"{overhead(modules, s):.1%} at step {s}" for s in schedule.pruned_steps]
     show(
-        f"ms by module, summed over the blocks, from the cache step on. Both run eagerly, by "
+        f"ms by module, summed over the blocks, from the cache step on. Both run eagerly, in "
         f"graphs that read the clock between modules. PTS: scores, selection and gathers; rest: "
         f"between the branches. PTS + CTR over the dense branches: {', '.join(shares)}."
     )
 
 
 def _print_resolutions(rows: Sequence[AtResolution]) -> None:
-    kinds = [f"{what}\n{kind}" for what in ("ms", "peak MiB", "GFLOP") for kind in KINDS]
+    kinds = [f"{what}\n{kind.what}" for what in ("ms", "peak MiB", "GFLOP") for kind in KINDS]
     table = new_table("pixels", "tokens", "kept", *kinds)
     for row in rows:
         costs = [
@@ -264,7 +347,7 @@ def _print_resolutions(rows: Sequence[AtResolution]) -> None:
     show(table)
     show(
         "tokens, kept: of the last map. ms: transformer blocks, eager; peak: without weights. Last "
-        "line: the e of cost ~ tokens^e, over the sizes with a pruned step that were measured both "
+        "line: e in cost ~ tokens^e, over the sizes with a pruned step that were measured in both "
         "ways. Maps beyond the schedule keep as many tokens per row as its last pruned one."
     )
     for row in rows:
@@ -279,10 +362,11 @@ def _draw(measured: _Measured, folder: Path) -> list[Path]:
     result = measured.result
     title = headline(result.subject)
     about = f"{environment_line(result.subject, result.batch)}, random weights"
-    drawn: dict[str, Callable[..., None]] = {
-        "rows": partial(figures.draw_rows, result),
-        "steps": partial(figures.draw_steps, result),
-    }
+    drawn: dict[str, Callable[..., None]] = {}
+    if any(row.comparison for row in result.rows):
+        drawn["rows"] = partial(figures.draw_rows, result)
+    if any(row.variant.what == "pruned" for _, row in result.pairs()):
+        drawn["steps"] = partial(figures.draw_steps, result)
     if measured.modules:
         schedule = result.subject.schedule
         drawn["modules"] = partial(figures.draw_modules, measured.modules, schedule)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from math import inf
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any, Final
 
 import typer
@@ -35,19 +34,17 @@ from fastvar_fx.cli.terminal import (
     sides_text,
 )
 from fastvar_fx.demo import (
-    Comparison,
     Measurement,
     StepResult,
     draw_comparison,
     draw_kept_tokens,
-    measure,
-    phases,
+    measure_both,
 )
-from fastvar_fx.timing import Spread, Subject
+from fastvar_fx.timing import Budget, Comparison, Spread, Subject
 
 _REPEATS: Final = 3
-_PATIENCE: Final = 60.0
-"""Seconds that measuring may take; repeats are left out for it unless their number was asked."""
+_SECONDS: Final = 60.0
+"""Seconds that it may take: repeats are left out for it, unless their number was given."""
 
 DemoModel = Annotated[
     str,
@@ -82,21 +79,21 @@ def run_demo(
     as_json: Json = False,
 ) -> None:
     """Generate a batch dense and pruned, compare the times, and draw both."""
-    started = perf_counter()
     asked = Asked(model, preset, schedule, ratios, blocks, run, batch, seed)
-    times, patience = (_REPEATS, _PATIENCE) if repeats is None else (repeats, inf)
-    with show_progress(phases(times) + 2) as progress:
+    budget = Budget(_SECONDS if repeats is None else inf)
+    with show_progress(budget) as progress:
         progress("building the model")
         subject = asked.subject()
         make_folder(out)
-        result = measure(subject, repeats=times, patience=patience, progress=progress)
+        result = measure_both(
+            subject, repeats=repeats or _REPEATS, budget=budget, progress=progress
+        )
         progress("drawing")
         files = _draw(subject, result, out)
-    seconds = perf_counter() - started
     if as_json:
-        print(json.dumps(_demo_dict(subject, result, files, seconds)))
+        print(json.dumps(_demo_dict(subject, result, files, budget.spent)))
     else:
-        _print_demo(subject, result, files, seconds)
+        _print_demo(subject, result, files, budget.spent)
 
 
 def _demo_dict(
@@ -163,7 +160,7 @@ def _speedup_table(result: Measurement) -> Table:
 
 
 def _comparison_cells(part: Comparison) -> tuple[str, ...]:
-    share = part.share_of_limit
+    share = part.limit_fraction
     return (
         _milliseconds(part.dense),
         _milliseconds(part.pruned),
@@ -177,22 +174,22 @@ def _remarks(subject: Subject, result: Measurement) -> Iterator[str]:
     several = f"median of {result.repeats} alternating runs after a warm-up, ± half of max - min"
     yield (
         f"ms: {several if result.repeats > 1 else 'one run after a warm-up'}. "
-        f"limit: dense FLOPs / pruned FLOPs of the blocks' matrix products; for the whole run, all "
-        f"else taking as long as in the dense run."
+        f"limit: dense FLOPs / pruned FLOPs of the blocks' matrix products; for the whole run, "
+        f"with the same time for all else as in the dense run."
     )
     pruned, branches = result.branch_counts
     refused = "" if pruned == branches else "; fastvar-fx explain says why the others do not"
     yield f"{pruned} of {branches} branches prune{refused}. Step skipping: none."
-    if result.repeats == 1:
-        yield "one run shows no spread, and what else ran meanwhile counts in full; see --repeats"
-    elif result.unsteady:
-        yield "the times spread by more than 20 %: something else was running; measure again"
+    if result.transformer.unusable:
+        yield f"times and speed-ups are unusable: {result.transformer.doubt}; measure again"
+    elif result.transformer.doubt:
+        yield f"{result.transformer.doubt}; see --repeats"
     if result.slower_steps:
         yield f"slower than dense at steps {', '.join(map(str, result.slower_steps))}"
     if result.repeat_difference > 0:
         yield (
             f"two dense runs differ by up to {result.repeat_difference:.2g}: the run is not "
-            f"deterministic, and the difference picture holds that too"
+            f"deterministic, and the difference picture includes that"
         )
     if subject.note:
         yield subject.note

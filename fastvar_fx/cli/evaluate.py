@@ -22,7 +22,7 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
-from fastvar_fx.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate, phases
+from fastvar_fx.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
 
 _ALL = ",".join(METRICS)
 
@@ -63,7 +63,7 @@ def run_evaluate(
     """Compare the pruned model with the dense one and with photographs: quality and speed."""
     wanted = check_metrics([name for name in metrics.split(",") if name])
     chosen = chosen_schedule(model, preset, schedule, ratios, own_schedule(model))
-    with show_progress(phases(seeds, repeats) + 1) as progress:
+    with show_progress() as progress:
         progress("building the model")
         subject = case(model, chosen, classes=_class_list(classes), folder=images)
         result = evaluate(subject, metrics=wanted, seeds=seeds, repeats=repeats, progress=progress)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -12,12 +13,13 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from fastvar_fx.cli import say
 from fastvar_fx.ops import Scale
-from fastvar_fx.timing import Subject
+from fastvar_fx.timing import Budget, Progress, Subject
 
 _WIDTH: Final = 100
 """Columns of a table that goes to a file or a pipe."""
@@ -74,7 +76,7 @@ def environment(subject: Subject) -> dict[str, Any]:
 
 
 def environment_line(subject: Subject, batch: int) -> str:
-    """Returns what the times depend on, in a line."""
+    """Returns what the times depend on, as one line."""
     data = environment(subject)
     return (
         f"{data['device']}, {data['dtype']}, batch {batch}, "
@@ -99,20 +101,32 @@ def show(what: object) -> None:
 
 
 @contextmanager
-def show_progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Shows what is being done on stderr: a bar on a terminal, else a line each.
+def show_progress(budget: Budget | None = None) -> Iterator[Progress]:
+    """Shows the work and the time spent and left on stderr: a bar on a terminal, else lines.
 
     The bar moves only between runs, so that no thread draws while something is timed.
+
+    Args:
+        budget: The time that all of it may take; None for no bound.
     """
+    budget = budget or Budget()
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield say
+        yield lambda text: say(f"{_clock(budget)}: {text}")
         return
     columns = (BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+    total = budget.seconds if isfinite(budget.seconds) else None
+    with ProgressBar(*columns, console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("starting", total=total)
 
         def advance(text: str) -> None:
-            bar.update(task, description=text, advance=1, refresh=True)
+            description = f"{_clock(budget)}: {text}"
+            bar.update(task, description=description, completed=budget.spent, refresh=True)
 
         yield advance
+
+
+def _clock(budget: Budget) -> str:
+    """Returns the time spent and, where it is bounded, the time left."""
+    left = budget.seconds - budget.spent
+    return f"{budget.spent:.0f} s" + (f", {max(left, 0):.0f} s left" if isfinite(left) else "")
