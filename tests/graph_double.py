@@ -72,12 +72,18 @@ class Rerun:
                 memory.copy_(value)
 
 
+class OfCompiled(Rerun):
+    """For compiled models: Dynamo leaves code alone under a mode such as `Waiting`."""
+
+    rehearse = Rerun.warm_up
+
+
 def record(fast: nn.Module, run: Run, *inputs: Any, graph: Rerun | None = None) -> Recording:
     return Recording(fast, run, inputs, graph or Rerun())  # type: ignore[arg-type]
 
 
 @contextmanager
-def doubled() -> Iterator[None]:
+def doubled(double: type[Rerun] = Rerun) -> Iterator[None]:
     """`fastvar_fx.cuda_graph` works on the CPU, by the double."""
-    with mock.patch.object(recording, "CudaGraph", side_effect=lambda _: Rerun()):
+    with mock.patch.object(recording, "CudaGraph", side_effect=lambda _: double()):
         yield

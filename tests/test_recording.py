@@ -15,7 +15,7 @@ from fastvar_fx import GraphError, ModelError, Schedule
 from fastvar_fx.models import hart, infinity
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.recording import Run
-from tests.graph_double import Rerun, record
+from tests.graph_double import OfCompiled, Rerun, record
 
 FEW = (1, 2, 3, 4)
 ONES, TWOS = torch.tensor([1, 1]), torch.tensor([2, 2])
@@ -111,10 +111,7 @@ def test_compiled_programs_are_recorded_too() -> None:
     torch._dynamo.reset()
     fast = fastvar_fx.compile(transformed(), backend="eager")
 
-    class Plain(Rerun):
-        rehearse = Rerun.warm_up  # Dynamo leaves code alone under a dispatch mode
-
-    recording = record(fast, draw, ONES, graph=Plain())
+    recording = record(fast, draw, ONES, graph=OfCompiled())
     with torch.compiler.set_stance("fail_on_recompile"):
         image = recording(TWOS, seed=0)
     torch.manual_seed(0)
