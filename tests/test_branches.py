@@ -19,6 +19,7 @@ from passes.branches import (
 from passes.capture import BlockProgram, capture, placeholder_of
 from passes.graphs import op_name
 from passes.refusal import RefusedError
+from tests.devices import DEVICE
 
 B, L, C = 2, 6, 8
 
@@ -71,8 +72,8 @@ class Block(nn.Module):
 
 def program_of(body: Body, x: Tensor | None = None) -> BlockProgram:
     torch.manual_seed(0)
-    block = Block(body).eval()
-    x = torch.randn(B, L, C) if x is None else x
+    block = Block(body).to(DEVICE).eval()
+    x = torch.randn(B, L, C, device=DEVICE) if x is None else x
     with torch.no_grad():
         return capture(type(block).forward.__get__(block), block, (x,), {})
 
@@ -305,8 +306,9 @@ def test_a_value_that_another_value_of_the_block_needs() -> None:
             h = self.fc(x)
             return x + h, h
 
-    block = Leaky()
-    program = capture(Leaky.forward.__get__(block), block, (torch.randn(B, L, C),), {})
+    block = Leaky().to(DEVICE)
+    x = torch.randn(B, L, C, device=DEVICE)
+    program = capture(Leaky.forward.__get__(block), block, (x,), {})
     (found,) = find(program)
     assert isinstance(found, RefusedBranch)
     assert found.refusal.code == "FVX014"
@@ -324,8 +326,8 @@ def test_returned_keys_and_values_are_fine() -> None:
             keys = torch.cat([past, q], dim=1)
             return x + F.scaled_dot_product_attention(q, keys, keys), keys
 
-    block = Cached()
-    args = (torch.randn(B, L, C), torch.randn(B, 4, C))
+    block = Cached().to(DEVICE)
+    args = (torch.randn(B, L, C, device=DEVICE), torch.randn(B, 4, C, device=DEVICE))
     (found,) = find(capture(Cached.forward.__get__(block), block, args, {}))
     assert isinstance(found, Branch)
     assert found.kind == "attention"
@@ -347,10 +349,9 @@ def test_state_belongs_to_the_branch_it_is_made_from() -> None:
             self.last = q.sin()
             return x + self.ffn(x)
 
-    block = Stateful()
-    first, second = find(
-        capture(Stateful.forward.__get__(block), block, (torch.ones(B, L, C),), {})
-    )
+    block = Stateful().to(DEVICE)
+    x = torch.ones(B, L, C, device=DEVICE)
+    first, second = find(capture(Stateful.forward.__get__(block), block, (x,), {}))
     assert isinstance(first, Branch)
     assert isinstance(second, Branch)
     assert {op_name(node) for node in first.region} >= {"aten::sin", "aten::clone"}
@@ -420,6 +421,6 @@ def test_many_branches_behind_a_projection_are_found_in_one_pass() -> None:
                 x = x + layer(x)
             return x
 
-    stack = Stack()
-    program = capture(stack.forward, stack, (torch.randn(B, L, C),), {})
+    stack = Stack().to(DEVICE)
+    program = capture(stack.forward, stack, (torch.randn(B, L, C, device=DEVICE),), {})
     assert len(find(program)) == 64

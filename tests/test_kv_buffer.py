@@ -22,6 +22,7 @@ from fastvar_fx import Schedule
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from passes.kv_buffer import Copied, Growth, append_in_place, find_growing
 from tests import zoo
+from tests.devices import DEVICE
 
 WIDTH, HEADS = 8, 2
 SCALES = ((1, 1), (2, 3), (3, 4), (4, 5), (5, 6))
@@ -94,22 +95,25 @@ class Halved(Block):
     """Caches that are used in another dtype than they are kept in."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super().append(k.bfloat16(), v.bfloat16())
-        return k.double(), v.double()
+        kept_k, kept_v = super().append(k.bfloat16(), v.bfloat16())
+        return kept_k.type_as(k), kept_v.type_as(v)
 
 
 class Net(nn.Module):
-    def __init__(self, block: Callable[[], Block] = Block) -> None:
+    def __init__(
+        self, block: Callable[[], Block] = Block, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks: Any = nn.ModuleList(block() for _ in range(2))
-        self.double().eval()
+        self.to(DEVICE, dtype).eval()
 
     def step(self, step: int, batch: int = 2, seed: int = 0) -> Tensor:
         """Runs one step; its input depends on the step and the seed only."""
         generator = torch.Generator().manual_seed(100 * seed + step)
         h, w = SCALES[step]
         x = torch.randn(4, h * w, WIDTH, generator=generator, dtype=torch.float64)[:batch]
+        x = x.to(self.blocks[0].fc.weight)
         for block in self.blocks:
             x = block(x)
         return x
@@ -126,17 +130,20 @@ class Net(nn.Module):
         return [cache for block in self.blocks for cache in block.caches()]
 
 
-def pair(block: Callable[[], Block] = Block) -> tuple[Net, Net]:
+def pair(block: Callable[[], Block] = Block, dtype: torch.dtype = torch.float64) -> tuple[Net, Net]:
     """The same model twice: its caches in buffers, and copied as they grow."""
-    net = Net(block)
+    net = Net(block, dtype)
     return fastvar_fx.transform(net, SCHEDULE), fastvar_fx.transform(net, SCHEDULE, kv_buffer=False)
 
 
-def assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
+def assert_equal(got: list[Tensor], want: list[Tensor], *, exact: bool = True) -> None:
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
         assert (a.dtype, a.device) == (b.dtype, b.device)
-        assert torch.equal(a, b)
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b)
 
 
 def buffered(net: Net) -> fastvar_fx.report.Caches:
@@ -161,7 +168,7 @@ def test_no_entry_that_a_tensor_sees_is_overwritten(
     acts: list[tuple[str, int, int, int]], dim: int
 ) -> None:
     buffers = KVBuffers()
-    caches = [torch.randn(2, 3, 2)]
+    caches = [torch.randn(2, 3, 2, device=DEVICE)]
     values = [caches[0].clone()]
     for act, choice, rows, spare in acts:
         at = len(caches) - 1 if act == "newest" else choice % len(caches)
@@ -178,7 +185,8 @@ def test_no_entry_that_a_tensor_sees_is_overwritten(
         elif act == "forget" and len(caches) > 1:
             del caches[at], values[at], past
         else:
-            new = torch.randn([rows if d == dim else n for d, n in enumerate(past.shape)])
+            shape = [rows if d == dim else n for d, n in enumerate(past.shape)]
+            new = torch.randn(shape, device=DEVICE)
             foreseen = max(0, 12 - past.shape[dim] - rows) if spare else 0
             grown = buffers.grown(past, Growth(0, 0, dim, rows, foreseen))
             grown.narrow(dim, past.shape[dim], rows).copy_(new)
@@ -189,7 +197,7 @@ def test_no_entry_that_a_tensor_sees_is_overwritten(
 
 def test_a_cache_grows_in_place_as_long_as_its_length_was_foreseen() -> None:
     buffers = KVBuffers()
-    first = buffers.grown(torch.zeros(1, 2), Growth(0, 0, 1, 3, 6))
+    first = buffers.grown(torch.zeros(1, 2, device=DEVICE), Growth(0, 0, 1, 3, 6))
     second = buffers.grown(first, Growth(0, 0, 1, 4, 2))
     assert second.data_ptr() == first.data_ptr()
     assert second.shape == (1, 9)
@@ -201,7 +209,7 @@ def test_a_cache_grows_in_place_as_long_as_its_length_was_foreseen() -> None:
 
 def test_buffers_are_freed_with_the_caches() -> None:
     buffers = KVBuffers()
-    cache = buffers.grown(torch.zeros(1, 2), Growth(0, 0, 1, 3, 6))
+    cache = buffers.grown(torch.zeros(1, 2, device=DEVICE), Growth(0, 0, 1, 3, 6))
     assert len(buffers) == 1
     del cache
     assert len(buffers) == 0
@@ -210,15 +218,29 @@ def test_buffers_are_freed_with_the_caches() -> None:
 # --- generations -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [Block, TokensFirst, Packed, Halved])
-def test_caches_stay_in_one_buffer_and_hold_what_cat_gives(block: type[Block]) -> None:
-    fast, copying = pair(block)
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [
+        (Block, torch.float64),
+        (Block, torch.float32),
+        (Block, torch.bfloat16),
+        (TokensFirst, torch.float64),
+        (Packed, torch.float64),
+        (Halved, torch.float64),
+    ],
+)
+def test_caches_stay_in_one_buffer_and_hold_what_cat_gives(
+    block: type[Block], dtype: torch.dtype
+) -> None:
+    fast, copying = pair(block, dtype)
+    # A GPU's fused attention may choose another kernel for keys that lie apart.
+    exact = DEVICE.type == "cpu" or dtype == torch.float64
     count = len(fast.blocks) * (1 if block is Packed else 2)
     for seed in range(2):
         addresses: dict[int, list[int]] = {}
         steps = zip(fast.steps(seed), copying.steps(seed), strict=True)
         for step, (got, want) in enumerate(steps):
-            assert_equal([got, *fast.caches()], [want, *copying.caches()])
+            assert_equal([got, *fast.caches()], [want, *copying.caches()], exact=exact)
             addresses[step] = [cache.data_ptr() for cache in fast.caches()]
         assert addresses[2] == addresses[3] == addresses[4] != addresses[1]
         assert all(cache.shape[block.dim + (block is Packed)] == FINAL for cache in fast.caches())
@@ -229,12 +251,8 @@ def test_caches_stay_in_one_buffer_and_hold_what_cat_gives(block: type[Block]) -
 
 def test_opting_out_copies() -> None:
     _, copying = pair()
-    seen = set()
-    for _ in copying.steps():
-        seen.add(copying.caches()[0].data_ptr())
-        kept = copying.caches()  # so that no address comes back
-    assert kept
-    assert len(seen) > 3
+    kept = [copying.caches()[0] for _ in copying.steps()]  # so that no address comes back
+    assert len({cache.data_ptr() for cache in kept}) == len(SCALES)
     assert fastvar_fx.explain(copying).caches is None
     assert "KV caches" not in str(fastvar_fx.explain(copying))
 
@@ -263,8 +281,9 @@ def cut(net: Net) -> None:
 
 
 def pick(net: Net) -> None:
+    swapped = torch.tensor([1, 0], device=DEVICE)
     for block in net.blocks:
-        block.k, block.v = (cache.index_select(0, torch.tensor([1, 0])) for cache in block.caches())
+        block.k, block.v = (cache.index_select(0, swapped) for cache in block.caches())
 
 
 def edit(net: Net) -> None:
@@ -375,7 +394,8 @@ def test_gradients_are_those_of_copied_caches() -> None:
             torch.autograd.backward(loss)
         gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
         net.zero_grad()
-    assert_equal(*gradients)
+    # A GPU adds up the gradients of a resized map in any order.
+    assert_equal(*gradients, exact=DEVICE.type == "cpu")
 
 
 # --- caches that cannot be in a buffer ---------------------------------------------------------
@@ -465,7 +485,7 @@ def graph_of(function: Callable[..., Any], *inputs: Tensor) -> torch.fx.GraphMod
 
 
 def test_cat_becomes_a_write_into_the_room() -> None:
-    past, new = torch.randn(2, 3, 4), torch.randn(2, 2, 4)
+    past, new = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 2, 4, device=DEVICE)
 
     def grow(past: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         grown = torch.cat((past, new), 1)
@@ -482,7 +502,7 @@ def test_cat_becomes_a_write_into_the_room() -> None:
     targets = [node.target for node in made.graph.nodes]
     assert torch.ops.aten.cat.default not in targets
     assert torch.ops.aten.cat.default in [node.target for node in graph.graph.nodes]
-    buffer = torch.full((2, 7, 4), torch.nan)
+    buffer = torch.full((2, 7, 4), torch.nan, device=DEVICE)
     buffer[:, :3] = past
     outputs = made(buffer[:, :5], new)
     assert_equal(outputs, list(grow(past, new)))

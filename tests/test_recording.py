@@ -15,7 +15,7 @@ from fastvar_fx import GraphError, ModelError, Schedule
 from fastvar_fx.models import hart, infinity
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.recording import Run
-from tests.graph_double import Rerun, record
+from tests.graph_double import OfCompiled, Rerun, record
 
 FEW = (1, 2, 3, 4)
 ONES, TWOS = torch.tensor([1, 1]), torch.tensor([2, 2])
@@ -111,10 +111,7 @@ def test_compiled_programs_are_recorded_too() -> None:
     torch._dynamo.reset()
     fast = fastvar_fx.compile(transformed(), backend="eager")
 
-    class Plain(Rerun):
-        rehearse = Rerun.warm_up  # Dynamo leaves code alone under a dispatch mode
-
-    recording = record(fast, draw, ONES, graph=Plain())
+    recording = record(fast, draw, ONES, graph=OfCompiled())
     with torch.compiler.set_stance("fail_on_recompile"):
         image = recording(TWOS, seed=0)
     torch.manual_seed(0)
@@ -152,10 +149,7 @@ LOOPS: dict[str, tuple[Callable[[], nn.Module], Run, Tensor]] = {
     ("name", "ratios"),
     [(name, (0.5, 0.75)) for name in LOOPS] + [("var", (0.5, 1.0)), ("infinity", (0.5, 1.0))],
 )
-def test_no_in_tree_loop_waits_for_the_gpu(
-    name: str, ratios: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
+def test_no_in_tree_loop_waits_for_the_gpu(name: str, ratios: tuple[float, ...]) -> None:
     make, run, example = LOOPS[name]
     fast = fastvar_fx.transform(make(), Schedule(FEW, ratios))
     image = record(fast, run, example)(example, seed=0)
