@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from fastvar_fx.errors import ModelError
-from passes.state import attributes, is_container
+from passes.state import contents, fill, is_container
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential, list, tuple)
 _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)
@@ -265,17 +264,10 @@ class _Copier:
     def _container(self, value: Any) -> Any:
         if isinstance(value, torch.Generator):
             return copy.deepcopy(value) if type(value) is not torch.Generator else _clone(value)
+        if isinstance(value, set):
+            return type(value)(self._value(item) for item in value)
         made = copy.copy(value)
-        if isinstance(value, dict):
-            made.update({key: self._value(item) for key, item in value.items()})
-        elif isinstance(value, (list, deque)):
-            made.clear()
-            made.extend(self._value(item) for item in value)
-        elif isinstance(value, set):
-            made = type(value)(self._value(item) for item in value)
-        else:  # an object of the user's, such as a cache
-            for name, item in attributes(value).items():
-                object.__setattr__(made, name, self._value(item))
+        fill(made, {step: self._value(item) for step, item in contents(value).items()})
         return made
 
 

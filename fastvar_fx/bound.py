@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastvar_fx.kv_buffers import KVBuffers
+from passes import Call, StepProgram
 from passes.capture import BlockProgram
-from passes.pipeline import Call, StepProgram
 from passes.sizes import Place, Varying
 from passes.state import Path, Write, apply, get, roots
 

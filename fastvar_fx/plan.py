@@ -21,8 +21,8 @@ from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import StepTimes
 from passes.branches import Kind
+from passes.caches import CacheReport, LaterRows
 from passes.costs import BranchReport
-from passes.kv_buffer import CacheReport, LaterRows
 from passes.refusal import Refusal
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]

@@ -12,28 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import passes
 from fastvar_fx.bound import BoundProgram, StaysDense, meta_of
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.plan import Plan, StepRecord
 from passes.branches import find_branches
-from passes.capture import (
-    BlockProgram,
-    LeakedTensorError,
-    capture,
-    fingerprint,
-    placeholder_of,
-    run_eagerly,
-)
-from passes.pipeline import (
-    Call,
-    Dump,
-    Reference,
-    StepProgram,
-    make_capture,
-    make_pruned,
-    reference,
-)
-from passes.prune import Step
+from passes.capture import BlockProgram, capture, placeholder_of, run_eagerly
 from passes.refusal import Refusal, RefusedError
 from passes.state import Path, get
 
@@ -64,7 +48,7 @@ class _Entry:
     number: int
     step: int
     fingerprint: tuple[Any, ...]
-    program: StepProgram | Refusal
+    program: passes.StepProgram | Refusal
 
 
 class ProgramStore:
@@ -81,7 +65,7 @@ class ProgramStore:
         self,
         block: Block,
         step: int,
-        call: Call,
+        call: passes.Call,
         captured: dict[int, Tensor],
         known: list[BoundProgram | StaysDense],
     ) -> BoundProgram | StaysDense:
@@ -101,7 +85,7 @@ class ProgramStore:
             entry = entry or self._find_or_make(block, step, call, captured)
         except RefusedError as error:
             entry = _Entry(-1, step, (), error.refusal)
-        except LeakedTensorError as error:
+        except passes.LeakedTensorError as error:
             raise ModelError(
                 f"{block.name} cannot be traced: {error}. Keep such state in attributes, lists or "
                 f"dicts of the block, or hand it in; then transform the model anew"
@@ -122,7 +106,7 @@ class ProgramStore:
         if refused:
             log.info("%s stays dense at step %d: %s", block.name, step, program)
         bound = None
-        if isinstance(program, StepProgram):
+        if isinstance(program, passes.StepProgram):
             bound = BoundProgram(program, call, self._plan.kv_buffers)
         known.append(bound or StaysDense.of(call))
         return known[-1]
@@ -131,7 +115,7 @@ class ProgramStore:
         self,
         block: Block,
         step: int,
-        call: Call,
+        call: passes.Call,
         captured: dict[int, Tensor],
         known: list[BoundProgram | StaysDense],
     ) -> _Entry | None:
@@ -150,7 +134,7 @@ class ProgramStore:
             except RefusedError as error:
                 entry = _Entry(-1, step, (), error.refusal)
             made = entry.program
-            if isinstance(made, StepProgram) and made.prunes == program.prunes:
+            if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
                 known.remove(program)
                 return entry
             log.info("%s at step %d: sizes stay fixed: %s", block.name, step, made)
@@ -164,56 +148,67 @@ class ProgramStore:
         return made
 
     def _find_or_make(
-        self, block: Block, step: int, call: Call, captured: dict[int, Tensor]
+        self, block: Block, step: int, call: passes.Call, captured: dict[int, Tensor]
     ) -> _Entry:
         kind = (step, block.forward, *StaysDense.of(call).key)
-        real = None if kind in self._met else reference(call)
+        real = None if kind in self._met else passes.reference(call)
         self._met.add(kind)
         metas = tuple((i, meta_of(t)) for i, t in sorted(captured.items()))
         mark = (metas, *self._fingerprint(call, real))
         for entry in self._entries:
             if entry.step == step and entry.fingerprint == mark:
                 return entry
-        program = self._make(block, step, call, real or reference(call), captured)
+        program = self._make(block, step, call, real or passes.reference(call), captured)
         entry = _Entry(len(self._entries), step, mark, program)
         self._entries.append(entry)
         return entry
 
     @staticmethod
-    def _fingerprint(call: Call, real: Reference | None) -> tuple[Any, ...]:
+    def _fingerprint(call: passes.Call, real: passes.Reference | None) -> tuple[Any, ...]:
         try:
-            return fingerprint(call.forward, call.module, call.args, call.kwargs, call.varying)
+            return passes.fingerprint(
+                call.forward, call.module, call.args, call.kwargs, call.varying
+            )
         except RefusedError:
             if real is None:
-                reference(call)  # if the real call fails too, that is the error to raise
+                passes.reference(call)  # if the real call fails too, that is the error to raise
             raise
 
     def _make(
         self,
         block: Block,
         step: int,
-        call: Call,
-        real: Reference,
+        call: passes.Call,
+        real: passes.Reference,
         captured: dict[int, Tensor],
-    ) -> StepProgram | Refusal:
-        plan = self._plan
+    ) -> passes.StepProgram | Refusal:
+        plan, schedule = self._plan, self._plan.schedule
         number = len(self._entries)
-        dump = plan.dump_dir and Dump(plan.dump_dir, f"{number:02}_{block.name}_step{step}")
-        later = plan.later_rows(step)
-        try:
-            if step == plan.schedule.cache_step:
-                return make_capture(call, real, plan.kinds, later, dump or None)
-            scales = (plan.schedule.scales[plan.schedule.cache_step], plan.schedule.scales[step])
+        dump = plan.dump_dir and passes.Dump(plan.dump_dir, f"{number:02}_{block.name}_step{step}")
+        at = None
+        if step != schedule.cache_step:
+            scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
             last, once = step == plan.last_step, plan.operators.selects_once
-            at = Step(plan.schedule.kept(step), *scales, last=last, selects_once=once)
-            return make_pruned(
-                call, real, plan.kinds, at, plan.operators, captured, later, dump or None
-            )
+            at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
+        context = passes.Context(
+            call=call,
+            real=real,
+            kinds=plan.kinds,
+            step=at,
+            operators=plan.operators if at else None,
+            captured=captured,
+            later=plan.later_rows(step),
+            dump=dump or None,
+        )
+        try:
+            return passes.run(context)
         except RefusedError as error:
             return error.refusal
-        except (AssertionError, AttributeError, LookupError, TypeError) as error:
-            log.exception("%s stays dense at step %d: the compiler failed", block.name, step)
-            return Refusal("FVX020", f"{type(error).__name__}: {error}")
+        except passes.PassError as error:
+            if plan.strict:
+                raise
+            log.exception("%s stays dense at step %d", block.name, step)
+            return Refusal("FVX020", str(error))
 
     def stream_of(
         self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

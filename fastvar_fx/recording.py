@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.blocks import reachable
 from fastvar_fx.compiled import Compilation
-from fastvar_fx.errors import FastVARError, GraphError, ModelError
+from fastvar_fx.errors import FastVARError, GraphError, ModelError, user_line
 from fastvar_fx.transform import plan_of, trace
 from passes.state import Snapshot, roots
 
@@ -436,17 +436,5 @@ def _first_line(error: BaseException) -> str:
 
 def _at_users_line(error: BaseException) -> str:
     """Returns where the innermost line of the model's or the user's code is, if there is one."""
-    frames = [
-        f"{frame.f_code.co_filename}:{line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if _is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename)
-    ]
-    return f" at {frames[-1]}" if frames else ""
-
-
-def _is_users(module: str, file: str) -> bool:
-    package = module.partition(".")[0]
-    ours = package in ("torch", "passes", "einops", "contextlib") or (
-        package == "fastvar_fx" and not module.startswith("fastvar_fx.models")
-    )
-    return not ours and not file.startswith("<")
+    line = user_line(error)
+    return f" at {line}" if line else ""

@@ -488,4 +488,4 @@ def _bytes(count: int) -> str:
 def _refusal_dict(refusal: Refusal | None) -> dict[str, str] | None:
     if refusal is None:
         return None
-    return vars(refusal) | {"title": refusal.title, "hint": refusal.hint}
+    return refusal.as_dict()

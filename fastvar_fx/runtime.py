@@ -28,7 +28,7 @@ from fastvar_fx.errors import (
 from fastvar_fx.plan import Executor, Plan
 from fastvar_fx.programs import Block, Forward, ProgramStore
 from fastvar_fx.report import Report
-from passes.pipeline import Call
+from passes import Call
 from passes.state import Path
 
 log = logging.getLogger(__name__)

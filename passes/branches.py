@@ -1,26 +1,34 @@
-"""Finds the residual branches of a block program. Analysis only: the graph is never edited.
+"""Finds the residual branches of a block program. Analysis only: no graph is edited.
 
-The trunk is walked backwards from the block's result to its (B, L, C) input: through adds of the
-stream and a branch, and through whatever else the stream itself passes (casts, a post-norm). What
-lies between the trunk and such an add is a branch. Every op of a branch is then asked by its axis
-rule whether tokens may be dropped through it; a branch with one that says no is refused.
+The trunk is followed backwards from the block's result to its (B, L, C) input: through adds of the
+stream and a branch, and through other ops on the stream itself (casts, a post-norm). The nodes
+between the trunk and such an add are a branch. The axis rule of every op of a branch then decides
+whether tokens may be dropped through it; a branch with an op through which they may not is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch.fx import Graph, Node
 
-from passes.attention import is_attention, key_operand
 from passes.axes import Axes, has_batch, has_tokens, stream_axes
-from passes.graphs import memory_owner, mutated, op_name, outputs_of
+from passes.capture import placeholder_of
+from passes.graph import bind, inputs_within, memory_owner, op_name, outputs_of, written
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Edit, Gather, Slot, apply_rule, bind
+from passes.rules import Edit, Slot, apply_rule, is_attention, key_operand
+from passes.user_frames import where
 
+if TYPE_CHECKING:
+    from passes.base import Context, Draft
+    from passes.capture import BlockProgram
+    from passes.state import Path
+
+AxesByNode = dict[Node, Axes | list[Axes]]
+"""The axes of each value; a list for several results."""
 Kind = Literal["attention", "cross_attention", "ffn"]
 KINDS: Final[tuple[Kind, ...]] = ("attention", "cross_attention", "ffn")
 
@@ -35,7 +43,7 @@ _PRODUCTS: Final = frozenset(
 _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Branch:
     """A residual branch that may drop tokens.
 
@@ -58,7 +66,7 @@ class Branch:
     out: Node = field(repr=False)
     entries: tuple[Node, ...] = field(repr=False)
     region: tuple[Node, ...] = field(repr=False)
-    axes: dict[Node, Axes | list[Axes]] = field(repr=False)
+    axes: AxesByNode = field(repr=False)
     edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
 
     @property
@@ -67,7 +75,7 @@ class Branch:
         return {"branch": self.index, "kind": self.kind}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RefusedBranch:
     """A residual branch that stays dense, and why."""
 
@@ -83,38 +91,52 @@ class RefusedBranch:
         """What its nodes are marked with, under `meta["fastvar"]`."""
         return {"branch": self.index, "kind": self.kind}
 
+    @classmethod
+    def of(cls, branch: FoundBranch, refusal: Refusal) -> RefusedBranch:
+        """Returns a branch as a refused one."""
+        return cls(
+            index=branch.index,
+            kind=branch.kind,
+            name=branch.name,
+            out=branch.out,
+            region=branch.region,
+            refusal=refusal,
+        )
+
 
 FoundBranch = Branch | RefusedBranch
 
 
-def met_at_cached_keys(branch: Branch) -> Node | None:
-    """Returns the op at which a branch that caches its keys meets a value per cached key.
+class FindBranches:
+    """Finds the branches, and marks their nodes under `meta["fastvar"]`, which copies inherit."""
 
-    Such a value, a mask say, comes from outside and has entries for all keys of earlier steps.
-    Where keys were pruned, it would have to be gathered by what every earlier step kept.
+    name = "find_branches"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with its branches."""
+        stream, results = context.call.stream, draft.captured.result_count
+        graph = draft.graph_module.graph
+        found = find_branches(graph, stream_node(draft, stream), results)
+        for branch in found:
+            for node in branch.region:
+                node.meta["fastvar"] = dict(branch.label)
+        return replace(draft, source=draft.graph_module, found=tuple(found))
+
+
+def stream_node(program: BlockProgram | Draft, stream: Path) -> Node:
+    """Returns the placeholder of a program's (B, L, C) input.
+
+    Raises:
+        RefusedError: FVX003, if the program does not read it.
     """
-    if not any(user.op == "output" for node in branch.region for user in node.users):
-        return None
-    for node, edits in branch.edits.items():
-        for (name, item), edit in edits.items():
-            if isinstance(edit, Gather):
-                side = bind(node)[name] if item is None else bind(node)[name][item]
-                pairs = zip(reversed(_shape(side) or ()), reversed(edit.axes), strict=False)
-                counted = any(size != 1 and any(f.before for f in dim) for size, dim in pairs)
-                if counted and _is_given(side):
-                    return node
-    return None
-
-
-def _is_given(node: Node) -> bool:
-    """Whether a value is not made from sizes alone."""
-    if node.target is torch.ops.aten.sym_size.int:
-        return False
-    return node.op != "call_function" or any(map(_is_given, node.all_input_nodes))
+    node = placeholder_of(program, stream)
+    if node is None:
+        refuse("FVX003", "its (B, L, C) input is not read")
+    return node
 
 
 def counts_flops(node: Node) -> bool:
-    """Whether a call is a matrix product or an attention: what its FLOPs are counted by."""
+    """Whether a call is a matrix product or an attention, whose FLOPs are counted."""
     return op_name(node) in _PRODUCTS or is_attention(node)
 
 
@@ -124,98 +146,134 @@ def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]
     Args:
         graph: A block program's graph.
         stream: The placeholder of its (B, L, C) input.
-        results: How many outputs are the call's result; those behind them are written state.
+        results: How many outputs are the call's result; those after them are written state.
 
     Raises:
         RefusedError: FVX003 if no result is reached by a residual stream; FVX004 if the trunk
             holds no branch.
     """
     outputs = outputs_of(graph)
-    inside = _descendants(graph, stream)
-    trunk, adds = _walk_trunk(stream, outputs[:results], inside)
+    survey = _Survey(graph, stream)
+    values, adds = survey.trunk(outputs[:results])
     if not adds:
-        refuse("FVX004", "its result is not a sum of its input and something computed from it")
-    regions = [_region(graph, out, trunk, inside) for _, out in adds]
-    _claim_states(graph, regions, outputs[results:], trunk, inside)
-    return [
-        _examine(index, add, out, region, trunk, inside, regions, set(outputs[results:]))
-        for index, ((add, out), region) in enumerate(zip(adds, regions, strict=True))
-    ]
+        refuse(
+            "FVX004",
+            "its result is not a sum of its input and something computed from it",
+            nearest=survey.nearest(),
+        )
+    between = survey.inside - values
+    regions = [inputs_within([out], between) for _, out in adds]
+    states = set(outputs[results:])
+    _claim_states(regions, [n for n in outputs[results:] if n in between], between)
+    trunk = _Trunk(survey.inside, values, adds, regions, states)
+    return [_examine(trunk, index) for index in range(len(adds))]
 
 
-def _descendants(graph: Graph, stream: Node) -> set[Node]:
-    inside = {stream}
-    for node in graph.nodes:
-        if node.op == "call_function" and any(arg in inside for arg in node.all_input_nodes):
-            inside.add(node)
-    return inside
+class _Survey:
+    """What is known of a graph before its trunk is: what is computed from the stream, and how.
+
+    Attributes:
+        inside: The stream and all that is computed from it.
+    """
+
+    def __init__(self, graph: Graph, stream: Node) -> None:
+        self._stream = stream
+        self.inside = {stream}
+        self._heavy: set[Node] = set()  # holds a matrix product or an attention since the trunk
+        self._residuals: dict[Node, tuple[Node, Node]] = {}  # add -> (trunk, branch output)
+        self._roots: dict[Node, Node] = {}  # where the trunk of a residual add began
+        self._misses: list[Node] = []
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == "call_function" and any(source in self.inside for source in sources):
+                self.inside.add(node)
+                self._look_at(node)
+
+    def _look_at(self, node: Node) -> None:
+        pair = self._split(node)
+        sources = node.all_input_nodes
+        if pair is not None:
+            trunk, _ = self._residuals[node] = pair
+            self._roots[node] = self._roots.get(trunk, trunk)
+            sources = [trunk]
+        if counts_flops(node) or any(source in self._heavy for source in sources):
+            self._heavy.add(node)
+
+    def _split(self, node: Node) -> tuple[Node, Node] | None:
+        """Splits a residual add into (trunk, branch output); returns None for any other node."""
+        if op_name(node) not in _ADDS or len(node.args) < 2:
+            return None
+        a, b = node.args[:2]
+        if not (isinstance(a, Node) and isinstance(b, Node) and {a, b} <= self.inside):
+            return None
+        if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
+            return None
+        for trunk, out in ((a, b), (b, a)):
+            if out in self._heavy:
+                if trunk not in self._heavy or _depends(out, self._roots.get(trunk, trunk)):
+                    return trunk, out
+        self._misses.append(node)
+        return None
+
+    def trunk(self, results: Sequence[Node]) -> tuple[set[Node], list[tuple[Node, Node]]]:
+        """Returns the values of the trunk, and its (add, branch output) pairs from the input on."""
+        stream = self._stream
+        for result in results:
+            values: set[Node] = {stream}
+            adds: list[tuple[Node, Node]] = []
+            node: Node | None = result if _shape(result) == _shape(stream) else None
+            while node is not None and node is not stream:
+                values.add(node)
+                if node in self._residuals:
+                    before, out = self._residuals[node]
+                    adds.append((node, out))
+                    node = before
+                else:
+                    node = self._predecessor(node)
+            if node is stream:
+                return values, adds[::-1]
+        reason = f"no result of shape {_shape(stream)} is its input plus something"
+        return refuse("FVX003", reason, nearest=self.nearest())
+
+    def _predecessor(self, node: Node) -> Node | None:
+        """Follows the trunk through an op that is no residual add: a cast, a norm, a projection."""
+        if node in self._heavy and op_name(node) != "aten::linear" and counts_flops(node):
+            return None
+        sources = [arg for arg in node.all_input_nodes if arg in self.inside]
+        alike = (arg for arg in sources if _shape(arg) == _shape(node))
+        return next(alike, next(iter(sources), None))
+
+    def nearest(self) -> str:
+        """Describes the last add of two values of the stream that is no residual add, if any."""
+        if not self._misses:
+            return ""
+        add = self._misses[-1]
+        at = f" at {where(add)}" if where(add) else ""
+        return f"{add.target}{at}, to which no matrix product or attention contributes"
+
+
+@dataclass(frozen=True, eq=False)
+class _Trunk:
+    """The trunk of a block, and the nodes between it and its residual adds.
+
+    Attributes:
+        inside: The stream and all that is computed from it.
+        values: The values of the trunk.
+        adds: Its (add, branch output) pairs from the input on.
+        regions: The nodes of each branch.
+        states: Outputs of the graph that become state.
+    """
+
+    inside: set[Node]
+    values: set[Node]
+    adds: list[tuple[Node, Node]]
+    regions: list[set[Node]]
+    states: set[Node]
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _walk_trunk(
-    stream: Node, results: list[Node], inside: set[Node]
-) -> tuple[set[Node], list[tuple[Node, Node]]]:
-    """Returns the values of the trunk, and its (add, branch output) pairs from the input on."""
-    heavy, residuals = _survey(stream, inside)
-    for result in results:
-        trunk: set[Node] = set()
-        adds: list[tuple[Node, Node]] = []
-        node: Node | None = result if _shape(result) == _shape(stream) else None
-        while node is not None and node is not stream:
-            trunk.add(node)
-            if node in residuals:
-                before, out = residuals[node]
-                adds.append((node, out))
-                node = before
-            else:
-                node = _predecessor(node, inside, heavy)
-        if node is stream:
-            return trunk | {stream}, adds[::-1]
-    return refuse("FVX003", f"no result of shape {_shape(stream)} is its input plus something")
-
-
-def _survey(stream: Node, inside: set[Node]) -> tuple[set[Node], dict[Node, tuple[Node, Node]]]:
-    """Returns the values that hold real work, and the residual adds.
-
-    Real work is a matrix product or an attention done since the trunk. A residual add is given
-    with its (trunk, branch output).
-    """
-    heavy: set[Node] = set()
-    residuals: dict[Node, tuple[Node, Node]] = {}
-    roots: dict[Node, Node] = {}  # where the trunk of a residual add began
-    for node in stream.graph.nodes:
-        if node not in inside or node is stream:
-            continue
-        pair = _residual_operands(node, inside, heavy, roots)
-        sources = node.all_input_nodes
-        if pair is not None:
-            residuals[node] = pair
-            roots[node] = roots.get(pair[0], pair[0])
-            sources = [pair[0]]
-        if counts_flops(node) or any(source in heavy for source in sources):
-            heavy.add(node)
-    return heavy, residuals
-
-
-def _residual_operands(
-    node: Node, inside: set[Node], heavy: set[Node], roots: dict[Node, Node]
-) -> tuple[Node, Node] | None:
-    """Splits an add into (trunk, branch output), or returns None if it is not a residual add."""
-    if op_name(node) not in _ADDS or len(node.args) < 2:
-        return None
-    a, b = node.args[:2]
-    if not (isinstance(a, Node) and isinstance(b, Node) and a in inside and b in inside):
-        return None
-    if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
-        return None
-    for trunk, out in ((a, b), (b, a)):
-        if out in heavy and (trunk not in heavy or _depends(out, roots.get(trunk, trunk))):
-            return trunk, out
-    return None
 
 
 def _depends(node: Node, on: Node) -> bool:
@@ -231,159 +289,120 @@ def _depends(node: Node, on: Node) -> bool:
     return False
 
 
-def _predecessor(node: Node, inside: set[Node], heavy: set[Node]) -> Node | None:
-    """Follows the trunk through an op that is no residual add: a cast, a norm, a projection."""
-    if node in heavy and op_name(node) != "aten::linear":
-        if counts_flops(node):
-            return None
-    sources = [arg for arg in node.all_input_nodes if arg in inside]
-    return next((arg for arg in sources if _shape(arg) == _shape(node)), next(iter(sources), None))
-
-
-def _region(graph: Graph, out: Node, trunk: set[Node], inside: set[Node]) -> set[Node]:
-    """The nodes between the trunk and `out`, and the in-place ops that write into them."""
-    region = _cone([out], trunk, inside)
-    grown = True
-    while grown:
-        grown = False
-        for node in graph.nodes:
-            if node in region or node in trunk or node not in inside:
-                continue
-            target = mutated(node)
-            if target is not None and memory_owner(target) in region:
-                region |= _cone([node], trunk, inside)
-                grown = True
-    return region
-
-
-def _cone(roots: Iterable[Node], trunk: set[Node], inside: set[Node]) -> set[Node]:
-    cone: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node in inside and node not in trunk and node not in cone:
-            cone.add(node)
-            stack.extend(node.all_input_nodes)
-    return cone
-
-
-def _claim_states(
-    graph: Graph, regions: list[set[Node]], states: list[Node], trunk: set[Node], inside: set[Node]
-) -> None:
-    """Gives the values that only become new state to the branch they are made from."""
+def _claim_states(regions: list[set[Node]], states: Sequence[Node], between: set[Node]) -> None:
+    """Gives the values that only become new state to the branch they are computed from."""
     for state in states:
-        if state in inside and state not in trunk and not any(state in r for r in regions):
-            cone = _cone([state], trunk, inside)
+        if not any(state in region for region in regions):
+            cone = inputs_within([state], between)
             nearest = max(regions, key=lambda region: len(region & cone))
             nearest |= cone
 
 
-def _examine(
-    index: int,
-    add: Node,
-    out: Node,
-    region: set[Node],
-    trunk: set[Node],
-    inside: set[Node],
-    regions: list[set[Node]],
-    states: set[Node],
-) -> FoundBranch:
-    ordered = tuple(node for node in add.graph.nodes if node in region)
-    name = _name(ordered, inside)
-    axes: dict[Node, Axes | list[Axes]] = {}
+def _examine(trunk: _Trunk, index: int) -> FoundBranch:
+    add, out = trunk.adds[index]
+    region = tuple(node for node in add.graph.nodes if node in trunk.regions[index])
+    axes: AxesByNode = {}
+    refusal = None
     try:
-        entries = _entries(ordered, trunk)
+        entries = _entries(region, trunk)
         axes |= {entry: stream_axes(entry.meta["val"].shape) for entry in entries}
-        _check_owned(ordered, add, trunk, regions, region)
-        edits = _propagate(ordered, axes)
+        _check_owned(region, add, trunk)
+        edits = _propagate(region, axes)
         _check_output(out, axes)
-        _check_returned(ordered, axes, states)
+        _check_returned(region, axes, trunk.states)
     except RefusedError as error:
-        kind = _kind(ordered, axes, inside)
-        return RefusedBranch(index, kind, name or kind, out, ordered, error.refusal)
-    kind = _kind(ordered, axes, inside)
-    return Branch(index, kind, name or kind, add, out, entries, ordered, axes, edits)
+        refusal = error.refusal
+    kind = _kind(region, axes, trunk.inside)
+    name = _name(region, trunk.inside) or kind
+    if refusal is not None:
+        return RefusedBranch(
+            index=index, kind=kind, name=name, out=out, region=region, refusal=refusal
+        )
+    return Branch(
+        index=index,
+        kind=kind,
+        name=name,
+        add=add,
+        out=out,
+        entries=entries,
+        region=region,
+        axes=axes,
+        edits=edits,
+    )
 
 
-def _entries(region: tuple[Node, ...], trunk: set[Node]) -> tuple[Node, ...]:
-    entries = {arg for node in region for arg in node.all_input_nodes if arg in trunk}
+def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:
+    entries = {arg for node in region for arg in node.all_input_nodes if arg in trunk.values}
     for entry in entries:
         if len(_shape(entry) or ()) != 3:
             refuse("FVX003", f"it reads the trunk as {_shape(entry)}, not as (B, L, C)", entry)
-    order = {node: place for place, node in enumerate(region[0].graph.nodes)}
-    return tuple(sorted(entries, key=order.__getitem__))
+    return tuple(node for node in region[0].graph.nodes if node in entries)
 
 
-def _check_owned(
-    ordered: tuple[Node, ...],
-    add: Node,
-    trunk: set[Node],
-    regions: list[set[Node]],
-    region: set[Node],
-) -> None:
+def _check_owned(region: tuple[Node, ...], add: Node, trunk: _Trunk) -> None:
     """Refuses a branch used from outside, or that writes into what it does not own."""
-    known = set().union(*regions)
-    for node in ordered:
+    known = set().union(*trunk.regions)
+    for node in region:
         for user in node.users:
             if user.op == "output" or user is add or user in known:
                 continue
-            if not _fills_a_cache(user, known | trunk):
+            if not _fills_a_cache(user, known | trunk.values):
                 refuse("FVX014", f"it is used by {user.target} outside the branch", node)
-        target = mutated(node)
-        if target is not None and memory_owner(target) not in region:
+        if any(memory_owner(target) not in region for target in written(node)):
             refuse("FVX015", f"{node.target} overwrites a value from outside", node)
 
 
 def _fills_a_cache(node: Node, known: set[Node]) -> bool:
-    """Whether a value goes into an input of the block by an in-place op.
+    """Whether a value is written into an input of the block by an in-place op.
 
-    A preallocated cache is filled with all tokens, pruned or not: where a step's tokens stand in it
+    A preallocated cache is filled with all tokens, pruned or not: where a step's tokens are in it
     is a number in the model's code. So keys and values are computed densely, and queries pruned.
     """
     stack, seen = [node], set(known)
     while stack:
         current = stack.pop()
-        target = mutated(current)
-        if target is not None and memory_owner(target).op == "placeholder":
+        if any(memory_owner(target).op == "placeholder" for target in written(current)):
             return True
         seen.add(current)
         stack += [user for user in current.users if user not in seen]
     return False
 
 
-def _propagate(
-    region: tuple[Node, ...], axes: dict[Node, Axes | list[Axes]]
-) -> dict[Node, dict[Slot, Edit]]:
+def _propagate(region: tuple[Node, ...], axes: AxesByNode) -> dict[Node, dict[Slot, Edit]]:
     edits: dict[Node, dict[Slot, Edit]] = {}
-    for node in region:
-        result, changes = apply_rule(node, axes)
-        axes[node] = result
+    for done, node in enumerate(region):
+        try:
+            axes[node], changes = apply_rule(node, axes)
+        except RefusedError as error:
+            nearest = f"{done} of the branch's {len(region)} ops keep the token axis"
+            raise RefusedError(replace(error.refusal, nearest=nearest)) from error
         if changes:
             edits[node] = changes
     return edits
 
 
-def _check_output(out: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
-    found, expected = axes[out], stream_axes(_shape(out) or ())
-    if found[:2] != expected[:2] or has_tokens(found[2]) or has_batch(found[2]):  # type: ignore[arg-type]
+def _dims(axes: Axes | list[Axes] | None) -> Axes:
+    """The axes of one tensor; none for several or for an unknown value."""
+    return axes if isinstance(axes, tuple) else ()
+
+
+def _check_output(out: Node, axes: AxesByNode) -> None:
+    found, expected = _dims(axes[out]), stream_axes(_shape(out) or ())
+    if found[:2] != expected[:2] or has_tokens(found[2]) or has_batch(found[2]):
         refuse("FVX011", "its output is not laid out as (B, L, C) like the stream", out)
 
 
-def _check_returned(
-    region: tuple[Node, ...], axes: Mapping[Node, Axes | list[Axes]], states: set[Node]
-) -> None:
+def _check_returned(region: tuple[Node, ...], axes: AxesByNode, states: set[Node]) -> None:
     """A block may return its keys and values, earlier ones included; nothing else of a branch."""
     for node in region:
         if node in states or not any(user.op == "output" for user in node.users):
             continue
-        dims = [dim for dim in axes[node] if has_tokens(dim)]  # type: ignore[arg-type]
-        if len(dims) != 1 or not any(factor.before for factor in dims[0]):  # type: ignore[union-attr]
+        dims = [dim for dim in _dims(axes[node]) if has_tokens(dim)]
+        if len(dims) != 1 or not any(factor.before for factor in dims[0]):
             refuse("FVX014", "the block returns it", node)
 
 
-def _kind(
-    region: tuple[Node, ...], axes: Mapping[Node, Axes | list[Axes]], inside: set[Node]
-) -> Kind:
+def _kind(region: tuple[Node, ...], axes: AxesByNode, inside: set[Node]) -> Kind:
     """Attention attends to tokens of the map, cross-attention to something else."""
     keys = [key for node in region for key in _attended(node, axes, region)]
     if not keys:
@@ -393,8 +412,7 @@ def _kind(
 
 def _reads_filled(region: tuple[Node, ...], inside: set[Node]) -> bool:
     """Whether it reads an input of the block that tokens were written into, such as a cache."""
-    written = (target for node in inside if (target := mutated(node)) is not None)
-    filled = {memory_owner(target) for target in written} - inside
+    filled = {memory_owner(target) for node in inside for target in written(node)} - inside
     read = {arg for node in region for arg in node.all_input_nodes} - inside
     return not filled.isdisjoint(map(memory_owner, read))
 
@@ -405,11 +423,10 @@ def _attended(
     """Yields whether the keys of an attention op are tokens; unknown axes count as tokens."""
     if is_attention(node):
         keys = axes.get(key_operand(node))
-        yield (keys is None and node not in axes) or any(map(has_tokens, keys or ()))  # type: ignore[arg-type]
+        yield (keys is None and node not in axes) or any(map(has_tokens, _dims(keys)))
     elif op_name(node) in _SOFTMAXES and _weighs_values(node, region):
         scores = axes.get(node)
-        dim = int(bind(node)["dim"])
-        yield scores is None or has_tokens(scores[dim])  # type: ignore[arg-type]
+        yield scores is None or has_tokens(_dims(scores)[int(bind(node)["dim"])])
 
 
 def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:

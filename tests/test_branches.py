@@ -17,7 +17,7 @@ from passes.branches import (
     find_branches,
 )
 from passes.capture import BlockProgram, capture, placeholder_of
-from passes.graphs import op_name
+from passes.graph import op_name
 from passes.refusal import RefusedError
 
 B, L, C = 2, 6, 8

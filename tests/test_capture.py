@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from passes.capture import BlockProgram, capture, fingerprint, placeholder_of, run_eagerly
-from passes.pipeline import Call, analyse, live_inputs, reference
+import passes
+from passes import Call, Context, fingerprint, reference
+from passes.capture import BlockProgram, capture, live_inputs, placeholder_of, run_eagerly
 from passes.refusal import RefusedError
 from passes.state import Path, apply, get, roots, show
 
@@ -456,15 +457,13 @@ def test_tensors_in_an_lru_cache_are_real() -> None:
     stream: Path = (("item", "args"), ("item", 0))
     try:
         call = Call(forward_of(module), module, (x,), {}, stream)
-        analysed = analyse(call, reference(call))
+        program = passes.run(Context(call=call, real=reference(call)))
         assert angles.cache_info().currsize == 1
         held = angles(L, C)
         assert type(held) is Tensor
         expected = module(x)
-        inputs = live_inputs(
-            Call(forward_of(module), module, (x,), {}, stream), analysed.program.inputs
-        )
-        torch.testing.assert_close(analysed.program.graph_module(*inputs)[0], expected)
+        inputs = live_inputs(call, program.inputs)
+        torch.testing.assert_close(program.graph_module(*inputs)[0], expected)
     finally:
         angles.cache_clear()
 

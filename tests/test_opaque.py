@@ -63,9 +63,7 @@ def test_the_refusal_shows_the_line_to_write(
         captured(host_of(call), torch.randn(N, N, N, dtype=F64), [])
     refusal = caught.value.refusal
     assert refusal.code == "FVX001"
-    assert (
-        f'{name} = fastvar_fx.register_opaque({name}, fake=..., axes="tokenwise")' in refusal.hint
-    )
+    assert f'{name} = register_opaque({name}, fake=..., axes="tokenwise")' in refusal.hint
     assert "memory of its tensors" in refusal.reason
     assert refusal.where.partition(".py:")[0].endswith("test_opaque")
 

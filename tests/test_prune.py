@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 from passes import prune as prune_module
 from passes.branches import Branch, find_branches
 from passes.capture import BlockProgram, capture, placeholder_of
-from passes.features import capture_features
-from passes.prune import PrunedGraph, PruneRefusedError, SideLayout, Step, prune, take_side
+from passes.capture_outputs import capture_outputs
+from passes.prune import PrunedGraph, Step, prune
+from passes.refusal import BranchRefusedError
+from passes.side_input import SideLayout, take_side
 from passes.state import get, roots
 
 B, L, C, KEPT = 2, 6, 4, 3
@@ -108,7 +110,7 @@ def ops(graph_module: GraphModule) -> Counter[str]:
 def listing(graph_module: GraphModule) -> str:
     """The code of a graph, without the lines' clean-up and without module prefixes."""
     code = re.sub(r";  .*| +$", "", graph_module.code.strip(), flags=re.MULTILINE)
-    return re.sub(r"torch\.ops\.|\b\w*test_prune_|\bpasses_prune_", "", code)
+    return re.sub(r"torch\.ops\.|\b\w*test_prune_|\bpasses\w*?_(?=take_side|_no_tokens)", "", code)
 
 
 def ffn() -> FFN:
@@ -371,7 +373,7 @@ def test_an_op_that_does_not_run_on_the_kept_tokens() -> None:
         def take(x: Tensor, index: Tensor) -> Tensor:
             return x[:, : index.shape[1] + 1]
 
-    with pytest.raises(PruneRefusedError, match="FVX018") as caught:
+    with pytest.raises(BranchRefusedError, match="FVX018") as caught:
         prune(program.graph_module, branches_of(program), STEP, Wrong(), feature)
     assert caught.value.branch == 0
 
@@ -383,7 +385,7 @@ def test_features_are_added_to_the_outputs() -> None:
     module, x = two(), torch.randn(B, L, C)
     program = program_of(module, x)
     before = program.graph_module.code
-    features = capture_features(program.graph_module, branches_of(program))
+    features = capture_outputs(program.graph_module, branches_of(program))
     assert program.graph_module.code == before
     assert ops(features) == ops(program.graph_module)
     origin = roots(module, (x,), {})
@@ -399,7 +401,7 @@ def test_features_are_added_to_the_outputs() -> None:
 def test_features_that_the_add_overwrites_are_cloned() -> None:
     module, x = Overwrites(), torch.randn(B, L, C)
     program = program_of(module, x)
-    features = capture_features(program.graph_module, branches_of(program))
+    features = capture_outputs(program.graph_module, branches_of(program))
     assert_expected_inline(
         listing(features),
         """\
@@ -418,7 +420,7 @@ def forward(self, arg0_1, arg1_1, arg2_1):
 
 def test_no_branches_no_features() -> None:
     program = program_of(ffn(), torch.randn(B, L, C), torch.randn(L, 1))
-    assert capture_features(program.graph_module, []).code == program.graph_module.code
+    assert capture_outputs(program.graph_module, []).code == program.graph_module.code
 
 
 # -- gathering side inputs ----------------------------------------------------------------------

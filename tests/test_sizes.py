@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvar_fx
-from passes import pipeline
-from passes.branches import FoundBranch
+from passes import verify
+from passes.branches import FoundBranch, RefusedBranch
 from passes.capture import capture
 from passes.refusal import Refusal, RefusedError
 from passes.sizes import Conditions, Varying
@@ -172,13 +172,13 @@ def test_another_batch_and_another_length_at_once() -> None:
 def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    find = pipeline._same_branches
+    find = verify.find_branches
 
     def first_refused(*args: Any) -> list[FoundBranch]:
         first, *rest = find(*args)
-        return [pipeline._refuse(first, Refusal("FVX011", "planted")), *rest]
+        return [RefusedBranch.of(first, Refusal("FVX011", "planted")), *rest]
 
-    monkeypatch.setattr(pipeline, "_same_branches", first_refused)
+    monkeypatch.setattr(verify, "find_branches", first_refused)
     torch.manual_seed(0)
     model = Model().eval()
     fast = fastvar_fx.transform(model, SCHEDULE)

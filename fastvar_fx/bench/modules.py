@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from fastvar_fx.bench.rows import DENSE, PRUNED
 from fastvar_fx.bound import BoundProgram, StaysDense
@@ -26,9 +26,10 @@ from fastvar_fx.programs import Block, ProgramStore
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Clock, Subject, per_step
 from fastvar_fx.transform import run_by, transform
+from passes import Call
 from passes.branches import KINDS
-from passes.pipeline import Call
-from passes.prune import take_side
+from passes.graph import copy_graph
+from passes.side_input import take_side
 
 PTS, CTR, REST = "PTS", "CTR", "rest"
 MODULES: Final = (*KINDS, PTS, CTR, REST)
@@ -198,17 +199,17 @@ def with_marks(
     graph_module: GraphModule, module_of: Callable[[Node], str], mark: Callable[[str], None]
 ) -> GraphModule:
     """Returns a copy of a graph that calls `mark` with each module where the module changes."""
-    made: dict[Node, Node] = {}
-    graph, current = Graph(), ""
+    graph, copies = copy_graph(graph_module.graph)
+    current = ""
 
     def mark_module(module: str) -> None:  # a graph calls functions, not methods
         mark(module)
 
-    for node in graph_module.graph.nodes:
+    for node, made in copies.items():
         if node.op == "call_function" and module_of(node) != current:
             current = module_of(node)
-            graph.call_function(mark_module, (current,))
-        made[node] = graph.node_copy(node, made.__getitem__)
+            with graph.inserting_before(made):
+                graph.call_function(mark_module, (current,))
     return GraphModule(graph_module, graph)
 
 

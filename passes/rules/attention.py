@@ -7,6 +7,7 @@ depend on the order or the number of the tokens, and is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Final, NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, other, shape_of
-from passes.graphs import op_name
-from passes.rules import Site, attending, bind, filled, rule
+from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, plain_dim, shape_of
+from passes.graph import bind, op_name
+from passes.rules.site import Site, filled, find_entry, rule
 
 
 class Layout(NamedTuple):
@@ -72,17 +73,11 @@ _HARMLESS: Final = frozenset(
 )  # fmt: skip
 """Arguments that say nothing about single tokens."""
 
-_declared: set[str] = set()
-
-
-def register_attention(name: str) -> None:
-    """Declares the op `namespace::name` an attention whose keys are its second tensor."""
-    _declared.add(name)
-
 
 def is_attention(node: Node) -> bool:
     """Whether a call is one attention op."""
-    return op_name(node) in _declared or op_name(node) in _LAYOUTS
+    entry = find_entry(node)
+    return entry is not None and entry.attends
 
 
 def key_operand(node: Node) -> Any:
@@ -122,7 +117,20 @@ def _results(node: Node) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-@rule(*_LAYOUTS)
+def attending(site: Site, query: Axes | None, keys: Sequence[Dim]) -> Axes:
+    """Returns the axes of an attention's queries.
+
+    Refuses queries that are not computed from the tokens, and keys that are not the same tokens as
+    the values; `keys` holds what the keys and the values range over, of those from the branch.
+    """
+    if query is None:
+        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
+    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
+        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    return query
+
+
+@rule(*_LAYOUTS, attends=True)
 def _attention(site: Site) -> Axes | list[Axes]:
     _refuse_order(site)
     layout = _LAYOUTS[op_name(site.node)]
@@ -137,7 +145,7 @@ def _attention(site: Site) -> Axes | list[Axes]:
     _meet_mask(site, (*rows, keys[0] if keys else ()))
     _recount(site, q[layout.tokens], keys[0] if k is not None else None)
     results = _results(site.node)
-    features = v[-1] if v is not None else other(results[0].shape[-1])
+    features = v[-1] if v is not None else plain_dim(results[0].shape[-1])
     out = (*filled(q[:-1], results[0].shape[:-1]), features)
     if not isinstance(site.node.meta["val"], (tuple, list)):
         return out

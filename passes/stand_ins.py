@@ -1,0 +1,167 @@
+"""A call that runs on fake tensors, and the memos that must not keep one afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch.fx.traceback import set_stack_trace
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from passes.kernels import kernel_advice
+from passes.refusal import Refusal, RefusedError, refuse
+from passes.sizes import Symbols, Varying
+from passes.spelling import CanonicalOps
+from passes.state import Path, Roots, Snapshot, Write, roots
+from passes.user_frames import error_line, innermost_user_frame
+
+Forward = Callable[..., Any]
+
+_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type)
+_DEPTH: Final = 4
+"""How many containers deep a memo may hold a tensor: a dict in an object in a tuple, say."""
+
+
+class FakeCall:
+    """A call that runs on fake tensors; afterwards it knows its result's and writes' structure.
+
+    Attributes:
+        snapshot: What the call can reach.
+        symbols: The stand-ins of sizes that vary.
+        result: The structure of what the call returned.
+        result_leaves: Its leaves; a tensor's place holds `...`.
+        writes: What the call changed; a tensor's place among the leaves holds `...`.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        varying: Varying,
+    ) -> None:
+        self._forward = forward
+        self._varying = varying
+        self._origin: Roots = roots(module, args, kwargs)
+        self.snapshot = Snapshot(self._origin)
+        self.symbols = Symbols(varying)
+        self.result: pytree.TreeSpec | None = None
+        self.result_leaves: list[Any] = []
+        self.writes: list[Write] = []
+        self._fakes: dict[int, Tensor] = {}
+        self._given: list[weakref.ref[Tensor]] = []
+
+    @contextlib.contextmanager
+    def stand_ins(self) -> Iterator[list[Any]]:
+        """Puts fakes in the place of all tensors and of the numbers that vary, for a while."""
+        symbols, snapshot = self.symbols, self.snapshot
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
+            self._fakes = {id(t): symbols.tensor(p, t) for p, t in snapshot.tensors.items()}
+        for path in self._varying.numbers:
+            symbols.number(path, snapshot.constants[path])
+        try:
+            snapshot.substitute(self._fake)
+            with symbols.mode, torch.compiler.set_stance("force_eager"), _explained():
+                yield [*self._fakes.values(), *symbols.numbers.values()]
+        finally:
+            self.snapshot.restore()
+            torch.clear_autocast_cache()
+            self.note(self._fakes.values())
+            self._fakes.clear()
+
+    def _fake(self, path: Path, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._fakes[id(value)]
+        return self.symbols.numbers.get(path, value)
+
+    def run(self, *_: Any) -> list[Tensor]:
+        """Runs the call; the fakes it is given are those already in place."""
+        with _UserCalls(self.note), CanonicalOps():
+            result = self._forward(*self._origin["args"], **self._origin["kwargs"])
+        leaves, self.result = pytree.tree_flatten(result)
+        if any(isinstance(leaf, SymInt) for leaf in leaves):
+            refuse("FVX001", "it returns a number that depends on a size that varies")
+        self.result_leaves = _mark_tensors(leaves)
+        writes = list(self.snapshot.writes(self._fake))
+        self.writes = [
+            Write(w.path, w.step, w.spec, tuple(_mark_tensors(w.leaves)), w.deleted) for w in writes
+        ]
+        written = [leaf for write in writes for leaf in write.leaves]
+        return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
+
+    def note(self, fakes: Iterable[Tensor]) -> None:
+        """Adds fakes that the user's code must not hold afterwards."""
+        self._given += map(weakref.ref, fakes)
+
+    def leaked(self) -> list[Tensor]:
+        """Clears the memos that hold a fake; returns the fakes that are held elsewhere."""
+        left = _alive(self._given)
+        if left:
+            _clear_memos_of(left)
+            left.clear()
+        return _alive(self._given)
+
+
+def _mark_tensors(leaves: Any) -> list[Any]:
+    return [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+class _UserCalls(TorchFunctionMode):
+    """Notes the user's line of every torch call for the nodes it makes, and what it returned."""
+
+    def __init__(self, note: Callable[[Iterable[Tensor]], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        set_stack_trace([innermost_user_frame()])
+        result = func(*args, **(kwargs or {}))
+        self._note(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turns whatever tracing raises into a refusal that names the user's line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RefusedError):
+        raise
+    except Exception as error:
+        where, advice = error_line(error), kernel_advice(error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first}"
+        if advice:
+            reason = "it calls a kernel that reads the memory of its tensors"
+        raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
+
+
+def _alive(references: list[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [tensor for reference in references if (tensor := reference()) is not None]
+
+
+def _clear_memos_of(tensors: list[Tensor]) -> None:
+    """Empties the `functools` caches that hold one of these tensors, and no others."""
+    seen = {id(tensors)}
+    held: list[Any] = list(tensors)
+    for _ in range(_DEPTH):
+        seen |= {id(held), *map(id, held)}
+        holders = [h for h in gc.get_referrers(*held) if id(h) not in seen]
+        for memo in holders:
+            if isinstance(memo, functools._lru_cache_wrapper):
+                memo.cache_clear()
+        kinds = (*_NOT_HOLDERS, functools._lru_cache_wrapper)
+        held = [holder for holder in holders if not isinstance(holder, kinds)]
+        if not held:
+            return
