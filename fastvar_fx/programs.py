@@ -17,7 +17,7 @@ from fastvar_fx.bound import BoundProgram, StaysDense, meta_of
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.plan import Plan, StepRecord
 from passes.branches import find_branches
-from passes.capture import BlockProgram, capture, placeholder_of, run_eagerly
+from passes.capture import BlockProgram, capture, placeholder_of
 from passes.refusal import Refusal, RefusedError
 from passes.state import Path, get
 
@@ -166,9 +166,7 @@ class ProgramStore:
     @staticmethod
     def _fingerprint(call: passes.Call, real: passes.Reference | None) -> tuple[Any, ...]:
         try:
-            return passes.fingerprint(
-                call.forward, call.module, call.args, call.kwargs, call.varying
-            )
+            return passes.fingerprint(call)
         except RefusedError:
             if real is None:
                 passes.reference(call)  # if the real call fails too, that is the error to raise
@@ -241,14 +239,15 @@ def _find_stream(
         return paths[0]
     if not paths:
         return Refusal("FVX003", "no argument is a (B, L, C) tensor")
-    results, _ = run_eagerly(forward, module, args, kwargs)
+    call = passes.Call(forward, module, args, kwargs)
+    results, _ = passes.reference(call)
     shapes = {result.shape for result in results}
     origin = {"args": list(args), "kwargs": kwargs}
     likely = [path for path in paths if get(origin, path).shape in shapes] or paths
     if len(likely) == 1:
         return likely[0]
     try:
-        program = capture(forward, module, args, kwargs)
+        program = capture(call)
     except RefusedError:
         return likely[0]
     return next((path for path in likely if _carries_trunk(program, path)), likely[0])

@@ -11,7 +11,8 @@ from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, With
 from passes.base import run_passes as _run_passes
 from passes.branches import FindBranches
 from passes.caches import CacheReport, FindCaches
-from passes.capture import Call, Capture, Reference, reference
+from passes.calls import Call, Reference, live_inputs, reference
+from passes.capture import Capture
 from passes.capture_outputs import CaptureOutputs
 from passes.costs import CountFlops
 from passes.fingerprint import LeakedTensorError, fingerprint
@@ -63,6 +64,7 @@ __all__ = [
     "Step",
     "StepProgram",
     "fingerprint",
+    "live_inputs",
     "reference",
     "run",
 ]

@@ -18,7 +18,8 @@ from passes.refusal import BranchRefusedError, Refusal, RefusedError
 
 if TYPE_CHECKING:
     from passes.caches import Buffered, CacheReport, Copied, Growth, LaterRows
-    from passes.capture import BlockProgram, Call, Reference
+    from passes.calls import Call, Reference
+    from passes.capture import BlockProgram
     from passes.costs import BranchReport
     from passes.prune import Operators, Step
     from passes.state import Path
@@ -197,13 +198,13 @@ class WithoutRefused:
     name = "without_refused"
 
     def __init__(self, *passes: Pass) -> None:
-        self._passes = passes
+        self.passes = passes
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft in which no pass refuses any branch that is left."""
         while True:
             try:
-                return run_passes(self._passes, context, draft)
+                return run_passes(self.passes, context, draft)
             except BranchRefusedError as error:
                 log.info("branch %d refused: %s", error.branch, error.refusal)
                 draft = draft.refusing(error.branch, error.refusal)

@@ -8,51 +8,25 @@ ops on the same places share one program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from passes.calls import Call, FakeCall
 from passes.fingerprint import layout
 from passes.graph import has_effect
 from passes.refusal import refuse
-from passes.sizes import NOTHING_VARIES, Conditions, Varying, at_sizes
-from passes.stand_ins import FakeCall, Forward
-from passes.state import Path, Snapshot, Write, get, roots, show
+from passes.sizes import Conditions, at_sizes
+from passes.state import Path, Write, show
 
 if TYPE_CHECKING:
     from passes.base import Context, Draft
-
-
-@dataclass(frozen=True)
-class Call:
-    """One live call of a block, to be captured.
-
-    Attributes:
-        forward: The block's own forward, bound to it.
-        module: The block.
-        args: The call's arguments.
-        kwargs: The call's keyword arguments.
-        stream: Where its (B, L, C) input is, from the roots.
-        varying: The sizes that its program leaves open.
-    """
-
-    forward: Forward
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    stream: Path
-    varying: Varying = NOTHING_VARIES
-
-
-Reference = tuple[list[Tensor], list[Tensor]]
-"""What a real call returned, and what it wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,95 +66,35 @@ class Capture:
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft with the captured graph."""
-        call = context.call
-        captured = capture(call.forward, call.module, call.args, call.kwargs, call.varying)
+        captured = capture(context.call)
         graph_module, inputs = captured.graph_module, captured.inputs
         return replace(draft, captured=captured, graph_module=graph_module, inputs=inputs)
 
 
-def reference(call: Call) -> Reference:
-    """Runs a call for real, with no effect.
-
-    Run it before anything is traced: it fills memoised helpers, such as a table of position ids,
-    that would otherwise be filled while tracing.
-    """
-    return run_eagerly(call.forward, call.module, call.args, call.kwargs)
-
-
-def run_eagerly(
-    forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Reference:
-    """Runs a call for real on copies of all tensors it may overwrite, and undoes its writes.
-
-    Returns:
-        The tensors of the result and the tensors written, in the order of a program's outputs.
-    """
-    origin = roots(module, args, kwargs)
-    snapshot = Snapshot(origin)
-    clones = {id(t): _private(t) for t in snapshot.tensors.values()}
-
-    def private(_: Path, value: Any) -> Any:
-        return clones.get(id(value), value)
-
-    try:
-        snapshot.substitute(private)
-        with torch.compiler.set_stance("force_eager"):
-            result = forward(*origin["args"], **origin["kwargs"])
-        writes = list(snapshot.writes(private))
-    finally:
-        snapshot.restore()
-    written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
-
-
-def _private(tensor: Tensor) -> Tensor:
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-
-
-def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
-    """Reads a program's inputs from a live call; those that it might overwrite are copies."""
-    origin = roots(call.module, call.args, call.kwargs)
-    values = [get(origin, path) for path in paths]
-    return [_private(value) if isinstance(value, Tensor) else value for value in values]
-
-
-def capture(
-    forward: Forward,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    varying: Varying = NOTHING_VARIES,
-) -> BlockProgram:
-    """Traces one call into a block program; the module and the arguments stay as they are.
-
-    Args:
-        forward: The block's own forward, bound to it.
-        module: The block.
-        args: The call's arguments.
-        kwargs: The call's keyword arguments.
-        varying: Sizes that become symbols of the graph, so that it holds for other values too.
+def capture(call: Call) -> BlockProgram:
+    """Traces a call into a block program; the module and the arguments stay as they are.
 
     Raises:
         RefusedError: FVX001, if the call cannot be traced, naming the user's line.
     """
-    call = FakeCall(forward, module, args, kwargs, varying)
-    graph_module = _trace(call)
-    call.leaked()
-    symbols = call.symbols
+    fake = FakeCall(call)
+    graph_module = _trace(fake)
+    fake.clear_memos()
+    symbols = fake.symbols
     conditions = symbols.conditions()
-    paths = [*call.snapshot.tensors, *symbols.numbers]
+    paths = [*fake.snapshot.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)
     inputs = _drop_unread_inputs(graph_module, paths)
     graph_module.graph.lint()
     graph_module.recompile()
-    assert call.result is not None
+    assert fake.result is not None
     program = BlockProgram(
         graph_module=graph_module,
         inputs=tuple(inputs),
-        result=call.result,
-        result_leaves=tuple(call.result_leaves),
-        writes=tuple(call.writes),
-        constants=call.snapshot.constants,
+        result=fake.result,
+        result_leaves=tuple(fake.result_leaves),
+        writes=tuple(fake.writes),
+        constants=fake.snapshot.constants,
         conditions=conditions,
     )
     if not conditions.places:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from passes.sizes import NOTHING_VARIES, Varying
-from passes.stand_ins import FakeCall, Forward
+from passes.calls import Call, FakeCall
 from passes.state import Path
 
 _SMALL: Final = 4096
@@ -22,13 +21,7 @@ class LeakedTensorError(Exception):
     """A forward kept a tensor in a place that no snapshot sees; a stand-in is left there now."""
 
 
-def fingerprint(
-    forward: Forward,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    varying: Varying = NOTHING_VARIES,
-) -> tuple[Any, ...]:
+def fingerprint(call: Call) -> tuple[Any, ...]:
     """Returns the ops that a call runs, with all their arguments and where their inputs are.
 
     Two calls with equal fingerprints have equal block programs: every value that the forward reads
@@ -38,9 +31,9 @@ def fingerprint(
         RefusedError: FVX001, if the call cannot be run on stand-ins.
         LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
-    call = FakeCall(forward, module, args, kwargs, varying)
-    mark = _record(call)
-    left = call.leaked()
+    fake = FakeCall(call)
+    mark = _record(fake)
+    left = fake.clear_memos()
     if left:
         found = [holder for holder in gc.get_referrers(*left) if holder is not left]
         holders = sorted({type(holder).__name__ for holder in found} - {"frame", "FakeTensor"})

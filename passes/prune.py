@@ -203,16 +203,12 @@ class _Rewriter:
         self._graph.output([made[value] for value in outputs_of(self._source.graph)])
 
     def _forms(self) -> dict[int, list[Node]]:
-        live = set(self._graph.nodes)
-        return {
-            emitter.branch.index: [
-                form
-                for node in emitter.branch.region
-                for form in (self._dense[node], emitter.emitted.get(node))
-                if form in live
-            ]
-            for emitter in self._emitters
-        }
+        forms = {}
+        for emitter in self._emitters:
+            dense = [self._dense[node] for node in emitter.branch.region]
+            both = {*dense, *emitter.emitted.values()}
+            forms[emitter.branch.index] = [node for node in self._graph.nodes if node in both]
+        return forms
 
 
 class _BranchEmitter:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from passes.branches import Branch, find_branches, stream_node
 from passes.caches import Buffered, Copied, Growth, new_buffer
-from passes.capture import live_inputs
+from passes.calls import live_inputs
 from passes.capture_outputs import capture_outputs
 from passes.graph import outputs_of
 from passes.prune import Operators, Scale, Step, prune

@@ -16,6 +16,7 @@ from passes.branches import (
     counts_flops,
     find_branches,
 )
+from passes.calls import Call
 from passes.capture import BlockProgram, capture, placeholder_of
 from passes.graph import op_name
 from passes.refusal import RefusedError
@@ -74,7 +75,7 @@ def program_of(body: Body, x: Tensor | None = None) -> BlockProgram:
     block = Block(body).eval()
     x = torch.randn(B, L, C) if x is None else x
     with torch.no_grad():
-        return capture(type(block).forward.__get__(block), block, (x,), {})
+        return capture(Call(type(block).forward.__get__(block), block, (x,), {}))
 
 
 def find(program: BlockProgram) -> list[FoundBranch]:
@@ -306,7 +307,7 @@ def test_a_value_that_another_value_of_the_block_needs() -> None:
             return x + h, h
 
     block = Leaky()
-    program = capture(Leaky.forward.__get__(block), block, (torch.randn(B, L, C),), {})
+    program = capture(Call(Leaky.forward.__get__(block), block, (torch.randn(B, L, C),), {}))
     (found,) = find(program)
     assert isinstance(found, RefusedBranch)
     assert found.refusal.code == "FVX014"
@@ -326,7 +327,7 @@ def test_returned_keys_and_values_are_fine() -> None:
 
     block = Cached()
     args = (torch.randn(B, L, C), torch.randn(B, 4, C))
-    (found,) = find(capture(Cached.forward.__get__(block), block, args, {}))
+    (found,) = find(capture(Call(Cached.forward.__get__(block), block, args, {})))
     assert isinstance(found, Branch)
     assert found.kind == "attention"
 
@@ -349,7 +350,7 @@ def test_state_belongs_to_the_branch_it_is_made_from() -> None:
 
     block = Stateful()
     first, second = find(
-        capture(Stateful.forward.__get__(block), block, (torch.ones(B, L, C),), {})
+        capture(Call(Stateful.forward.__get__(block), block, (torch.ones(B, L, C),), {}))
     )
     assert isinstance(first, Branch)
     assert isinstance(second, Branch)
@@ -421,5 +422,5 @@ def test_many_branches_behind_a_projection_are_found_in_one_pass() -> None:
             return x
 
     stack = Stack()
-    program = capture(stack.forward, stack, (torch.randn(B, L, C),), {})
+    program = capture(Call(stack.forward, stack, (torch.randn(B, L, C),), {}))
     assert len(find(program)) == 64

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from passes import prune as prune_module
 from passes.branches import Branch, find_branches
+from passes.calls import Call
 from passes.capture import BlockProgram, capture, placeholder_of
 from passes.capture_outputs import capture_outputs
 from passes.prune import PrunedGraph, Step, prune
@@ -69,7 +70,7 @@ class FFN(nn.Module):
 
 
 def program_of(module: nn.Module, *args: Tensor) -> BlockProgram:
-    return capture(type(module).forward.__get__(module), module, args, {})
+    return capture(Call(type(module).forward.__get__(module), module, args, {}))
 
 
 def branches_of(program: BlockProgram) -> list[Branch]:

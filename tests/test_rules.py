@@ -26,6 +26,7 @@ from passes.axes import (
     token_dims,
 )
 from passes.branches import Branch, FoundBranch, RefusedBranch, find_branches
+from passes.calls import Call
 from passes.capture import BlockProgram, capture, placeholder_of
 from passes.prune import Step, prune
 from passes.refusal import BranchRefusedError
@@ -206,7 +207,7 @@ def host_of(function: Function) -> Host:
 
 def captured(host: nn.Module, x: Tensor, sides: list[Tensor]) -> BlockProgram:
     with torch.no_grad():
-        return capture(type(host).forward.__get__(host), host, (x, *sides), {})
+        return capture(Call(type(host).forward.__get__(host), host, (x, *sides), {}))
 
 
 def found_in(program: BlockProgram) -> FoundBranch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastvar_fx
 from passes import verify
 from passes.branches import FoundBranch, RefusedBranch
+from passes.calls import Call
 from passes.capture import capture
 from passes.refusal import Refusal, RefusedError
 from passes.sizes import Conditions, Varying
@@ -201,7 +202,7 @@ def test_conditions() -> None:
     block, args = Sized(), (torch.randn(1, 4, C), torch.randn(6, C), 3)
     side, number = (("item", "args"), ("item", 1)), (("item", "args"), ("item", 2))
     varying = Varying({(side, 0): 4, (number, None): 5})
-    program = capture(block.forward, block, args, {}, varying)
+    program = capture(Call(block.forward, block, args, {}, varying=varying))
     conditions = program.conditions
     assert conditions.places == ((side, 0), (number, None))
     holds = {values: conditions.hold(*values) for values in ((8, 1), (7, 1), (0, 1), (2, 0))}
@@ -213,5 +214,5 @@ def test_conditions() -> None:
     ]
     assert shapes == [6, 4]
     with pytest.raises(RefusedError, match="FVX019"):
-        capture(block.forward, block, args, {}, Varying({(side, 0): 5}))
+        capture(Call(block.forward, block, args, {}, varying=Varying({(side, 0): 5})))
     assert Conditions().hold()

@@ -1,4 +1,4 @@
-"""A call that runs on fake tensors, and the memos that must not keep one afterwards."""
+"""A live call: run for real with no effect, or on fake tensors that nothing may keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import gc
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -19,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from passes.kernels import kernel_advice
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.sizes import Symbols, Varying
+from passes.sizes import NOTHING_VARIES, Symbols, Varying
 from passes.spelling import CanonicalOps
-from passes.state import Path, Roots, Snapshot, Write, roots
+from passes.state import Path, Roots, Snapshot, Write, get, roots
 from passes.user_frames import error_line, innermost_user_frame
 
 Forward = Callable[..., Any]
@@ -29,6 +30,74 @@ Forward = Callable[..., Any]
 _NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type)
 _DEPTH: Final = 4
 """How many containers deep a memo may hold a tensor: a dict in an object in a tuple, say."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One live call of a block, to be captured.
+
+    Attributes:
+        forward: The block's own forward, bound to it.
+        module: The block.
+        args: The call's arguments.
+        kwargs: The call's keyword arguments.
+        stream: Where its (B, L, C) input is, from the roots; to capture it, it need not be known.
+        varying: The sizes that its program leaves open.
+    """
+
+    forward: Forward
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stream: Path = ()
+    varying: Varying = NOTHING_VARIES
+
+    def roots(self) -> Roots:
+        """Returns what paths start from."""
+        return roots(self.module, self.args, self.kwargs)
+
+
+Reference = tuple[list[Tensor], list[Tensor]]
+"""What a real call returned, and what it wrote."""
+
+
+def reference(call: Call) -> Reference:
+    """Runs a call for real, with no effect.
+
+    It runs on copies of all tensors that it may overwrite, and its writes are undone. Do it before
+    anything is traced: it fills memoised helpers, such as a table of position ids, that would
+    otherwise be filled while tracing.
+
+    Returns:
+        The tensors of the result and the tensors written, in the order of a program's outputs.
+    """
+    origin = call.roots()
+    snapshot = Snapshot(origin)
+    clones = {id(t): _private(t) for t in snapshot.tensors.values()}
+
+    def private(_: Path, value: Any) -> Any:
+        return clones.get(id(value), value)
+
+    try:
+        snapshot.substitute(private)
+        with torch.compiler.set_stance("force_eager"):
+            result = call.forward(*origin["args"], **origin["kwargs"])
+        writes = list(snapshot.writes(private))
+    finally:
+        snapshot.restore()
+    written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
+
+
+def _private(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+
+def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
+    """Reads a program's inputs from a live call; those that it might overwrite are copies."""
+    origin = call.roots()
+    values = [get(origin, path) for path in paths]
+    return [_private(value) if isinstance(value, Tensor) else value for value in values]
 
 
 class FakeCall:
@@ -42,19 +111,12 @@ class FakeCall:
         writes: What the call changed; a tensor's place among the leaves holds `...`.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        varying: Varying,
-    ) -> None:
-        self._forward = forward
-        self._varying = varying
-        self._origin: Roots = roots(module, args, kwargs)
+    def __init__(self, call: Call) -> None:
+        self._forward = call.forward
+        self._origin = call.roots()
+        self._varying = call.varying
         self.snapshot = Snapshot(self._origin)
-        self.symbols = Symbols(varying)
+        self.symbols = Symbols(call.varying)
         self.result: pytree.TreeSpec | None = None
         self.result_leaves: list[Any] = []
         self.writes: list[Write] = []
@@ -104,7 +166,7 @@ class FakeCall:
         """Adds fakes that the user's code must not hold afterwards."""
         self._given += map(weakref.ref, fakes)
 
-    def leaked(self) -> list[Tensor]:
+    def clear_memos(self) -> list[Tensor]:
         """Clears the memos that hold a fake; returns the fakes that are held elsewhere."""
         left = _alive(self._given)
         if left:
