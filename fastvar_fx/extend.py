@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from passes.rules import Rule, opaque, rule
+from passes.rules import opaque
+from passes.rules.site import Rule, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"
 

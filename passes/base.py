@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.branches import KINDS, Branch, FoundBranch, Kind, RefusedBranch
+from passes.branches import KINDS, Branch, FoundBranch, Kind
 from passes.refusal import BranchRefusedError, Refusal, RefusedError
 
 if TYPE_CHECKING:
@@ -95,30 +95,28 @@ class Draft:
     buffered: Buffered | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def newest(self) -> GraphModule:
+        """The graph that was made last."""
+        return self.graph_module if self.buffered is None else self.buffered.graph_module
+
     def prunable(self, kinds: Sequence[Kind]) -> list[Branch]:
         """Returns the branches of some kinds that may prune."""
         return [b for b in self.found if isinstance(b, Branch) and b.kind in kinds]
 
     def refusing(self, branch: int, refusal: Refusal) -> Draft:
         """Returns the draft with a branch refused."""
-        found = [RefusedBranch.of(b, refusal) if b.index == branch else b for b in self.found]
+        found = (b.refused(refusal) if b.index == branch else b for b in self.found)
         return replace(self, found=tuple(found))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProgram:
-    """A checked program of one step.
+    """A checked program of one step; its fields are those of the finished draft.
 
     Attributes:
-        captured: The call it was made for, with the structure of its result and writes.
         graph_module: Takes the tensors at `inputs`, then one captured output per entry of
             `features`; returns results, writes and, at the cache step, the outputs to capture.
-        inputs: Where its inputs are read.
-        features: The branches whose outputs it returns (cache step) or takes (pruned step).
-        branches: What became of every branch.
-        caches: The caches that it grows.
-        buffered: The same program on buffers, if any cache can be in one.
-        seconds: How long each pass took.
     """
 
     captured: BlockProgram = field(repr=False)
@@ -178,8 +176,8 @@ def run_passes(passes: Sequence[Pass], context: Context, draft: Draft) -> Draft:
         started = time.perf_counter()
         try:
             made = each.run(context, draft)
-            if made.graph_module is not draft.graph_module:
-                made.graph_module.graph.lint()
+            if made.newest is not draft.newest:
+                made.newest.graph.lint()
         except (RefusedError, PassError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -223,7 +221,7 @@ class Dump:
 
     def __call__(self, name: str, draft: Draft) -> None:
         """Writes the newest graph of a draft, unless it is written already."""
-        newest = draft.graph_module if draft.buffered is None else draft.buffered.graph_module
+        newest = draft.newest
         if any(newest is written for written in self._written):
             return
         self._folder.mkdir(parents=True, exist_ok=True)

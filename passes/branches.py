@@ -9,17 +9,25 @@ whether tokens may be dropped through it; a branch with an op through which they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch.fx import Graph, Node
 
 from passes.axes import Axes, has_batch, has_tokens, stream_axes
-from passes.capture import placeholder_of
-from passes.graph import bind, inputs_within, memory_owner, op_name, outputs_of, written
+from passes.graph import (
+    bind,
+    inputs_within,
+    memory_owner,
+    op_name,
+    outputs_of,
+    placeholder_of,
+    written,
+)
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Edit, Slot, apply_rule, is_attention, key_operand
+from passes.rules.attention import is_attention, key_operand
+from passes.rules.site import Edit, Slot, apply_rule
 from passes.user_frames import where
 
 if TYPE_CHECKING:
@@ -44,67 +52,56 @@ _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Branch:
-    """A residual branch that may drop tokens.
+class FoundBranch:
+    """A residual branch.
 
     Attributes:
         index: Its place along the trunk, from the block's input on.
         kind: What it is.
         name: The module path that its weights share, such as `attn`; its kind if there is none.
-        add: The residual add.
         out: What it adds: the branch's whole contribution.
-        entries: The trunk values it reads, in graph order.
         region: Its nodes in graph order, `out` included, and those that only make its new state.
-        axes: The axes of every value of the region and of the entries.
-        edits: What changes in a node when tokens are dropped.
     """
 
     index: int
     kind: Kind
     name: str
-    add: Node = field(repr=False)
     out: Node = field(repr=False)
-    entries: tuple[Node, ...] = field(repr=False)
     region: tuple[Node, ...] = field(repr=False)
-    axes: AxesByNode = field(repr=False)
-    edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
 
     @property
     def label(self) -> dict[str, Any]:
         """What its nodes are marked with, under `meta["fastvar"]`."""
         return {"branch": self.index, "kind": self.kind}
+
+    def refused(self, refusal: Refusal) -> RefusedBranch:
+        """Returns the branch as one that stays dense."""
+        shared = {each.name: getattr(self, each.name) for each in fields(FoundBranch)}
+        return RefusedBranch(**shared, refusal=refusal)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusedBranch:
+class Branch(FoundBranch):
+    """A residual branch that may drop tokens.
+
+    Attributes:
+        add: The residual add.
+        entries: The trunk values it reads, in graph order.
+        axes: The axes of every value of the region and of the entries.
+        edits: What changes in a node when tokens are dropped.
+    """
+
+    add: Node = field(repr=False)
+    entries: tuple[Node, ...] = field(repr=False)
+    axes: AxesByNode = field(repr=False)
+    edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RefusedBranch(FoundBranch):
     """A residual branch that stays dense, and why."""
 
-    index: int
-    kind: Kind
-    name: str
-    out: Node = field(repr=False)
-    region: tuple[Node, ...] = field(repr=False)
     refusal: Refusal
-
-    @property
-    def label(self) -> dict[str, Any]:
-        """What its nodes are marked with, under `meta["fastvar"]`."""
-        return {"branch": self.index, "kind": self.kind}
-
-    @classmethod
-    def of(cls, branch: FoundBranch, refusal: Refusal) -> RefusedBranch:
-        """Returns a branch as a refused one."""
-        return cls(
-            index=branch.index,
-            kind=branch.kind,
-            name=branch.name,
-            out=branch.out,
-            region=branch.region,
-            refusal=refusal,
-        )
-
-
-FoundBranch = Branch | RefusedBranch
 
 
 class FindBranches:
@@ -314,21 +311,10 @@ def _examine(trunk: _Trunk, index: int) -> FoundBranch:
         refusal = error.refusal
     kind = _kind(region, axes, trunk.inside)
     name = _name(region, trunk.inside) or kind
+    found = FoundBranch(index=index, kind=kind, name=name, out=out, region=region)
     if refusal is not None:
-        return RefusedBranch(
-            index=index, kind=kind, name=name, out=out, region=region, refusal=refusal
-        )
-    return Branch(
-        index=index,
-        kind=kind,
-        name=name,
-        add=add,
-        out=out,
-        entries=entries,
-        region=region,
-        axes=axes,
-        edits=edits,
-    )
+        return found.refused(refusal)
+    return Branch(**vars(found), add=add, entries=entries, axes=axes, edits=edits)
 
 
 def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.base import Context, Draft
 from passes.graph import bind, memory_owner, op_name, outputs_of, written
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
 
 _CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
 SIZE: Final = torch.ops.aten.sym_size.int

@@ -9,24 +9,22 @@ ops on the same places share one program.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from passes.base import Context, Draft
 from passes.calls import Call, FakeCall
 from passes.fingerprint import layout
 from passes.graph import has_effect
 from passes.refusal import refuse
 from passes.sizes import Conditions, at_sizes
 from passes.state import Path, Write, show
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,6 @@ def capture(call: Call) -> BlockProgram:
     paths = [*fake.snapshot.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)
     inputs = _drop_unread_inputs(graph_module, paths)
-    graph_module.graph.lint()
     graph_module.recompile()
     assert fake.result is not None
     program = BlockProgram(
@@ -162,9 +159,3 @@ def _drop_unread_inputs(graph_module: GraphModule, paths: list[Path]) -> list[Pa
         else:
             graph.erase_node(node)
     return read
-
-
-def placeholder_of(program: BlockProgram | Draft, path: Path) -> Node | None:
-    """Returns the placeholder of the input at `path`, or None if the graph does not read it."""
-    nodes = program.graph_module.graph.find_nodes(op="placeholder")
-    return dict(zip(program.inputs, nodes, strict=True)).get(path)

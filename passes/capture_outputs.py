@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.base import Context, Draft
 from passes.branches import FoundBranch
 from passes.graph import copy_graph, memory_owner, outputs_of, written
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
 
 
 class CaptureOutputs:
@@ -39,7 +36,6 @@ def capture_outputs(graph_module: GraphModule, branches: Iterable[FoundBranch]) 
     graph, copies = copy_graph(graph_module.graph)
     features = [_intact(copies[branch.out]) for branch in branches]
     graph.output_node().args = ([*outputs_of(graph), *features],)
-    graph.lint()
     return GraphModule(graph_module, graph)
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.axes import Axes, Tag
-from passes.branches import FoundBranch, Kind, RefusedBranch, counts_flops
+from passes.base import Context, Draft
+from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
 from passes.graph import example_values
 from passes.refusal import Refusal
-from passes.rules import attention_flops, is_attention, key_count
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
+from passes.rules.attention import attention_flops, is_attention, key_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
     A refused branch has no axes: there it is the last dim of the first product, the scores, or of
     the keys that an attention op reads.
     """
-    if isinstance(branch, RefusedBranch):
+    if not isinstance(branch, Branch):
         if not attending:
             return None
         if is_attention(attending[0]):

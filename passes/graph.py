@@ -23,6 +23,17 @@ def outputs_of(graph: Graph) -> list[Node]:
     return [value for value in values if isinstance(value, Node)]  # type: ignore[union-attr]
 
 
+def placeholder_of(program: Any, path: Any) -> Node | None:
+    """Returns the placeholder of the input at `path`, or None if the graph does not read it.
+
+    Args:
+        program: Has a `graph_module` and, in the order of its placeholders, `inputs`.
+        path: Where the input is read.
+    """
+    placeholders = program.graph_module.graph.find_nodes(op="placeholder")
+    return dict(zip(program.inputs, placeholders, strict=True)).get(path)
+
+
 def op_name(node: Node) -> str:
     """Returns `namespace::name` of a call, without overload and in-place mark; empty if no op."""
     target = node.target

@@ -50,11 +50,7 @@ def _resolved(name: str, frame: FrameType) -> Any:
 
 
 def _may_be_kernel(function: Any) -> bool:
-    owner = (
-        getattr(function, "__module__", None) or type(getattr(function, "__self__", "")).__module__
-    )
-    return callable(function) and is_users(str(owner)) and _root(str(owner)) not in _NOT_KERNELS
-
-
-def _root(module: str) -> str:
-    return module.partition(".")[0]
+    bound_to = type(getattr(function, "__self__", ""))
+    owner = str(getattr(function, "__module__", None) or bound_to.__module__)
+    own = is_users(owner) and owner.partition(".")[0] not in _NOT_KERNELS
+    return callable(function) and own

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from passes.axes import Axes
+from passes.base import Context, Draft
 from passes.branches import KINDS, Branch
 from passes.graph import bind
 from passes.refusal import Refusal
-from passes.rules import Gather
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
+from passes.rules.site import Gather
 
 
 class CheckPrunable:

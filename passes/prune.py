@@ -10,21 +10,19 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.axes import Axes, dim_size, shape_of
+from passes.base import Context, Draft
 from passes.branches import Branch
 from passes.graph import bind, example_values, has_effect, inputs_within, outputs_of
 from passes.refusal import BranchRefusedError, RefusedError, refuse
-from passes.rules import Edit, Gather, Recount, Replace, Resize, Slot
+from passes.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
 from passes.side_input import SideLayout, take_side
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft
 
 Scale = tuple[int, ...]
 """A token map, as the operators read it; nothing here looks into it."""
@@ -171,7 +169,6 @@ class _Rewriter:
         for node in inputs:
             if not node.users:
                 self._graph.erase_node(node)
-        self._graph.lint()
         return PrunedGraph(GraphModule(self._source, self._graph), tuple(read), self._forms())
 
     def _cache_input(self, branch: Branch, example: Tensor) -> Node:

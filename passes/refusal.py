@@ -22,7 +22,7 @@ class Code(NamedTuple):
 _NOTHING: Final = "none needed: this branch stays dense, the rest prunes"
 _RULE: Final = "register an axis rule for the op with axis_rule, or leave this kind dense"
 
-CODES: Final[dict[str, Code]] = {
+CODES: Final = {
     "FVX001": Code(
         "the block could not be traced",
         "keep control flow free of tensor values; declare fused kernels with register_opaque",
@@ -36,24 +36,21 @@ CODES: Final[dict[str, Code]] = {
         "a block takes a (B, L, C) tensor and returns one; choose other modules as blocks",
     ),
     "FVX004": Code(
-        "the block holds no residual branch",
-        "choose the modules that hold the residual adds as blocks",
+        "the block holds no residual branch", "choose the modules that hold the adds as blocks"
     ),
     "FVX010": Code("an op has no axis rule", _RULE),
     "FVX011": Code("the token axis is reshaped", _NOTHING),
     "FVX012": Code("the branch reads the token axis by position", _NOTHING),
     "FVX013": Code("the branch mixes tokens other than by attention", _NOTHING),
     "FVX014": Code(
-        "a value of the branch is used outside it",
-        "leave this kind dense, or do not return that value",
+        "a value of the branch is used outside it", "leave this kind dense, or do not return it"
     ),
     "FVX015": Code(
         "the branch writes in place into a value it does not own",
         "assign the updated tensor to the attribute instead of writing into it",
     ),
     "FVX016": Code(
-        "the branch has no captured output",
-        "capture at a step at which the block runs the same branches",
+        "the branch has no captured output", "capture at a step that runs the same branches"
     ),
     "FVX017": Code(
         "the rewritten graph does not reproduce the block",
@@ -61,12 +58,9 @@ CODES: Final[dict[str, Code]] = {
     ),
     "FVX018": Code("the rewritten op does not run on the kept tokens", _RULE),
     "FVX019": Code(
-        "the graph depends on a size that varies",
-        "none needed: every such size gets a graph of its own",
+        "the graph depends on a size that varies", "none needed: every size gets its own graph"
     ),
-    "FVX020": Code(
-        "the compiler failed on the block", "please report it with the logged traceback"
-    ),
+    "FVX020": Code("the compiler failed on the block", "report it with the logged traceback"),
     "FVX021": Code(
         "a later step has a value for every key, pruned or not",
         "none needed: it prunes at the last step, whose keys no later step reads",
@@ -102,14 +96,8 @@ class Refusal:
     @classmethod
     def at(cls, node: Node, code: str, reason: str, nearest: str = "") -> Refusal:
         """Returns a refusal because of one node."""
-        return cls(
-            code,
-            reason,
-            op=str(node.target),
-            where=where(node),
-            nearest=nearest,
-            _node=weakref.ref(node),
-        )
+        op, line, held = str(node.target), where(node), weakref.ref(node)
+        return cls(code, reason, op, line, nearest=nearest, _node=held)
 
     def __bool__(self) -> bool:
         return False

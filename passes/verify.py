@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from passes.base import Context, Draft, Pass
 from passes.branches import Branch, find_branches, stream_node
 from passes.caches import Buffered, Copied, Growth, new_buffer
 from passes.calls import live_inputs
@@ -24,9 +25,6 @@ from passes.capture_outputs import capture_outputs
 from passes.graph import outputs_of
 from passes.prune import Operators, Scale, Step, prune
 from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
-
-if TYPE_CHECKING:
-    from passes.base import Context, Draft, Pass
 
 _TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest relative difference of a graph that runs the same ops; 4 epsilons for other dtypes."""
@@ -103,10 +101,8 @@ class VerifySubset:
         Raises:
             BranchRefusedError: FVX017, if a branch adds something else for a kept token.
         """
-        wanted = draft.prunable(context.kinds)
-        if context.step is None or context.operators is None:
-            return draft
-        if context.step.kept == 0 or not wanted:
+        wanted, step = draft.prunable(context.kinds), context.step
+        if step is None or context.operators is None or step.kept == 0 or not wanted:
             return draft
         operators = SomeTokens()
         inputs = live_inputs(context.call, draft.inputs)

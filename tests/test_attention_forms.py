@@ -18,7 +18,7 @@ from fastvar_fx import Schedule
 from passes.branches import Branch, RefusedBranch
 from passes.prune import Step, prune
 from passes.refusal import RefusedError
-from passes.rules import attention_flops, is_attention
+from passes.rules.attention import attention_flops, is_attention
 from tests import kernels, reference
 from tests.test_rules import (
     F64,

@@ -17,8 +17,8 @@ from passes.branches import (
     find_branches,
 )
 from passes.calls import Call
-from passes.capture import BlockProgram, capture, placeholder_of
-from passes.graph import op_name
+from passes.capture import BlockProgram, capture
+from passes.graph import op_name, placeholder_of
 from passes.refusal import RefusedError
 
 B, L, C = 2, 6, 8

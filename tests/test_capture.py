@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import passes
 from passes import Call, Context, LeakedTensorError, fingerprint, reference
 from passes.calls import live_inputs
-from passes.capture import BlockProgram, capture, placeholder_of
+from passes.capture import BlockProgram, capture
+from passes.graph import placeholder_of
 from passes.refusal import RefusedError
 from passes.state import Path, apply, get, roots, show
 

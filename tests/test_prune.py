@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from passes import prune as prune_module
 from passes.branches import Branch, find_branches
 from passes.calls import Call
-from passes.capture import BlockProgram, capture, placeholder_of
+from passes.capture import BlockProgram, capture
 from passes.capture_outputs import capture_outputs
+from passes.graph import placeholder_of
 from passes.prune import PrunedGraph, Step, prune
 from passes.refusal import BranchRefusedError
 from passes.side_input import SideLayout, take_side

@@ -27,7 +27,8 @@ from passes.axes import (
 )
 from passes.branches import Branch, FoundBranch, RefusedBranch, find_branches
 from passes.calls import Call
-from passes.capture import BlockProgram, capture, placeholder_of
+from passes.capture import BlockProgram, capture
+from passes.graph import placeholder_of
 from passes.prune import Step, prune
 from passes.refusal import BranchRefusedError
 from passes.state import get, roots

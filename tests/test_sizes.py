@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from passes import verify
-from passes.branches import FoundBranch, RefusedBranch
+from passes.branches import FoundBranch
 from passes.calls import Call
 from passes.capture import capture
 from passes.refusal import Refusal, RefusedError
@@ -177,7 +177,7 @@ def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
 
     def first_refused(*args: Any) -> list[FoundBranch]:
         first, *rest = find(*args)
-        return [RefusedBranch.of(first, Refusal("FVX011", "planted")), *rest]
+        return [first.refused(Refusal("FVX011", "planted")), *rest]
 
     monkeypatch.setattr(verify, "find_branches", first_refused)
     torch.manual_seed(0)

@@ -27,9 +27,7 @@ def _dropout(site: Site) -> Axes | list[Axes]:
     return [axes, axes] if isinstance(site.node.meta["val"], (tuple, list)) else axes
 
 
-@rule("aten::masked_fill", "aten::copy", "aten::where")
-def _masked(site: Site) -> Axes:
-    return pointwise(site)
+rule("aten::masked_fill", "aten::copy", "aten::where")(pointwise)
 
 
 @rule("aten::bernoulli", "aten::rand_like", "aten::randn_like", "aten::normal", "aten::uniform")

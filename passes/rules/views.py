@@ -7,6 +7,7 @@ import operator
 import torch
 
 from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_batch, has_tokens, plain_dim, regroup
+from passes.graph import op_name
 from passes.rules.site import Site, broadcast_operands, filled, rule
 
 
@@ -147,17 +148,10 @@ def _glu(site: Site) -> Axes:
     return tuple(plain_dim(site.out_shape[d]) if d == dim else a for d, a in enumerate(axes))
 
 
-@rule("aten::flip")
-def _flip(site: Site) -> Axes:
+@rule("aten::flip", "aten::roll")
+def _moved(site: Site) -> Axes:
     axes = site.stream("self")
-    site.keep_tokens_whole(axes, site.dims("dims", len(axes)), "flips")
-    return axes
-
-
-@rule("aten::roll")
-def _roll(site: Site) -> Axes:
-    axes = site.stream("self")
-    site.keep_tokens_whole(axes, site.dims("dims", len(axes)), "rolls")
+    site.keep_tokens_whole(axes, site.dims("dims", len(axes)), f"{op_name(site.node)[6:]}s")
     return axes
 
 
