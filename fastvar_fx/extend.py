@@ -1,4 +1,4 @@
-"""What users teach the compiler: axis rules for their ops, and kernels it cannot see into."""
+"""What users declare: axis rules of their ops, and kernels that cannot be traced."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ _NAMESPACE: Final = "fastvar_fx_opaque"
 def axis_rule(*ops: str, attention: bool = False) -> Callable[[Rule], Rule]:
     """Registers an axis rule: what an op does to axes, and that tokens may be dropped through it.
 
-    A rule gets the call as a `passes.rules.Site` and returns the axes of its result (a list for
-    several results); `Site.meet`, `Site.resize` and `Site.refuse` say the rest. Every program is
-    checked with permuted tokens, so a rule that promises too much is found out.
+    A rule gets the call as a `Site` and returns the axes of its result (a list for several
+    results). With `Site.meet` and `Site.resize` it records what changes when tokens are dropped,
+    with `Site.refuse` it refuses the call. Every program is checked with permuted tokens, which
+    finds rules that allow too much.
 
     Args:
         ops: Names as "namespace::op"; a name covers all overloads and the in-place form.
-        attention: Whether the op attends, its keys being its second tensor: then the branch
-            counts as attention or cross-attention.
+        attention: Whether the op is an attention, whose keys are its second tensor: then the
+            branch counts as attention or cross-attention.
+
+    Raises:
+        ValueError: If a name is not of this form.
 
     Example:
         >>> @axis_rule("mylib::scaled_gelu")
@@ -62,7 +66,7 @@ def register_opaque(
         A function of the same signature, or a subclass: build the model with it.
 
     Raises:
-        ValueError: If `axes` is unknown, the schema cannot be told, or it says that the kernel
+        ValueError: If `axes` is unknown, the schema is unknown, or it says that the kernel
             writes into its arguments.
 
     Example:
@@ -84,7 +88,7 @@ def register_opaque(
         found = schema or torch.library.infer_schema(function, mutates_args=())
     except ValueError as error:
         raise ValueError(
-            f"the schema of {function!r} cannot be told ({error}); give it as "
+            f"the schema of {function!r} is unknown ({error}); give it as "
             f'schema="(Tensor x, float eps) -> Tensor"'
         ) from error
     if "!" in found or found.rstrip().endswith("()"):
@@ -110,7 +114,7 @@ def _opaque_class(kind: type[nn.Module], *, schema: str | None, **how: Any) -> t
     read = [a.name for a in torch._C.parse_schema(f"forward{schema}").arguments[taken:]]
 
     def run(*args: Any) -> Any:
-        module = kind.__new__(kind)
+        module = kind.__new__(kind)  # the op gets tensors only; its forward reads attributes
         nn.Module.__init__(module)
         for name, value in zip(read, args[taken:], strict=True):
             setattr(module, name, value)

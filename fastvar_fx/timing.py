@@ -12,19 +12,18 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvar_fx.blocks import find_blocks, module_at
 from fastvar_fx.errors import RunError
 from fastvar_fx.schedule import Schedule
-
-_CPU_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+from passes.rules.attention import FLOP_FORMULAS
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ class Runs:
 
     def count(self) -> Any:
         """Counts FLOPs per step; returns what the run returns."""
-        formulas = {_CPU_ATTENTION: _attention_flops}
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
             result, passes = self._run(counter.get_total_flops)
         self.flops = [int(value) for value in self._by_step(passes, operator.sub)]
         return result
@@ -235,12 +233,6 @@ def read_around(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """FLOPs of torch's fused attention on a CPU, which the counter has no formula for."""
-    count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
-    return count
 
 
 def _tokens(output: object) -> int:

@@ -168,11 +168,13 @@ class FakeCall:
 
     def clear_memos(self) -> list[Tensor]:
         """Clears the memos that hold a fake; returns the fakes that are held elsewhere."""
-        left = _alive(self._given)
-        if left:
+        if left := self._left():
             _clear_memos_of(left)
             left.clear()
-        return _alive(self._given)
+        return self._left()
+
+    def _left(self) -> list[Tensor]:
+        return [fake for reference in self._given if (fake := reference()) is not None]
 
 
 def _mark_tensors(leaves: Any) -> list[Any]:
@@ -207,10 +209,6 @@ def _explained() -> Iterator[None]:
         if advice:
             reason = "it calls a kernel that reads the memory of its tensors"
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
-
-
-def _alive(references: list[weakref.ref[Tensor]]) -> list[Tensor]:
-    return [tensor for reference in references if (tensor := reference()) is not None]
 
 
 def _clear_memos_of(tensors: list[Tensor]) -> None:

@@ -76,8 +76,10 @@ def capture(call: Call) -> BlockProgram:
         RefusedError: FVX001, if the call cannot be traced, naming the user's line.
     """
     fake = FakeCall(call)
-    graph_module = _trace(fake)
-    fake.clear_memos()
+    try:
+        graph_module = _trace(fake)
+    finally:
+        fake.clear_memos()
     symbols = fake.symbols
     conditions = symbols.conditions()
     paths = [*fake.snapshot.tensors, *symbols.numbers]

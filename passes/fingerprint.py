@@ -32,8 +32,10 @@ def fingerprint(call: Call) -> tuple[Any, ...]:
         LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
     fake = FakeCall(call)
-    mark = _record(fake)
-    left = fake.clear_memos()
+    try:
+        mark = _record(fake)
+    finally:
+        left = fake.clear_memos()
     if left:
         found = [holder for holder in gc.get_referrers(*left) if holder is not left]
         holders = sorted({type(holder).__name__ for holder in found} - {"frame", "FakeTensor"})

@@ -176,9 +176,8 @@ class _Rewriter:
         node.meta = {"val": example, "fastvar": {"input": f"captured {branch.name}"}}
         return node
 
-    def _copy(self, node: Node, replaced: Mapping[Node, Node] | None = None) -> Node:
-        env = {**self._dense, **(replaced or {})} if replaced else self._dense
-        self._dense[node] = self._graph.node_copy(node, lambda arg: env[arg])
+    def _copy(self, node: Node) -> Node:
+        self._dense[node] = self._graph.node_copy(node, self._dense.__getitem__)
         return self._dense[node]
 
     def _add(self, node: Node, out: Node, restored: Node) -> None:
@@ -186,7 +185,7 @@ class _Rewriter:
         plain = node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs
         same = restored.meta["val"].dtype == node.meta["val"].dtype
         if not (plain and same and self._operators.restores_anew):
-            self._copy(node, {out: restored})
+            self._copy(node).replace_input_with(self._dense[out], restored)
             return
         (trunk,) = [self._dense[arg] for arg in node.all_input_nodes if arg is not out]
         add = self._graph.call_function(torch.ops.aten.add_.Tensor, (restored, trunk))

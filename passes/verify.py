@@ -298,16 +298,16 @@ def _buffered_failure(context: Context, draft: Draft, buffered: Buffered) -> str
     except Exception as error:  # an op that does not accept a view with gaps
         return f"the block does not run on a view: {type(error).__name__}: {error}"
     wrong = check_translation(outputs, expected)
-    return None if wrong is None else f"the block gives other values on a view: {wrong.reason}"
+    return None if wrong is None else f"the block returns other values on a view: {wrong.reason}"
 
 
 def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Refusal | None:
     """Compares a captured graph's outputs with the real call's."""
     if len(made) != len(expected):
-        return Refusal("FVX002", f"{len(made)} outputs, the block gives {len(expected)}")
+        return Refusal("FVX002", f"{len(made)} outputs, the block returns {len(expected)}")
     for place, (a, b) in enumerate(zip(made, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return Refusal("FVX002", f"output {place} is {_meta(a)}, the block gives {_meta(b)}")
+            return Refusal("FVX002", f"output {place} is {_meta(a)}, the block returns {_meta(b)}")
         error = _largest_difference(a, b)
         if not error <= _tolerance([b.dtype], _TRANSLATION, 4):
             text = f"output {place} differs by {error:.1e} (relative) at {_place(a, b)}"

@@ -488,7 +488,7 @@ REFUSED: list[tuple[Call, str, str]] = [
     (packed_with("lb"), "FVX011", "its sequences are not the samples"),
     (packed_with(sequences=2 * N), "FVX011", "its sequences are not the samples"),
     (cutlass_with(None, False, 1), "FVX012", "with custom_mask_type=1 it depends on the order"),
-    (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis cannot be told"),
+    (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis is unknown"),
     (thrice(aten._scaled_dot_product_flash_attention_for_cpu, 0.0, True), "FVX012", "is_causal"),
     (thrice(aten._scaled_dot_product_flash_attention, 0.1), "FVX013", "dropout is active"),
     (with_odd_rows, "FVX010", "nothing says where the tokens are in this result"),

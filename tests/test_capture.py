@@ -3,6 +3,7 @@
 
 import functools
 import gc
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from passes.calls import live_inputs
 from passes.capture import BlockProgram, capture
 from passes.graph import placeholder_of
 from passes.refusal import RefusedError
-from passes.state import Path, apply, get, roots, show
+from passes.state import Path, Snapshot, apply, get, is_container, roots, show
 
 B, L, C = 2, 4, 6
 
@@ -524,6 +525,31 @@ def test_only_memos_that_hold_a_stand_in_are_cleared(
     module(x)
     assert not fakes_reachable_from(module)
     del made
+
+
+@pytest.mark.parametrize("trace", [captured, lambda *args: print_of(*args)])
+def test_a_memo_filled_by_a_call_that_fails_keeps_no_stand_in(trace: Callable[..., Any]) -> None:
+    class Fails(Memoised):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError(super().forward(x).shape)
+
+    module = Fails(HELPERS["tensor"])
+    with pytest.raises(RefusedError, match="FVX001"):
+        trace(module, torch.randn(B, L, C))
+    assert module.memo[0].cache_info().currsize == 0
+
+
+def test_objects_of_a_package_that_says_so_are_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = types.ModuleType("some_runtime")
+    attached = type("Attached", (Holder,), {"__module__": "some_runtime.engine"})()
+    attached.k = torch.randn(C)
+    monkeypatch.setitem(sys.modules, "some_runtime", runtime)
+    assert is_container(attached)
+    runtime.__not_state__ = True  # type: ignore[attr-defined]
+    assert not is_container(attached)
+    module = Plain()
+    module.attached = attached
+    assert not any("attached" in str(path) for path in Snapshot(roots(module, (), {})).tensors)
 
 
 def test_a_stand_in_that_stays_elsewhere_is_an_error() -> None:

@@ -160,7 +160,7 @@ def test_a_token_axis_that_cannot_be_told(
     found = found_in(captured(host_of(function), torch.randn(2, N, N, dtype=F64), [side]))
     assert isinstance(found, RefusedBranch)
     assert found.refusal.code == "FVX012"
-    told = f"`{name}` of shape {list(shape)} may have an entry per token, and its token axis cannot"
+    told = f"`{name}` of shape {list(shape)} may have an entry per token, and its token axis is"
     assert told in found.refusal.reason
 
 

@@ -7,7 +7,7 @@ depend on the order or the number of the tokens, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple
 
@@ -94,17 +94,28 @@ def key_count(node: Node) -> int:
 def attention_flops(node: Node) -> int:
     """Returns the FLOPs of an attention op's two products, masked scores included.
 
-    It is 0 for an op of the user's, of which nothing says where its heads are.
+    It is 0 for opaque ops: where their heads are is unknown.
     """
     layout = _LAYOUTS.get(op_name(node))
     if layout is None:
         return 0
     args = {role: _find(bind(node), role)[1] for role in _NAMES}
     query, key, value = (args[role].meta["val"].shape for role in ("query", "key", "value"))
-    scores = prod(_results(node)[0].shape[:-1]) * key[layout.tokens]
-    if args["query_starts"] is not None:
-        scores //= args["query_starts"].meta["val"].shape[0] - 1
-    return int(2 * scores * (query[-1] + value[-1]))
+    flops = _flops(_results(node)[0].shape[:-1], query, key[layout.tokens], value)
+    starts = args["query_starts"]
+    return flops if starts is None else flops // (starts.meta["val"].shape[0] - 1)
+
+
+def _flops(rows: Sequence[int], query: Sequence[int], keys: int, value: Sequence[int]) -> int:
+    return int(2 * prod(rows) * keys * (query[-1] + value[-1]))
+
+
+FLOP_FORMULAS: Final[dict[Any, Callable[..., int]]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: _flops(q[:-1], q, k[-2], v)
+    )
+}
+"""For `FlopCounterMode(custom_mapping=...)`: the attention op that torch has no formula for."""
 
 
 def _find(args: dict[str, Any], role: str) -> tuple[str, Any]:
@@ -185,7 +196,7 @@ def _meet_mask(site: Site, scores: Axes) -> None:
     if mask is None:
         return
     if _find(site.args, "query_starts")[1] is not None:
-        site.refuse("FVX012", "a mask over packed sequences: its token axis cannot be told")
+        site.refuse("FVX012", "a mask over packed sequences: its token axis is unknown")
     inside = site.axes(mask)
     if inside is not None:
         broadcast([scores, inside])

@@ -54,6 +54,6 @@ def _refuse_per_token(site: Site, name: str, *met: Axes) -> None:
     if site.axes(site.args[name]) is not None or tokens & set(shape):
         site.refuse(
             "FVX012",
-            f"`{name}` of shape {shape} may have an entry per token, and its token axis cannot be "
-            f"told: declare the kernel with an axis rule of its own",
+            f"`{name}` of shape {shape} may have an entry per token, and its token axis is "
+            f"unknown: declare the kernel with its own axis rule",
         )
