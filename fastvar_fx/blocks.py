@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastvar_fx.errors import ModelError
-from passes.state import contents, fill, is_container
+from passes.trace.state import contents, fill, is_container
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential, list, tuple)
 _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.kv_buffers import KVBuffers
 from passes import Call, StepProgram
-from passes.capture import BlockProgram
-from passes.sizes import Place, Varying
-from passes.state import Path, Write, apply, get, roots
+from passes.trace.capture import BlockProgram
+from passes.trace.state import Path, Write, apply, get, roots
+from passes.trace.symbols import Place, Varying
 
 Execute = Callable[[GraphModule, Sequence[Any]], Any]
 

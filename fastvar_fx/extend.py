@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from passes.rules import opaque
-from passes.rules.site import Rule, rule
+from passes.analyse.rules import opaque
+from passes.analyse.rules.site import Rule, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"
 

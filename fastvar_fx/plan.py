@@ -20,9 +20,9 @@ from fastvar_fx.kv_buffers import KVBuffers
 from fastvar_fx.loops import Skipped
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import StepTimes
-from passes.branches import Kind
-from passes.caches import CacheReport, LaterRows
-from passes.costs import BranchReport
+from passes.analyse.branches import Kind
+from passes.analyse.caches import CacheReport, LaterRows
+from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]

@@ -16,11 +16,11 @@ import passes
 from fastvar_fx.bound import BoundProgram, StaysDense, meta_of
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.plan import Plan, StepRecord
-from passes.branches import find_branches
-from passes.capture import BlockProgram, capture
+from passes.analyse.branches import find_branches
 from passes.graph import placeholder_of
 from passes.refusal import Refusal, RefusedError
-from passes.state import Path, get
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, get
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from fastvar_fx.blocks import reachable
 from fastvar_fx.compiled import Compilation
 from fastvar_fx.errors import FastVARError, GraphError, ModelError, user_line
 from fastvar_fx.transform import plan_of, trace
-from passes.state import Snapshot, roots
+from passes.trace.state import Snapshot, roots
 
 Run = Callable[..., Any]
 """(fast, *inputs) -> what a generation returns: tensors, also in tuples, lists and dicts."""

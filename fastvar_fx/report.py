@@ -15,7 +15,7 @@ from passes.refusal import Refusal
 if TYPE_CHECKING:
     from fastvar_fx.plan import Plan, StepRecord
     from fastvar_fx.schedule import Schedule
-    from passes.costs import BranchReport
+    from passes.analyse.costs import BranchReport
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fastvar_fx.plan import Executor, Plan
 from fastvar_fx.programs import Block, Forward, ProgramStore
 from fastvar_fx.report import Report
 from passes import Call
-from passes.state import Path
+from passes.trace.state import Path
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvar_fx.blocks import find_blocks, module_at
 from fastvar_fx.errors import RunError
 from fastvar_fx.schedule import Schedule
-from passes.rules.attention import FLOP_FORMULAS
+from passes.analyse.rules.attention import FLOP_FORMULAS
 
 
 @dataclass(frozen=True)

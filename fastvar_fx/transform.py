@@ -21,7 +21,7 @@ from fastvar_fx.programs import ProgramStore
 from fastvar_fx.report import Report
 from fastvar_fx.runtime import BlockRuntime, DenseRuntime, SkippingRuntime
 from fastvar_fx.schedule import Schedule
-from passes.branches import KINDS, Kind
+from passes.analyse.branches import KINDS, Kind
 
 Model = TypeVar("Model", bound=nn.Module)
 Made = TypeVar("Made", bound=Executor)

@@ -7,20 +7,20 @@ tokens that matter. `PIPELINE` is the order of the passes; `docs/passes.md` show
 from collections.abc import Sequence
 from typing import Final
 
+from passes.analyse.branches import FindBranches
+from passes.analyse.caches import CacheReport, FindCaches
+from passes.analyse.costs import CountFlops
+from passes.analyse.prunable import CheckPrunable
 from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, WithoutRefused
 from passes.base import run_passes as _run_passes
-from passes.branches import FindBranches
-from passes.caches import CacheReport, FindCaches
-from passes.calls import Call, Reference, live_inputs, reference
-from passes.capture import Capture
-from passes.capture_outputs import CaptureOutputs
-from passes.costs import CountFlops
-from passes.fingerprint import LeakedTensorError, fingerprint
-from passes.kv_append import AppendKV
-from passes.prunable import CheckPrunable
-from passes.prune import Operators, Prune, Step
 from passes.refusal import Refusal, RefusedError
-from passes.state import show as _show
+from passes.rewrite.capture_outputs import CaptureOutputs
+from passes.rewrite.kv_append import AppendKV
+from passes.rewrite.prune import Operators, Prune, Step
+from passes.trace.calls import Call, Reference, live_inputs, reference
+from passes.trace.capture import Capture
+from passes.trace.fingerprint import LeakedTensorError, fingerprint
+from passes.trace.state import show as _show
 from passes.verify import (
     VerifyBuffered,
     VerifyPermuted,

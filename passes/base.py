@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.branches import KINDS, Branch, FoundBranch, Kind
+from passes.analyse.branches import KINDS, Branch, FoundBranch, Kind
 from passes.refusal import BranchRefusedError, Refusal, RefusedError
 
 if TYPE_CHECKING:
-    from passes.caches import Buffered, CacheReport, Copied, Growth, LaterRows
-    from passes.calls import Call, Reference
-    from passes.capture import BlockProgram
-    from passes.costs import BranchReport
-    from passes.prune import Operators, Step
-    from passes.state import Path
+    from passes.analyse.caches import Buffered, CacheReport, Copied, Growth, LaterRows
+    from passes.analyse.costs import BranchReport
+    from passes.rewrite.prune import Operators, Step
+    from passes.trace.calls import Call, Reference
+    from passes.trace.capture import BlockProgram
+    from passes.trace.state import Path
 
 log = logging.getLogger(__name__)
 

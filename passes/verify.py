@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from passes.analyse.branches import Branch, find_branches, stream_node
+from passes.analyse.caches import Buffered, Copied, Growth, new_buffer
 from passes.base import Context, Draft, Pass
-from passes.branches import Branch, find_branches, stream_node
-from passes.caches import Buffered, Copied, Growth, new_buffer
-from passes.calls import live_inputs
-from passes.capture_outputs import capture_outputs
 from passes.graph import outputs_of
-from passes.prune import Operators, Scale, Step, prune
 from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
+from passes.rewrite.capture_outputs import capture_outputs
+from passes.rewrite.prune import Operators, Scale, Step, prune
+from passes.trace.calls import live_inputs
 
 _TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest relative difference of a graph that runs the same ops; 4 epsilons for other dtypes."""

@@ -15,10 +15,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastvar_fx
 from fastvar_fx import Schedule
-from passes.branches import Branch, RefusedBranch
-from passes.prune import Step, prune
+from passes.analyse.branches import Branch, RefusedBranch
+from passes.analyse.rules.attention import attention_flops, is_attention
 from passes.refusal import RefusedError
-from passes.rules.attention import attention_flops, is_attention
+from passes.rewrite.prune import Step, prune
 from tests import kernels, reference
 from tests.test_rules import (
     F64,

@@ -39,7 +39,7 @@ from fastvar_fx.cli import main
 from fastvar_fx.models import hart
 from fastvar_fx.ops import Operators, cached_token_restoration, pivotal_token_selection
 from fastvar_fx.timing import Runs
-from passes.side_input import take_side
+from passes.rewrite.side_input import take_side
 from tests.graph_double import record
 
 ROW = ["name", "ms", "ms_iqr", "speedup", "limit", "limit_fraction", "peak_mib", "kv_mib"]

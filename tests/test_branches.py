@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.branches import (
+from passes.analyse.branches import (
     KINDS,
     Branch,
     FoundBranch,
@@ -16,10 +16,10 @@ from passes.branches import (
     counts_flops,
     find_branches,
 )
-from passes.calls import Call
-from passes.capture import BlockProgram, capture
 from passes.graph import op_name, placeholder_of
 from passes.refusal import RefusedError
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
 
 B, L, C = 2, 6, 8
 

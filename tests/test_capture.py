@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import passes
 from passes import Call, Context, LeakedTensorError, fingerprint, reference
-from passes.calls import live_inputs
-from passes.capture import BlockProgram, capture
 from passes.graph import placeholder_of
 from passes.refusal import RefusedError
-from passes.state import Path, Snapshot, apply, get, is_container, roots, show
+from passes.trace.calls import live_inputs
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, Snapshot, apply, get, is_container, roots, show
 
 B, L, C = 2, 4, 6
 

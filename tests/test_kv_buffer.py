@@ -20,8 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.kv_buffers import KVBuffers
-from passes.caches import Copied, Growth, find_growing
-from passes.kv_append import append_in_place
+from passes.analyse.caches import Copied, Growth, find_growing
+from passes.rewrite.kv_append import append_in_place
 from tests import zoo
 
 WIDTH, HEADS = 8, 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvar_fx
-from passes.branches import Branch, RefusedBranch
+from passes.analyse.branches import Branch, RefusedBranch
 from passes.refusal import RefusedError
 from tests.test_rules import F64, HEADS, Host, N, Side, assert_prunes, captured, found_in, host_of
 

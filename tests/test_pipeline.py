@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastvar_fx
 import passes
 from passes import Context, Draft, Dump, PassError, RefusedError, StepProgram
-from passes.branches import RefusedBranch
+from passes.analyse.branches import RefusedBranch
 from passes.graph import copy_graph
 from passes.refusal import CODES, Refusal
 from passes.user_frames import error_line, is_users

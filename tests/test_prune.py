@@ -10,16 +10,16 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes import prune as prune_module
-from passes.branches import Branch, find_branches
-from passes.calls import Call
-from passes.capture import BlockProgram, capture
-from passes.capture_outputs import capture_outputs
+from passes.analyse.branches import Branch, find_branches
 from passes.graph import placeholder_of
-from passes.prune import PrunedGraph, Step, prune
 from passes.refusal import BranchRefusedError
-from passes.side_input import SideLayout, take_side
-from passes.state import get, roots
+from passes.rewrite import prune as prune_module
+from passes.rewrite.capture_outputs import capture_outputs
+from passes.rewrite.prune import PrunedGraph, Step, prune
+from passes.rewrite.side_input import SideLayout, take_side
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import get, roots
 
 B, L, C, KEPT = 2, 6, 4, 3
 STEP = Step(KEPT, (1, 2), (2, 3))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.axes import (
+from passes.analyse.axes import (
     Axes,
     AxesError,
     Dim,
@@ -25,13 +25,13 @@ from passes.axes import (
     stream_axes,
     token_dims,
 )
-from passes.branches import Branch, FoundBranch, RefusedBranch, find_branches
-from passes.calls import Call
-from passes.capture import BlockProgram, capture
+from passes.analyse.branches import Branch, FoundBranch, RefusedBranch, find_branches
 from passes.graph import placeholder_of
-from passes.prune import Step, prune
 from passes.refusal import BranchRefusedError
-from passes.state import get, roots
+from passes.rewrite.prune import Step, prune
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import get, roots
 
 N = 8  # samples, tokens and features: labels must tell them apart, sizes cannot
 KEPT = 5

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from passes import verify
-from passes.branches import FoundBranch
-from passes.calls import Call
-from passes.capture import capture
+from passes.analyse.branches import FoundBranch
 from passes.refusal import Refusal, RefusedError
-from passes.sizes import Conditions, Varying
+from passes.trace.calls import Call
+from passes.trace.capture import capture
+from passes.trace.symbols import Conditions, Varying
 
 C, H = 16, 2
 SCALES = (1, 2, 3, 4)

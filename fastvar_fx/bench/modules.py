@@ -27,9 +27,9 @@ from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Clock, Subject, per_step
 from fastvar_fx.transform import run_by, transform
 from passes import Call
-from passes.branches import KINDS
+from passes.analyse.branches import KINDS
 from passes.graph import copy_graph
-from passes.side_input import take_side
+from passes.rewrite.side_input import take_side
 
 PTS, CTR, REST = "PTS", "CTR", "rest"
 MODULES: Final = (*KINDS, PTS, CTR, REST)

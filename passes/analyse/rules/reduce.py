@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from passes.axes import Axes, has_batch, has_tokens, plain_dim
-from passes.rules.site import Site, pointwise, rule
+from passes.analyse.axes import Axes, has_batch, has_tokens, plain_dim
+from passes.analyse.rules.site import Site, pointwise, rule
 
 
 def _reduced(site: Site, axes: Axes, dims: Sequence[int]) -> None:

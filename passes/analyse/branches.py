@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch.fx import Graph, Node
 
-from passes.axes import Axes, has_batch, has_tokens, stream_axes
+from passes.analyse.axes import Axes, has_batch, has_tokens, stream_axes
+from passes.analyse.rules.attention import is_attention, key_operand
+from passes.analyse.rules.site import Edit, Slot, apply_rule
 from passes.graph import (
     bind,
     inputs_within,
@@ -26,14 +28,12 @@ from passes.graph import (
     written,
 )
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules.attention import is_attention, key_operand
-from passes.rules.site import Edit, Slot, apply_rule
 from passes.user_frames import where
 
 if TYPE_CHECKING:
     from passes.base import Context, Draft
-    from passes.capture import BlockProgram
-    from passes.state import Path
+    from passes.trace.capture import BlockProgram
+    from passes.trace.state import Path
 
 AxesByNode = dict[Node, Axes | list[Axes]]
 """The axes of each value; a list for several results."""

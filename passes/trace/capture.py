@@ -19,12 +19,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.base import Context, Draft
-from passes.calls import Call, FakeCall
-from passes.fingerprint import layout
 from passes.graph import has_effect
 from passes.refusal import refuse
-from passes.sizes import Conditions, at_sizes
-from passes.state import Path, Write, show
+from passes.trace.calls import Call, FakeCall
+from passes.trace.fingerprint import layout
+from passes.trace.state import Path, Write, show
+from passes.trace.symbols import Conditions, at_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from passes.axes import Axes, broadcast, dim_size, has_tokens, token_dims
-from passes.rules.attention import attending
-from passes.rules.site import Site
+from passes.analyse.axes import Axes, broadcast, dim_size, has_tokens, token_dims
+from passes.analyse.rules.attention import attending
+from passes.analyse.rules.site import Site
 
 
 def _tensors(site: Site) -> list[str]:

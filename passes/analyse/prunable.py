@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.axes import Axes
+from passes.analyse.axes import Axes
+from passes.analyse.branches import KINDS, Branch
+from passes.analyse.rules.site import Gather
 from passes.base import Context, Draft
-from passes.branches import KINDS, Branch
 from passes.graph import bind
 from passes.refusal import Refusal
-from passes.rules.site import Gather
 
 
 class CheckPrunable:

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.analyse.caches import SIZE, Buffered, Growth, joined
 from passes.base import Context, Draft
-from passes.caches import SIZE, Buffered, Growth, joined
 from passes.graph import copy_graph, outputs_of
 
 

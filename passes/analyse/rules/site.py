@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch.fx import Node
 
-from passes.axes import (
+from passes.analyse.axes import (
     Axes,
     AxesError,
     broadcast,

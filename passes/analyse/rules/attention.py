@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, plain_dim, shape_of
+from passes.analyse.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, plain_dim, shape_of
+from passes.analyse.rules.site import Site, filled, find_entry, rule
 from passes.graph import bind, op_name
-from passes.rules.site import Site, filled, find_entry, rule
 
 
 class Layout(NamedTuple):

@@ -18,11 +18,11 @@ from torch.fx.traceback import set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.kernels import kernel_advice
 from passes.refusal import Refusal, RefusedError, refuse
-from passes.sizes import NOTHING_VARIES, Symbols, Varying
-from passes.spelling import CanonicalOps
-from passes.state import Path, Roots, Snapshot, Write, get, roots
+from passes.trace.canonical_ops import CanonicalOps
+from passes.trace.kernels import kernel_advice
+from passes.trace.state import Path, Roots, Snapshot, Write, get, roots
+from passes.trace.symbols import NOTHING_VARIES, Symbols, Varying
 from passes.user_frames import error_line, innermost_user_frame
 
 Forward = Callable[..., Any]

@@ -10,12 +10,12 @@ import torch
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.axes import Axes, Tag
+from passes.analyse.axes import Axes, Tag
+from passes.analyse.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
+from passes.analyse.rules.attention import attention_flops, is_attention, key_count
 from passes.base import Context, Draft
-from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
 from passes.graph import example_values
 from passes.refusal import Refusal
-from passes.rules.attention import attention_flops, is_attention, key_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from passes.calls import Call, FakeCall
-from passes.state import Path
+from passes.trace.calls import Call, FakeCall
+from passes.trace.state import Path
 
 _SMALL: Final = 4096
 """Constants of up to this many elements are compared by value, larger ones by identity."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from passes.axes import Axes, Tag, has_batch, has_tokens
+from passes.analyse.axes import Axes, Tag, has_batch, has_tokens
 
 
 class SideLayout(NamedTuple):

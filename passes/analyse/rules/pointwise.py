@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.axes import Axes
-from passes.rules.site import Site, pointwise, rule
+from passes.analyse.axes import Axes
+from passes.analyse.rules.site import Site, pointwise, rule
 
 
 @rule(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from passes.axes import Axes, Dim, broadcast, has_batch, has_tokens, plain_dim
-from passes.rules.site import Site, filled, rule
+from passes.analyse.axes import Axes, Dim, broadcast, has_batch, has_tokens, plain_dim
+from passes.analyse.rules.site import Site, filled, rule
 
 
 def _contract(site: Site, left: Dim | None, right: Dim | None) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.analyse.branches import FoundBranch
 from passes.base import Context, Draft
-from passes.branches import FoundBranch
 from passes.graph import copy_graph, memory_owner, outputs_of, written
 
 

@@ -6,9 +6,19 @@ import operator
 
 import torch
 
-from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_batch, has_tokens, plain_dim, regroup
+from passes.analyse.axes import (
+    Axes,
+    Dim,
+    Factor,
+    Tag,
+    broadcast,
+    has_batch,
+    has_tokens,
+    plain_dim,
+    regroup,
+)
+from passes.analyse.rules.site import Site, broadcast_operands, filled, rule
 from passes.graph import op_name
-from passes.rules.site import Site, broadcast_operands, filled, rule
 
 
 @rule("aten::view", "aten::reshape", "aten::_unsafe_view")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from passes.axes import Axes, dim_size, shape_of
+from passes.analyse.axes import Axes, dim_size, shape_of
+from passes.analyse.branches import Branch
+from passes.analyse.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
 from passes.base import Context, Draft
-from passes.branches import Branch
 from passes.graph import bind, example_values, has_effect, inputs_within, outputs_of
 from passes.refusal import BranchRefusedError, RefusedError, refuse
-from passes.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
-from passes.side_input import SideLayout, take_side
+from passes.rewrite.side_input import SideLayout, take_side
 
 Scale = tuple[int, ...]
 """A token map, as the operators read it; nothing here looks into it."""

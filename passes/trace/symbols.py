@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import copy_graph, example_values
 from passes.refusal import refuse
-from passes.state import Path, show
+from passes.trace.state import Path, show
 
 Symbol = Any
 """A sympy symbol. sympy and Dynamo are imported at the first trace: they take seconds to load."""

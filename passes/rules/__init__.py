@@ -1,3 +1,0 @@
-"""The axis rules; importing any of them fills the one table, in `site`."""
-
-from passes.rules import attention, opaque, pointwise, product, reduce, views  # noqa: F401
