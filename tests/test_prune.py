@@ -197,7 +197,7 @@ def test_new_nodes_say_what_they_are_for() -> None:
     marked = [n for n in pruned.graph_module.graph.nodes if "branch" in n.meta.get("fastvar", {})]
     assert {n.meta["fastvar"]["branch"] for n in marked} == {0}
     assert {n.meta["fastvar"]["kept"] for n in marked} == {KEPT}
-    computed = [n for n in marked if n.target is not prune_module.take_side]
+    computed = [n for n in marked if n.target is not take_side]
     assert all("test_prune.py" in str(n.stack_trace) for n in computed)
     (captured,) = (n for n in pruned.graph_module.graph.nodes if n.name == "captured_0")
     assert captured.meta["fastvar"] == {"input": "captured ffn"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from passes import verify
-from passes.analyse.branches import FoundBranch
+from passes.analyse.branches import FoundBranch, find_branches
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
@@ -173,10 +173,8 @@ def test_another_batch_and_another_length_at_once() -> None:
 def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    find = verify.find_branches
-
     def first_refused(*args: Any) -> list[FoundBranch]:
-        first, *rest = find(*args)
+        first, *rest = find_branches(*args)
         return [first.refused(Refusal("FVX011", "planted")), *rest]
 
     monkeypatch.setattr(verify, "find_branches", first_refused)
