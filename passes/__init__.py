@@ -5,6 +5,7 @@ tokens that matter. `PIPELINE` is the order of the passes; `docs/passes.md` show
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Final
 
 from passes.analyse.branches import FindBranches
@@ -86,13 +87,5 @@ def run(context: Context, pipeline: Sequence[Pass] = PIPELINE) -> StepProgram:
         CacheReport(_show(draft.inputs[cache.input][1:]), getattr(cache, "reason", None))
         for cache in draft.caches
     )
-    return StepProgram(
-        captured=draft.captured,
-        graph_module=draft.graph_module,
-        inputs=draft.inputs,
-        features=draft.features,
-        branches=draft.branches,
-        caches=tuple(caches),
-        buffered=draft.buffered,
-        seconds=draft.seconds,
-    )
+    shared = {each.name: getattr(draft, each.name) for each in fields(StepProgram)}
+    return StepProgram(**shared | {"caches": tuple(caches)})

@@ -149,44 +149,50 @@ def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]
         RefusedError: FVX003 if no result is reached by a residual stream; FVX004 if the trunk
             holds no branch.
     """
-    outputs = outputs_of(graph)
-    survey = _Survey(graph, stream)
-    values, adds = survey.trunk(outputs[:results])
-    if not adds:
-        refuse(
-            "FVX004",
-            "its result is not a sum of its input and something computed from it",
-            nearest=survey.nearest(),
-        )
-    between = survey.inside - values
-    regions = [inputs_within([out], between) for _, out in adds]
-    states = set(outputs[results:])
-    _claim_states(regions, [n for n in outputs[results:] if n in between], between)
-    trunk = _Trunk(survey.inside, values, adds, regions, states)
-    return [_examine(trunk, index) for index in range(len(adds))]
+    trunk = _Trunk(graph, stream, results)
+    return [_examine(trunk, index) for index in range(len(trunk.adds))]
 
 
-class _Survey:
-    """What is known of a graph before its trunk is: what is computed from the stream, and how.
+class _Trunk:
+    """The trunk of a block, and the nodes between it and its residual adds.
 
     Attributes:
         inside: The stream and all that is computed from it.
+        values: The values of the trunk.
+        adds: Its (add, branch output) pairs from the input on.
+        states: Outputs of the graph that become state.
+        regions: The nodes of each branch.
     """
 
-    def __init__(self, graph: Graph, stream: Node) -> None:
-        self._stream = stream
+    def __init__(self, graph: Graph, stream: Node, results: int) -> None:
         self.inside = {stream}
         self._heavy: set[Node] = set()  # holds a matrix product or an attention since the trunk
         self._residuals: dict[Node, tuple[Node, Node]] = {}  # add -> (trunk, branch output)
         self._roots: dict[Node, Node] = {}  # where the trunk of a residual add began
-        self._misses: list[Node] = []
+        self._nearest = ""
         for node in graph.nodes:
             sources = node.all_input_nodes
             if node.op == "call_function" and any(source in self.inside for source in sources):
                 self.inside.add(node)
-                self._look_at(node)
+                self._survey(node)
+        outputs = outputs_of(graph)
+        self.values, self.adds = self._walk(stream, outputs[:results])
+        if not self.adds:
+            reason = "its result is not a sum of its input and something computed from it"
+            refuse("FVX004", reason, nearest=self._nearest)
+        self.states = set(outputs[results:])
+        between = self.inside - self.values
+        self.regions = [inputs_within([out], between) for _, out in self.adds]
+        for state in outputs[results:]:
+            if state in between and not any(state in region for region in self.regions):
+                self._claim(inputs_within([state], between))
 
-    def _look_at(self, node: Node) -> None:
+    def _claim(self, cone: set[Node]) -> None:
+        """Gives values that only become new state to the branch they are computed from."""
+        nearest = max(self.regions, key=lambda region: len(region & cone))
+        nearest |= cone
+
+    def _survey(self, node: Node) -> None:
         pair = self._split(node)
         sources = node.all_input_nodes
         if pair is not None:
@@ -209,12 +215,13 @@ class _Survey:
             if out in self._heavy:
                 if trunk not in self._heavy or _depends(out, self._roots.get(trunk, trunk)):
                     return trunk, out
-        self._misses.append(node)
+        at = f" at {where(node)}" if where(node) else ""
+        self._nearest = f"{node.target}{at}, to which no matrix product or attention contributes"
         return None
 
-    def trunk(self, results: Sequence[Node]) -> tuple[set[Node], list[tuple[Node, Node]]]:
-        """Returns the values of the trunk, and its (add, branch output) pairs from the input on."""
-        stream = self._stream
+    def _walk(
+        self, stream: Node, results: Sequence[Node]
+    ) -> tuple[set[Node], list[tuple[Node, Node]]]:
         for result in results:
             values: set[Node] = {stream}
             adds: list[tuple[Node, Node]] = []
@@ -230,7 +237,7 @@ class _Survey:
             if node is stream:
                 return values, adds[::-1]
         reason = f"no result of shape {_shape(stream)} is its input plus something"
-        return refuse("FVX003", reason, nearest=self.nearest())
+        return refuse("FVX003", reason, nearest=self._nearest)
 
     def _predecessor(self, node: Node) -> Node | None:
         """Follows the trunk through an op that is no residual add: a cast, a norm, a projection."""
@@ -239,33 +246,6 @@ class _Survey:
         sources = [arg for arg in node.all_input_nodes if arg in self.inside]
         alike = (arg for arg in sources if _shape(arg) == _shape(node))
         return next(alike, next(iter(sources), None))
-
-    def nearest(self) -> str:
-        """Describes the last add of two values of the stream that is no residual add, if any."""
-        if not self._misses:
-            return ""
-        add = self._misses[-1]
-        at = f" at {where(add)}" if where(add) else ""
-        return f"{add.target}{at}, to which no matrix product or attention contributes"
-
-
-@dataclass(frozen=True, eq=False)
-class _Trunk:
-    """The trunk of a block, and the nodes between it and its residual adds.
-
-    Attributes:
-        inside: The stream and all that is computed from it.
-        values: The values of the trunk.
-        adds: Its (add, branch output) pairs from the input on.
-        regions: The nodes of each branch.
-        states: Outputs of the graph that become state.
-    """
-
-    inside: set[Node]
-    values: set[Node]
-    adds: list[tuple[Node, Node]]
-    regions: list[set[Node]]
-    states: set[Node]
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:
@@ -284,15 +264,6 @@ def _depends(node: Node, on: Node) -> bool:
             seen.add(current)
             stack.extend(current.all_input_nodes)
     return False
-
-
-def _claim_states(regions: list[set[Node]], states: Sequence[Node], between: set[Node]) -> None:
-    """Gives the values that only become new state to the branch they are computed from."""
-    for state in states:
-        if not any(state in region for region in regions):
-            cone = inputs_within([state], between)
-            nearest = max(regions, key=lambda region: len(region & cone))
-            nearest |= cone
 
 
 def _examine(trunk: _Trunk, index: int) -> FoundBranch:
