@@ -193,7 +193,7 @@ class PermutedTokens:
 
 
 class SomeTokens(PermutedTokens):
-    """Operators that keep some tokens, and go on with the dense output of every branch."""
+    """Operators that keep some tokens, and continue with the dense output of every branch."""
 
     def restore(
         self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale

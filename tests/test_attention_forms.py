@@ -491,7 +491,7 @@ REFUSED: list[tuple[Call, str, str]] = [
     (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis is unknown"),
     (thrice(aten._scaled_dot_product_flash_attention_for_cpu, 0.0, True), "FVX012", "is_causal"),
     (thrice(aten._scaled_dot_product_flash_attention, 0.1), "FVX013", "dropout is active"),
-    (with_odd_rows, "FVX010", "nothing says where the tokens are in this result"),
+    (with_odd_rows, "FVX010", "where the tokens are in this result of the op is unknown"),
     (mask_from_tokens, "FVX010", "no axis rule is registered"),
 ]
 

@@ -32,8 +32,8 @@ class Factor:
     Attributes:
         size: Its size; a token factor's counts `before` and `after` too.
         tag: What it ranges over.
-        before: Entries that stand before this step's tokens, such as cached keys. They stay.
-        after: Entries that stand behind them.
+        before: Entries before this step's tokens, such as cached keys; they are always kept.
+        after: Entries after them.
     """
 
     size: int
@@ -56,7 +56,7 @@ Axes = tuple[Dim, ...]
 
 
 class AxesError(Exception):
-    """An op does something to an axis that the algebra cannot follow; the message says what.
+    """An op does something to an axis that the algebra cannot follow.
 
     Attributes:
         code: The refusal code of this case.

@@ -15,10 +15,10 @@ class SideLayout(NamedTuple):
     """How a side input is gathered at the kept tokens of the value it meets.
 
     Attributes:
-        splits: Per dim, aligned from the right, the sizes of the factors it is taken apart into;
+        splits: Per dim, aligned from the right, the sizes of the factors it is split into;
             None leaves it as it is.
         tokens: Dims to gather, counted after the split: their number of tokens, and how many
-            entries stand behind these.
+            entries come after these.
         batch: The dim, after the split, that ranges over the samples; -1 if there is one sample.
         full: The sizes, after the split and the gather, to expand to; -1 leaves one as it is.
     """
@@ -67,7 +67,7 @@ def take_side(
         side: A tensor with an entry per token on one or more dims, such as a RoPE table.
         index: Kept tokens (B, kept), int64.
         splits: This and the rest: see `SideLayout`.
-        tokens: Dims to gather, with their number of tokens and what stands behind them.
+        tokens: Dims to gather, with their number of tokens and of entries after these.
         batch: Dim of the samples, or -1.
         full: Sizes to expand to.
     """
@@ -89,7 +89,7 @@ def take_side(
 
 
 def _keys(index: Tensor, size: int, tokens: int, after: int) -> Tensor:
-    """Extends the kept tokens by the entries that stand before and behind all tokens."""
+    """Extends the kept tokens by the entries before and after all tokens."""
     before = size - tokens - after
     if not (before or after):
         return index

@@ -16,7 +16,7 @@ _NOT_KERNELS: Final = {"numpy", "triton"} | sys.stdlib_module_names
 
 
 def kernel_advice(error: BaseException) -> str:
-    """Returns how to declare the kernel that an error comes from; empty if it is not a kernel's."""
+    """Returns how to declare the kernel that raised an error; empty if it was no kernel."""
     if not any(sign in str(error) for sign in _READS_MEMORY):
         return ""
     calls = [_called(frame, instruction) for frame, _, instruction in user_frames(error)]

@@ -64,7 +64,7 @@ class Conditions:
     Attributes:
         places: Where the symbols are read.
         hold: Takes their values in that order.
-        text: The conditions as text; equal for calls that put the same conditions.
+        text: The conditions as text; equal for calls with the same conditions.
     """
 
     places: tuple[Place, ...] = ()

@@ -1,8 +1,8 @@
 """Attention ops: which operand is what, where it has its tokens, and what the op costs.
 
-An op is known by its name and read by the names of its arguments, which the libraries share.
-Whatever it is given besides queries, keys, values, a mask and the bounds of packed sequences may
-depend on the order or the number of the tokens, and is refused.
+An op is recognized by its name, its operands by the names that the libraries share. Other arguments
+than queries, keys, values, a mask and the bounds of packed sequences may depend on the order or the
+number of the tokens, and are refused.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _HARMLESS: Final = frozenset(
         "return_softmax_lse", "return_debug_mask",
     }
 )  # fmt: skip
-"""Arguments that say nothing about single tokens."""
+"""Arguments that do not refer to single tokens."""
 
 
 def is_attention(node: Node) -> bool:

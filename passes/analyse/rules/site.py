@@ -77,7 +77,7 @@ class Site:
     Attributes:
         node: The call.
         args: Its arguments by name, defaults filled in; tensors are FX nodes.
-        edits: What must change when tokens are dropped, as the rule noted it.
+        edits: What must change when tokens are dropped, as the rule recorded it.
     """
 
     def __init__(self, node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
@@ -123,7 +123,7 @@ class Site:
         return [d % rank for d in listed]
 
     def meet(self, name: str, axes: Axes, index: int | None = None) -> None:
-        """Notes that a side input meets `axes`, aligned from the right."""
+        """Records that a side input meets `axes`, aligned from the right."""
         value = self.args[name] if index is None else self.args[name][index]
         if not isinstance(value, Node) or self.axes(value) is not None:
             return
@@ -131,16 +131,16 @@ class Site:
             self.edits[name, index] = Gather(axes)
 
     def resize(self, name: str, axes: Axes) -> None:
-        """Notes that the size argument `name` is the shape of `axes`."""
+        """Records that the size argument `name` is the shape of `axes`."""
         if token_dims(axes):
             self.edits[name, None] = Resize(axes)
 
     def replace(self, name: str, value: object) -> None:
-        """Notes that the argument `name` takes another value when tokens are dropped."""
+        """Records that the argument `name` takes another value when tokens are dropped."""
         self.edits[name, None] = Replace(value)
 
     def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
-        """Notes that `compute(value, kept)` takes the place of an argument when tokens are dropped.
+        """Records that `compute(value, kept)` takes the place of an argument when tokens are dropped.
 
         For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
         packed attention. A tensor is computed in the graph, by a named function; a number now.

@@ -115,7 +115,7 @@ def _slice(site: Site) -> Axes:
 
 
 def _drop_leading(site: Site, axes: Axes, dim: int, result: int) -> Axes:
-    """A slice may drop entries that stand before the tokens, such as the oldest cached keys."""
+    """A slice may drop entries before the tokens, such as the oldest cached keys."""
     (factor,) = axes[dim]
     end = site.args["end"]
     open_end = end is None or end >= factor.size
@@ -146,7 +146,7 @@ def _getitem(site: Site) -> Axes:
         site.refuse("FVX010", "it indexes a tensor")
     index = int(site.args["1"])
     if index >= len(parts):
-        site.refuse("FVX010", "nothing says where the tokens are in this result of the op")
+        site.refuse("FVX010", "where the tokens are in this result of the op is unknown")
     return parts[index]
 
 
@@ -161,7 +161,9 @@ def _glu(site: Site) -> Axes:
 @rule("aten::flip", "aten::roll")
 def _moved(site: Site) -> Axes:
     axes = site.stream("self")
-    site.keep_tokens_whole(axes, site.dims("dims", len(axes)), f"{op_name(site.node)[6:]}s")
+    site.keep_tokens_whole(
+        axes, site.dims("dims", len(axes)), f"{op_name(site.node).removeprefix('aten::')}s"
+    )
     return axes
 
 
@@ -214,7 +216,7 @@ def _cat(site: Site) -> Axes:
 
 
 def _cat_tokens(site: Site, dim: int) -> Dim:
-    """A cache is put before (or behind) the tokens: together they are the keys."""
+    """A cache is joined before (or after) the tokens: together they are the keys."""
     before = after = 0
     tokens: Factor | None = None
     for tensor in site.args["tensors"]:
