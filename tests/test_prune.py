@@ -185,6 +185,23 @@ def forward(self, arg6_1, captured_0):
     assert [program.inputs[i][-1] for i in pruned.inputs] == [("item", 0)]
 
 
+class Convolved(nn.Module):
+    """A convolution cannot run on no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x.mT).mT
+
+
+def test_ops_that_fail_on_no_token_are_not_emitted_for_none() -> None:
+    program = program_of(Convolved(), torch.randn(B, L, C))
+    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3)))
+    assert "conv1d.default" not in ops(pruned.graph_module)
+
+
 def test_nothing_to_prune_changes_nothing() -> None:
     program = program_of(ffn(), torch.randn(B, L, C), torch.randn(L, 1))
     pruned = pruned_of(program, [])

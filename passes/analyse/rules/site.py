@@ -140,7 +140,7 @@ class Site:
         self.edits[name, None] = Replace(value)
 
     def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
-        """Records that `compute(value, kept)` takes the place of an argument when tokens are dropped.
+        """Records that `compute(value, kept)` replaces an argument when tokens are dropped.
 
         For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
         packed attention. A tensor is computed in the graph, by a named function; a number now.

@@ -161,9 +161,8 @@ def _glu(site: Site) -> Axes:
 @rule("aten::flip", "aten::roll")
 def _moved(site: Site) -> Axes:
     axes = site.stream("self")
-    site.keep_tokens_whole(
-        axes, site.dims("dims", len(axes)), f"{op_name(site.node).removeprefix('aten::')}s"
-    )
+    verb = f"{op_name(site.node).removeprefix('aten::')}s"
+    site.keep_tokens_whole(axes, site.dims("dims", len(axes)), verb)
     return axes
 
 
