@@ -347,9 +347,10 @@ def _blocks(group: list[Row]) -> str:
 def _explain(refusal: Refusal) -> str:
     where = f"  {refusal.where}" if refusal.where else ""
     op = f" [{refusal.op}]" if refusal.op else ""
+    near = f"        near  {refusal.nearest}\n" if refusal.nearest else ""
     return (
         f"      {refusal.code}  {refusal.title}{where}\n"
-        f"        why   {refusal.reason}{op}\n"
+        f"        why   {refusal.reason}{op}\n{near}"
         f"        hint  {refusal.hint}"
     )
 

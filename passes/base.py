@@ -73,7 +73,8 @@ class Draft:
         expected: What each branch adds in the real call, by index.
         inputs_after: The inputs of `source` after the real call, which may have overwritten them.
         features: The branches whose outputs the graph returns (cache step) or takes (pruned step).
-        forms: The nodes that compute each branch in the graph, by index.
+        forms: The nodes that compute each pruned branch in the graph, by index.
+        at_earlier_sizes: The same graph at the sizes of an earlier call, if some vary.
         branches: What became of every branch.
         caches: The caches that the graph grows.
         buffered: The same program on buffers, if any cache can be in one.
