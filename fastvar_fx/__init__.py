@@ -33,6 +33,7 @@ from fastvar_fx.schedule import Schedule, presets
 from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
 
 __version__ = "0.1.0"
+__not_state__ = True  # what this package attaches to modules is no state of theirs
 
 __all__ = [
     "ArgumentError",

@@ -1,18 +1,16 @@
-"""What users teach the compiler: axis rules for their ops, and kernels it cannot see into."""
+"""What users declare: axis rules of their ops, and kernels that cannot be traced."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
 from torch import nn
-from torch.fx import Node
 
-from passes.attention import register_attention
-from passes.axes import Axes, broadcast, dim_size, has_tokens, token_dims
-from passes.rules import Rule, Site, attending, rule
+from passes.analyse.rules import opaque
+from passes.analyse.rules.site import Rule, rule
 
 _NAMESPACE: Final = "fastvar_fx_opaque"
 
@@ -20,14 +18,18 @@ _NAMESPACE: Final = "fastvar_fx_opaque"
 def axis_rule(*ops: str, attention: bool = False) -> Callable[[Rule], Rule]:
     """Registers an axis rule: what an op does to axes, and that tokens may be dropped through it.
 
-    A rule gets the call as a `passes.rules.Site` and returns the axes of its result (a list for
-    several results); `Site.meet`, `Site.resize` and `Site.refuse` say the rest. Every program is
-    checked with permuted tokens, so a rule that promises too much is found out.
+    A rule gets the call as a `Site` and returns the axes of its result (a list for several
+    results). With `Site.meet` and `Site.resize` it records what changes when tokens are dropped,
+    with `Site.refuse` it refuses the call. Every program is checked with permuted tokens, which
+    finds rules that allow too much.
 
     Args:
         ops: Names as "namespace::op"; a name covers all overloads and the in-place form.
-        attention: Whether the op attends, its keys being its second tensor: then the branch
-            counts as attention or cross-attention.
+        attention: Whether the op is an attention, whose keys are its second tensor: then the
+            branch counts as attention or cross-attention.
+
+    Raises:
+        ValueError: If a name is not of this form.
 
     Example:
         >>> @axis_rule("mylib::scaled_gelu")
@@ -37,9 +39,7 @@ def axis_rule(*ops: str, attention: bool = False) -> Callable[[Rule], Rule]:
     for name in ops:
         if name.count("::") != 1:
             raise ValueError(f'axis_rule takes op names as "namespace::op"; found {name!r}')
-        if attention:
-            register_attention(name)
-    return rule(*ops)
+    return rule(*ops, attends=attention)
 
 
 def register_opaque(
@@ -66,7 +66,7 @@ def register_opaque(
         A function of the same signature, or a subclass: build the model with it.
 
     Raises:
-        ValueError: If `axes` is unknown, the schema cannot be told, or it says that the kernel
+        ValueError: If `axes` is unknown, the schema is unknown, or it says that the kernel
             writes into its arguments.
 
     Example:
@@ -79,7 +79,7 @@ def register_opaque(
     """
     if isinstance(function, type) and issubclass(function, nn.Module):
         return _opaque_class(function, fake=fake, axes=axes, schema=schema)
-    rules: dict[str, Rule] = {"tokenwise": _tokenwise, "attention": _attention}
+    rules: dict[str, Rule] = {"tokenwise": opaque.tokenwise, "attention": opaque.attention}
     chosen = axes if callable(axes) else rules.get(axes)
     if chosen is None:
         raise ValueError(f'axes is "tokenwise", "attention" or an axis rule; found {axes!r}')
@@ -88,7 +88,7 @@ def register_opaque(
         found = schema or torch.library.infer_schema(function, mutates_args=())
     except ValueError as error:
         raise ValueError(
-            f"the schema of {function!r} cannot be told ({error}); give it as "
+            f"the schema of {function!r} is unknown ({error}); give it as "
             f'schema="(Tensor x, float eps) -> Tensor"'
         ) from error
     if "!" in found or found.rstrip().endswith("()"):
@@ -99,9 +99,7 @@ def register_opaque(
     name = f"{_NAMESPACE}::{_free_name(kernel)}"
     op = torch.library.custom_op(name, function, mutates_args=(), schema=found)
     op.register_fake(fake)
-    rule(name)(chosen)
-    if chosen is _attention:
-        register_attention(name)
+    rule(name, attends=chosen is opaque.attention)(chosen)
     return op
 
 
@@ -116,7 +114,7 @@ def _opaque_class(kind: type[nn.Module], *, schema: str | None, **how: Any) -> t
     read = [a.name for a in torch._C.parse_schema(f"forward{schema}").arguments[taken:]]
 
     def run(*args: Any) -> Any:
-        module = kind.__new__(kind)
+        module = kind.__new__(kind)  # the op gets tensors only; its forward reads attributes
         nn.Module.__init__(module)
         for name, value in zip(read, args[taken:], strict=True):
             setattr(module, name, value)
@@ -139,49 +137,3 @@ def _free_name(wanted: str) -> str:
         count += 1
         name = f"{wanted}_{count}"
     return name
-
-
-def _tensors(site: Site) -> list[str]:
-    return [name for name, value in site.args.items() if isinstance(value, Node)]
-
-
-def _tokenwise(site: Site) -> Axes:
-    names = _tensors(site)
-    axes = site.stream(names[0])
-    for name in names[1:]:
-        inside = site.axes(site.args[name])
-        if inside is not None:
-            broadcast([axes, inside])
-        elif _broadcasts(site.args[name].meta["val"].shape, axes):
-            site.meet(name, axes)
-        else:
-            _refuse_per_token(site, name, axes)
-    return axes
-
-
-def _broadcasts(side_shape: Sequence[int], axes: Axes) -> bool:
-    aligned = zip(reversed(side_shape), reversed(axes), strict=False)
-    return all(size in (1, dim_size(dim)) for size, dim in aligned) and len(side_shape) <= len(axes)
-
-
-def _attention(site: Site) -> Axes:
-    query, key, value, *more = _tensors(site)
-    q = site.axes(site.args[query])
-    k, v = (site.axes(site.args[name]) for name in (key, value))
-    inside = [axes for axes in (k, v) if axes is not None]
-    keys = [tuple(f for dim in axes if has_tokens(dim) for f in dim) for axes in inside]
-    for name in more:
-        _refuse_per_token(site, name, *(axes for axes in (q, *inside) if axes is not None))
-    return attending(site, q, keys)
-
-
-def _refuse_per_token(site: Site, name: str, *met: Axes) -> None:
-    """Refuses a tensor such as a mask that may have an entry per token, on an unknown axis."""
-    shape = list(site.args[name].meta["val"].shape)
-    tokens = {dim_size(axes[d]) for axes in met for d in token_dims(axes)}
-    if site.axes(site.args[name]) is not None or tokens & set(shape):
-        site.refuse(
-            "FVX012",
-            f"`{name}` of shape {shape} may have an entry per token, and its token axis cannot be "
-            f"told: declare the kernel with an axis rule of its own",
-        )

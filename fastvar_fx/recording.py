@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import reachable
-from fastvar_fx.errors import FastVARError, GraphError, ModelError
+from fastvar_fx.errors import FastVARError, GraphError, ModelError, user_line
 from fastvar_fx.transform import reset, trace
-from passes.state import Snapshot, roots
+from passes.trace.state import Snapshot, roots
 
 Run = Callable[..., Any]
 """(fast, *inputs) -> what a generation returns: tensors, also in tuples, lists and dicts."""
@@ -435,17 +435,5 @@ def _first_line(error: BaseException) -> str:
 
 def _at_users_line(error: BaseException) -> str:
     """Returns where the innermost line of the model's or the user's code is, if there is one."""
-    frames = [
-        f"{frame.f_code.co_filename}:{line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if _is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename)
-    ]
-    return f" at {frames[-1]}" if frames else ""
-
-
-def _is_users(module: str, file: str) -> bool:
-    package = module.partition(".")[0]
-    ours = package in ("torch", "passes", "einops", "contextlib") or (
-        package == "fastvar_fx" and not module.startswith("fastvar_fx.models")
-    )
-    return not ours and not file.startswith("<")
+    line = user_line(error)
+    return f" at {line}" if line else ""

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.errors import RunError
 from fastvar_fx.schedule import Schedule
-
-_CPU_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+from passes.analyse.rules.attention import FLOP_FORMULAS
 
 
 @dataclass(frozen=True)
@@ -308,8 +307,7 @@ class Runs:
 
     def count(self) -> None:
         """Runs once and counts FLOPs per step."""
-        formulas = {_CPU_ATTENTION: _attention_flops}
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
             passes = self._run(counter.get_total_flops)
         self.flops = [int(value) for value in self._by_step(passes, operator.sub)]
 
@@ -399,12 +397,6 @@ def read_around(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """FLOPs of torch's fused attention on a CPU, which the counter has no formula for."""
-    count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
-    return count
 
 
 def _tokens(output: object) -> int:

@@ -20,7 +20,7 @@ from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.payoff import time_steps
 from fastvar_fx.schedule import Schedule
-from passes.branches import KINDS, Kind
+from passes.analyse.branches import KINDS, Kind
 
 Model = TypeVar("Model", bound=nn.Module)
 

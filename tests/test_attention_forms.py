@@ -15,10 +15,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastvar_fx
 from fastvar_fx import Schedule
-from passes.attention import attention_flops, is_attention
-from passes.branches import Branch, RefusedBranch
-from passes.prune import Step, prune
+from passes.analyse.branches import Branch, RefusedBranch
+from passes.analyse.rules.attention import attention_flops, is_attention
 from passes.refusal import RefusedError
+from passes.rewrite.prune import Step, prune
 from tests import kernels, reference
 from tests.test_rules import (
     F64,
@@ -488,11 +488,11 @@ REFUSED: list[tuple[Call, str, str]] = [
     (packed_with("lb"), "FVX011", "its sequences are not the samples"),
     (packed_with(sequences=2 * N), "FVX011", "its sequences are not the samples"),
     (cutlass_with(None, False, 1), "FVX012", "with custom_mask_type=1 it depends on the order"),
-    (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis cannot be told"),
+    (cutlass_with(torch.ones(1, HEADS, N, N), True, 0), "FVX012", "its token axis is unknown"),
     (thrice(aten._scaled_dot_product_flash_attention_for_cpu, 0.0, True), "FVX012", "is_causal"),
     (thrice(aten._scaled_dot_product_flash_attention, 0.1), "FVX013", "dropout is active"),
-    (with_odd_rows, "FVX010", "nothing says where the tokens are in this result"),
-    (mask_from_tokens, "FVX010", "nothing says that tokens may be dropped"),
+    (with_odd_rows, "FVX010", "where the tokens are in this result of the op is unknown"),
+    (mask_from_tokens, "FVX010", "no axis rule is registered"),
 ]
 
 

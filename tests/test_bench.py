@@ -43,7 +43,7 @@ from fastvar_fx.cli import main
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 from fastvar_fx.timing import Budget, Comparison, Spread
-from passes.prune import take_side
+from passes.rewrite.side_input import take_side
 from tests.graph_double import record
 
 ROW = [

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.branches import (
+from passes.analyse.branches import (
     KINDS,
     Branch,
     FoundBranch,
@@ -16,9 +16,10 @@ from passes.branches import (
     counts_flops,
     find_branches,
 )
-from passes.capture import BlockProgram, capture, placeholder_of
-from passes.graphs import op_name
+from passes.graph import op_name, placeholder_of
 from passes.refusal import RefusedError
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
 from tests.devices import DEVICE
 
 B, L, C = 2, 6, 8
@@ -75,7 +76,7 @@ def program_of(body: Body, x: Tensor | None = None) -> BlockProgram:
     block = Block(body).to(DEVICE).eval()
     x = torch.randn(B, L, C, device=DEVICE) if x is None else x
     with torch.no_grad():
-        return capture(type(block).forward.__get__(block), block, (x,), {})
+        return capture(Call(type(block).forward.__get__(block), block, (x,), {}))
 
 
 def find(program: BlockProgram) -> list[FoundBranch]:
@@ -308,7 +309,7 @@ def test_a_value_that_another_value_of_the_block_needs() -> None:
 
     block = Leaky().to(DEVICE)
     x = torch.randn(B, L, C, device=DEVICE)
-    program = capture(Leaky.forward.__get__(block), block, (x,), {})
+    program = capture(Call(Leaky.forward.__get__(block), block, (x,), {}))
     (found,) = find(program)
     assert isinstance(found, RefusedBranch)
     assert found.refusal.code == "FVX014"
@@ -328,7 +329,7 @@ def test_returned_keys_and_values_are_fine() -> None:
 
     block = Cached().to(DEVICE)
     args = (torch.randn(B, L, C, device=DEVICE), torch.randn(B, 4, C, device=DEVICE))
-    (found,) = find(capture(Cached.forward.__get__(block), block, args, {}))
+    (found,) = find(capture(Call(Cached.forward.__get__(block), block, args, {})))
     assert isinstance(found, Branch)
     assert found.kind == "attention"
 
@@ -351,7 +352,7 @@ def test_state_belongs_to_the_branch_it_is_made_from() -> None:
 
     block = Stateful().to(DEVICE)
     x = torch.ones(B, L, C, device=DEVICE)
-    first, second = find(capture(Stateful.forward.__get__(block), block, (x,), {}))
+    first, second = find(capture(Call(Stateful.forward.__get__(block), block, (x,), {})))
     assert isinstance(first, Branch)
     assert isinstance(second, Branch)
     assert {op_name(node) for node in first.region} >= {"aten::sin", "aten::clone"}
@@ -422,5 +423,5 @@ def test_many_branches_behind_a_projection_are_found_in_one_pass() -> None:
             return x
 
     stack = Stack().to(DEVICE)
-    program = capture(stack.forward, stack, (torch.randn(B, L, C, device=DEVICE),), {})
+    program = capture(Call(stack.forward, stack, (torch.randn(B, L, C, device=DEVICE),), {}))
     assert len(find(program)) == 64

@@ -3,6 +3,7 @@
 
 import functools
 import gc
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from passes.capture import BlockProgram, capture, fingerprint, placeholder_of, run_eagerly
-from passes.pipeline import Call, analyse, live_inputs, reference
+import passes
+from passes import Call, Context, LeakedTensorError, fingerprint, reference
+from passes.graph import placeholder_of
 from passes.refusal import RefusedError
-from passes.state import Path, apply, get, roots, show
+from passes.trace.calls import live_inputs
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, Snapshot, apply, get, is_container, roots, show
 
 B, L, C = 2, 4, 6
 
@@ -27,7 +31,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def captured(module: nn.Module, *args: Any, **kwargs: Any) -> BlockProgram:
-    return capture(forward_of(module), module, args, kwargs)
+    return capture(Call(forward_of(module), module, args, kwargs))
 
 
 def names(program: BlockProgram) -> list[str]:
@@ -70,7 +74,7 @@ def run(program: BlockProgram, module: nn.Module, *args: Any, **kwargs: Any) -> 
 
 def assert_reproduces(module: nn.Module, *args: Any, **kwargs: Any) -> BlockProgram:
     """The graph gives what the call gives, and replaying its writes leaves what the call leaves."""
-    results, written = run_eagerly(forward_of(module), module, args, kwargs)
+    results, written = reference(Call(forward_of(module), module, args, kwargs))
     program = captured(module, *args, **kwargs)
     outputs = run(program, module, *args, **kwargs)
     assert len(outputs) == len(results) + len(written)
@@ -400,12 +404,15 @@ def test_a_forward_that_raises_half_way_leaves_no_trace() -> None:
     module, cache, x = Raises("all"), {"k": torch.randn(B, 2, C)}, torch.randn(B, L, C)
     weights = dict(module.named_parameters())
     state = shallow(contents(module)), shallow(cache)
-    for attempt in (captured, lambda *args: fingerprint(forward_of(module), module, args[1:], {})):
+    for attempt in (
+        captured,
+        lambda *args: fingerprint(Call(forward_of(module), module, args[1:], {})),
+    ):
         with pytest.raises(RefusedError, match=r"FVX001.*KeyError.*no such thing") as caught:
             attempt(module, x, cache)
         assert "test_capture.py:" in caught.value.refusal.where
     with pytest.raises(KeyError):
-        run_eagerly(forward_of(module), module, (x, cache), {})
+        reference(Call(forward_of(module), module, (x, cache), {}))
     assert_same(contents(module), state[0], identical=True)
     assert_same(cache, state[1], identical=True)
     assert dict(module.named_parameters()) == weights
@@ -417,7 +424,7 @@ def test_a_forward_that_raises_half_way_leaves_no_trace() -> None:
 def test_no_fake_tensor_is_left(how: str) -> None:
     module, cache, x = writing(how), {"k": torch.randn(B, 2, C)}, torch.randn(B, L, C)
     captured(module, x, cache)
-    fingerprint(forward_of(module), module, (x, cache), {})
+    fingerprint(Call(forward_of(module), module, (x, cache), {}))
     assert not fakes_reachable_from(module, cache, x)
 
 
@@ -456,17 +463,105 @@ def test_tensors_in_an_lru_cache_are_real() -> None:
     stream: Path = (("item", "args"), ("item", 0))
     try:
         call = Call(forward_of(module), module, (x,), {}, stream)
-        analysed = analyse(call, reference(call))
+        program = passes.run(Context(call=call, real=reference(call)))
         assert angles.cache_info().currsize == 1
         held = angles(L, C)
         assert type(held) is Tensor
         expected = module(x)
-        inputs = live_inputs(
-            Call(forward_of(module), module, (x,), {}, stream), analysed.program.inputs
-        )
-        torch.testing.assert_close(analysed.program.graph_module(*inputs)[0], expected)
+        inputs = live_inputs(call, program.inputs)
+        torch.testing.assert_close(program.graph_module(*inputs)[0], expected)
     finally:
         angles.cache_clear()
+
+
+class Pair:
+    """A helper's result that is no container of Python's."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.parts = {"cos": table.cos(), "sin": table.sin()}
+
+
+HELPERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda table: table * 2,
+    "tuple": lambda table: (table.cos(), table.sin()),
+    "object": Pair,
+    "key only": lambda table: table.shape[0],
+    "method": lambda table: functools.partial(torch.add, table),
+}
+
+
+@functools.lru_cache
+def unrelated(length: int) -> Tensor:
+    return torch.ones(length)
+
+
+class Memoised(nn.Module):
+    """Calls a helper that is memoised by tensor, so that each stand-in makes an entry."""
+
+    def __init__(self, helper: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.table = torch.randn(C)
+        self.memo = [functools.lru_cache(helper)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memo[0](self.table)
+        return x + self.table
+
+
+@pytest.mark.parametrize("helper", HELPERS.values(), ids=HELPERS)
+@pytest.mark.parametrize("trace", [captured, lambda *args: print_of(*args)])
+def test_only_memos_that_hold_a_stand_in_are_cleared(
+    helper: Callable[[Tensor], Any], trace: Callable[..., Any]
+) -> None:
+    module, x = Memoised(helper), torch.randn(B, L, C)
+    (memo,) = module.memo
+    unrelated(3)
+    held = unrelated.cache_info().currsize
+    module(x)
+    assert memo.cache_info().currsize == 1
+    made = trace(module, x)
+    assert memo.cache_info().currsize == 0, "it held a stand-in"
+    assert unrelated.cache_info().currsize == held
+    module(x)
+    assert not fakes_reachable_from(module)
+    del made
+
+
+@pytest.mark.parametrize("trace", [captured, lambda *args: print_of(*args)])
+def test_a_memo_filled_by_a_call_that_fails_keeps_no_stand_in(trace: Callable[..., Any]) -> None:
+    class Fails(Memoised):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError(super().forward(x).shape)
+
+    module = Fails(HELPERS["tensor"])
+    with pytest.raises(RefusedError, match="FVX001"):
+        trace(module, torch.randn(B, L, C))
+    assert module.memo[0].cache_info().currsize == 0
+
+
+def test_objects_of_a_package_that_says_so_are_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = types.ModuleType("some_runtime")
+    attached = type("Attached", (Holder,), {"__module__": "some_runtime.engine"})()
+    attached.k = torch.randn(C)
+    monkeypatch.setitem(sys.modules, "some_runtime", runtime)
+    assert is_container(attached)
+    runtime.__not_state__ = True  # type: ignore[attr-defined]
+    assert not is_container(attached)
+    module = Plain()
+    module.attached = attached
+    assert not any("attached" in str(path) for path in Snapshot(roots(module, (), {})).tensors)
+
+
+def test_a_stand_in_that_stays_elsewhere_is_an_error() -> None:
+    held: list[Tensor] = []
+
+    class Keeps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            held.append(x * 2)
+            return x
+
+    with pytest.raises(LeakedTensorError, match=r"keeps a tensor of shape \(2, 4, 6\).*in a list"):
+        print_of(Keeps(), torch.randn(B, L, C))
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -540,7 +635,7 @@ class Settings(nn.Module):
 
 def print_of(module: nn.Module, *args: Any) -> tuple[Any, ...]:
     args = args or (torch.randn(B, L, C),)
-    return fingerprint(forward_of(module), module, args, {})
+    return fingerprint(Call(forward_of(module), module, args, {}))
 
 
 def test_equal_blocks_have_equal_fingerprints() -> None:

@@ -21,7 +21,7 @@ from fastvar_fx import GraphError, Schedule, ops, recording
 from fastvar_fx.cli import main
 from fastvar_fx.models import VAR, VAR_256, build, hart, infinity
 from fastvar_fx.timing import peak_bytes
-from passes.prune import take_side
+from passes.rewrite.side_input import take_side
 from tests.by_hand import fixed_draws
 from tests.devices import GPU
 from tests.graph_double import doubled

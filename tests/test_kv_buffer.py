@@ -20,7 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.engine.kv_buffers import KVBuffers
-from passes.kv_buffer import Copied, Growth, append_in_place, find_growing
+from passes.analyse.caches import Copied, Growth, find_growing
+from passes.rewrite.kv_append import append_in_place
 from tests import zoo
 from tests.devices import DEVICE
 

@@ -10,12 +10,16 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes import prune as prune_module
-from passes.branches import Branch, find_branches
-from passes.capture import BlockProgram, capture, placeholder_of
-from passes.features import capture_features
-from passes.prune import PrunedGraph, PruneRefusedError, SideLayout, Step, prune, take_side
-from passes.state import get, roots
+from passes.analyse.branches import Branch, find_branches
+from passes.graph import placeholder_of
+from passes.refusal import BranchRefusedError
+from passes.rewrite import prune as prune_module
+from passes.rewrite.capture_outputs import capture_outputs
+from passes.rewrite.prune import PrunedGraph, Step, prune
+from passes.rewrite.side_input import SideLayout, take_side
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import get, roots
 
 B, L, C, KEPT = 2, 6, 4, 3
 STEP = Step(KEPT, (1, 2), (2, 3))
@@ -67,7 +71,7 @@ class FFN(nn.Module):
 
 
 def program_of(module: nn.Module, *args: Tensor) -> BlockProgram:
-    return capture(type(module).forward.__get__(module), module, args, {})
+    return capture(Call(type(module).forward.__get__(module), module, args, {}))
 
 
 def branches_of(program: BlockProgram) -> list[Branch]:
@@ -108,7 +112,7 @@ def ops(graph_module: GraphModule) -> Counter[str]:
 def listing(graph_module: GraphModule) -> str:
     """The code of a graph, without the lines' clean-up and without module prefixes."""
     code = re.sub(r";  .*| +$", "", graph_module.code.strip(), flags=re.MULTILINE)
-    return re.sub(r"torch\.ops\.|\b\w*test_prune_|\bpasses_prune_", "", code)
+    return re.sub(r"torch\.ops\.|\b\w*test_prune_|\bpasses\w*?_(?=take_side|_no_tokens)", "", code)
 
 
 def ffn() -> FFN:
@@ -181,6 +185,23 @@ def forward(self, arg6_1, captured_0):
     assert [program.inputs[i][-1] for i in pruned.inputs] == [("item", 0)]
 
 
+class Convolved(nn.Module):
+    """A convolution cannot run on no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x.mT).mT
+
+
+def test_ops_that_fail_on_no_token_are_not_emitted_for_none() -> None:
+    program = program_of(Convolved(), torch.randn(B, L, C))
+    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3)))
+    assert "conv1d.default" not in ops(pruned.graph_module)
+
+
 def test_nothing_to_prune_changes_nothing() -> None:
     program = program_of(ffn(), torch.randn(B, L, C), torch.randn(L, 1))
     pruned = pruned_of(program, [])
@@ -193,7 +214,7 @@ def test_new_nodes_say_what_they_are_for() -> None:
     marked = [n for n in pruned.graph_module.graph.nodes if "branch" in n.meta.get("fastvar", {})]
     assert {n.meta["fastvar"]["branch"] for n in marked} == {0}
     assert {n.meta["fastvar"]["kept"] for n in marked} == {KEPT}
-    computed = [n for n in marked if n.target is not prune_module.take_side]
+    computed = [n for n in marked if n.target is not take_side]
     assert all("test_prune.py" in str(n.stack_trace) for n in computed)
     (captured,) = (n for n in pruned.graph_module.graph.nodes if n.name == "captured_0")
     assert captured.meta["fastvar"] == {"input": "captured ffn"}
@@ -371,7 +392,7 @@ def test_an_op_that_does_not_run_on_the_kept_tokens() -> None:
         def take(x: Tensor, index: Tensor) -> Tensor:
             return x[:, : index.shape[1] + 1]
 
-    with pytest.raises(PruneRefusedError, match="FVX018") as caught:
+    with pytest.raises(BranchRefusedError, match="FVX018") as caught:
         prune(program.graph_module, branches_of(program), STEP, Wrong(), feature)
     assert caught.value.branch == 0
 
@@ -383,7 +404,7 @@ def test_features_are_added_to_the_outputs() -> None:
     module, x = two(), torch.randn(B, L, C)
     program = program_of(module, x)
     before = program.graph_module.code
-    features = capture_features(program.graph_module, branches_of(program))
+    features = capture_outputs(program.graph_module, branches_of(program))
     assert program.graph_module.code == before
     assert ops(features) == ops(program.graph_module)
     origin = roots(module, (x,), {})
@@ -399,7 +420,7 @@ def test_features_are_added_to_the_outputs() -> None:
 def test_features_that_the_add_overwrites_are_cloned() -> None:
     module, x = Overwrites(), torch.randn(B, L, C)
     program = program_of(module, x)
-    features = capture_features(program.graph_module, branches_of(program))
+    features = capture_outputs(program.graph_module, branches_of(program))
     assert_expected_inline(
         listing(features),
         """\
@@ -418,7 +439,7 @@ def forward(self, arg0_1, arg1_1, arg2_1):
 
 def test_no_branches_no_features() -> None:
     program = program_of(ffn(), torch.randn(B, L, C), torch.randn(L, 1))
-    assert capture_features(program.graph_module, []).code == program.graph_module.code
+    assert capture_outputs(program.graph_module, []).code == program.graph_module.code
 
 
 # -- gathering side inputs ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.axes import (
+from passes.analyse.axes import (
     Axes,
     AxesError,
     Dim,
@@ -19,16 +19,19 @@ from passes.axes import (
     broadcast,
     dim_size,
     meets_tokens,
-    other,
+    plain_dim,
     regroup,
     shape_of,
     stream_axes,
     token_dims,
 )
-from passes.branches import Branch, FoundBranch, RefusedBranch, find_branches
-from passes.capture import BlockProgram, capture, placeholder_of
-from passes.prune import PruneRefusedError, Step, prune
-from passes.state import get, roots
+from passes.analyse.branches import Branch, FoundBranch, RefusedBranch, find_branches
+from passes.graph import placeholder_of
+from passes.refusal import BranchRefusedError
+from passes.rewrite.prune import Step, prune
+from passes.trace.calls import Call
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import get, roots
 
 N = 8  # samples, tokens and features: labels must tell them apart, sizes cannot
 KEPT = 5
@@ -112,7 +115,7 @@ def test_meets_tokens() -> None:
     assert meets_tokens((1, N, N), axes)
     assert not meets_tokens((N,), axes)
     assert not meets_tokens((N, 1, N), axes)
-    assert other(1) == ()
+    assert plain_dim(1) == ()
 
 
 # -- what a pruned op computes ------------------------------------------------------------------
@@ -205,7 +208,7 @@ def host_of(function: Function) -> Host:
 
 def captured(host: nn.Module, x: Tensor, sides: list[Tensor]) -> BlockProgram:
     with torch.no_grad():
-        return capture(type(host).forward.__get__(host), host, (x, *sides), {})
+        return capture(Call(type(host).forward.__get__(host), host, (x, *sides), {}))
 
 
 def found_in(program: BlockProgram) -> FoundBranch:
@@ -1069,12 +1072,12 @@ REFUSALS: list[tuple[Function, tuple[Side, ...], str, str]] = [
     (repeated_tokens, (), "FVX012", "slices the token axis"),
     (repeated_samples, (), "FVX013", "slices the batch axis"),
     (rolled_flat, (), "FVX013", "rolls the batch axis"),
-    (causal_product, (), "FVX010", "nothing says"),
-    (diagonal, (), "FVX010", "nothing says"),
-    (gathered, (), "FVX010", "nothing says"),
+    (causal_product, (), "FVX010", "no axis rule"),
+    (diagonal, (), "FVX010", "no axis rule"),
+    (gathered, (), "FVX010", "no axis rule"),
     (looked_up, (), "FVX010", ""),
     (inverse, (), "FVX010", ""),
-    (strided, (), "FVX010", "nothing says"),
+    (strided, (), "FVX010", "no axis rule"),
     (reshape_like_outside, (Side((N, N, N)),), "FVX010", "shape from a value outside"),
     (bits, (), "FVX010", "bits"),
     (fast_weights, (), "FVX013", "selects one position of the batch axis"),
@@ -1097,7 +1100,7 @@ def test_refused_op(function: Function, sides: tuple[Side, ...], code: str, reas
 def test_side_without_a_sample_axis_where_the_op_has_none_to_give() -> None:
     side = Side((N, N), tokens=(0,))
     assert_prunes(einsum_side, (side,), 1, KEPT)
-    with pytest.raises(PruneRefusedError) as caught:
+    with pytest.raises(BranchRefusedError) as caught:
         assert_prunes(einsum_side, (side,), N, KEPT)
     assert caught.value.refusal.code == "FVX018"
     assert caught.value.branch == 0

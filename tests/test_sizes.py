@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvar_fx
-from passes import pipeline
-from passes.branches import FoundBranch
-from passes.capture import capture
+from passes import verify
+from passes.analyse.branches import FoundBranch, find_branches
 from passes.refusal import Refusal, RefusedError
-from passes.sizes import Conditions, Varying
+from passes.trace.calls import Call
+from passes.trace.capture import capture
+from passes.trace.symbols import Conditions, Varying
 
 C, H = 16, 2
 SCALES = (1, 2, 3, 4)
@@ -172,13 +173,11 @@ def test_another_batch_and_another_length_at_once() -> None:
 def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    find = pipeline._same_branches
-
     def first_refused(*args: Any) -> list[FoundBranch]:
-        first, *rest = find(*args)
-        return [pipeline._refuse(first, Refusal("FVX011", "planted")), *rest]
+        first, *rest = find_branches(*args)
+        return [first.refused(Refusal("FVX011", "planted")), *rest]
 
-    monkeypatch.setattr(pipeline, "_same_branches", first_refused)
+    monkeypatch.setattr(verify, "find_branches", first_refused)
     torch.manual_seed(0)
     model = Model().eval()
     fast = fastvar_fx.transform(model, SCHEDULE)
@@ -201,7 +200,7 @@ def test_conditions() -> None:
     block, args = Sized(), (torch.randn(1, 4, C), torch.randn(6, C), 3)
     side, number = (("item", "args"), ("item", 1)), (("item", "args"), ("item", 2))
     varying = Varying({(side, 0): 4, (number, None): 5})
-    program = capture(block.forward, block, args, {}, varying)
+    program = capture(Call(block.forward, block, args, {}, varying=varying))
     conditions = program.conditions
     assert conditions.places == ((side, 0), (number, None))
     holds = {values: conditions.hold(*values) for values in ((8, 1), (7, 1), (0, 1), (2, 0))}
@@ -213,5 +212,5 @@ def test_conditions() -> None:
     ]
     assert shapes == [6, 4]
     with pytest.raises(RefusedError, match="FVX019"):
-        capture(block.forward, block, args, {}, Varying({(side, 0): 5}))
+        capture(Call(block.forward, block, args, {}, varying=Varying({(side, 0): 5})))
     assert Conditions().hold()

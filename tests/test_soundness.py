@@ -352,7 +352,9 @@ def test_keys_that_a_mask_of_a_later_step_counts_are_not_pruned(cut: bool) -> No
     kept = {(row.step, row.kind): row.kept for row in fastvar_fx.explain(fast).rows}
     assert [kept[2, "attention"], kept[2, "ffn"]] == [9, 5]
     assert [kept[3, "attention"], kept[3, "ffn"]] == [8, 8]
-    (refusal,) = {row.refusal.code for row in fastvar_fx.explain(fast).refusals if row.refusal}
+    (refusal,) = {
+        row.refusal.code for row in fastvar_fx.explain(fast).refusals if row.refusal is not None
+    }
     assert refusal == "FVX021"
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from fastvar_fx.bench.variants import Variant
 from fastvar_fx.engine.call import BlockCall, BlockSite
@@ -31,8 +31,9 @@ from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.timing import Budget, Clock, Progress, Subject, alternate, no_progress, per_step
 from fastvar_fx.transform import run_by, transform
-from passes.branches import KINDS
-from passes.prune import take_side
+from passes.analyse.branches import KINDS
+from passes.graph import copy_graph
+from passes.rewrite.side_input import take_side
 
 DENSE, PRUNED = Variant("dense"), Variant("pruned")
 """What is timed by module."""
@@ -211,17 +212,17 @@ def with_marks(
     graph_module: GraphModule, module_of: Callable[[Node], str], mark: Callable[[str], None]
 ) -> GraphModule:
     """Returns a copy of a graph that calls `mark` with each module where the module changes."""
-    made: dict[Node, Node] = {}
-    graph, current = Graph(), ""
+    graph, copies = copy_graph(graph_module.graph)
+    current = ""
 
     def mark_module(module: str) -> None:  # a graph calls functions, not methods
         mark(module)
 
-    for node in graph_module.graph.nodes:
+    for node, made in copies.items():
         if node.op == "call_function" and module_of(node) != current:
             current = module_of(node)
-            graph.call_function(mark_module, (current,))
-        made[node] = graph.node_copy(node, made.__getitem__)
+            with graph.inserting_before(made):
+                graph.call_function(mark_module, (current,))
     return GraphModule(graph_module, graph)
 
 

@@ -27,7 +27,7 @@ from fastvar_fx.ops import (
     take_tokens,
 )
 from fastvar_fx.timing import Budget, Clock
-from passes.prune import take_side
+from passes.rewrite.side_input import take_side
 
 PTS, TAKE, CTR, SIDE = "PTS", "take", "CTR", "side"
 OPERATORS: Final = (PTS, TAKE, CTR, SIDE)

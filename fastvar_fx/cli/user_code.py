@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fastvar_fx.cli.terminal import usage
-from fastvar_fx.errors import FastVARError, ModelError
+from fastvar_fx.errors import FastVARError, ModelError, user_line
 
 
 def call_factory(path: str) -> nn.Module:
@@ -53,16 +51,9 @@ def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
     except (FastVARError, KeyboardInterrupt):
         raise
     except Exception as error:
-        message = f"{what} failed: {type(error).__name__}: {error}"
-        raise kind(message + _place(error)) from error
-
-
-def _place(error: Exception) -> str:
-    """Returns the place that raised, in the user's code or below; empty if it was not reached."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = (__file__, contextlib.__file__, importlib.__file__)
-    reached = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
-    return f" ({reached[-1].filename}:{reached[-1].lineno})" if reached else ""
+        line = user_line(error)
+        at = f" ({line})" if line else ""
+        raise kind(f"{what} failed: {type(error).__name__}: {error}{at}") from error
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Torch calls that are captured in a plainer spelling, of which the analysis knows more.
+"""Torch calls that are replaced, while tracing, by equivalent ops that have axis rules.
 
-Each plain form computes the same; the translation check of every program covers it too.
+Each replacement computes the same; the translation check of every program covers it too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.nn.attention.flex_attention import _identity, noop_mask
 from torch.overrides import TorchFunctionMode
 
-from passes.refusal import Refusal, RefusedError, innermost_user_frame, line_of
+from passes.refusal import Refusal, RefusedError
+from passes.user_frames import innermost_user_frame, line_of
 
 
-class PlainSpelling(TorchFunctionMode):
-    """While it is on, the calls that have a plain form are made in it."""
+class CanonicalOps(TorchFunctionMode):
+    """While it is on, calls that have a canonical form are made in that form."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+        return _CANONICAL.get(func, func)(*args, **(kwargs or {}))
 
 
 def _flex_attention(
@@ -34,10 +35,10 @@ def _flex_attention(
     scale: float,
     *_: Any,
 ) -> tuple[Tensor, None, None]:
-    """Scaled dot-product attention, if nothing is done to the scores.
+    """Scaled dot-product attention, if the scores are not modified.
 
-    A graph would run FlexAttention unfused, with all scores in memory. So where it reads positions
-    the block as a whole stays as it is, and runs as the user compiled it.
+    A graph would run FlexAttention unfused, with all scores in memory. So a block whose
+    FlexAttention reads positions is refused as a whole, and runs as the user compiled it.
     """
     if score_mod is not _identity or block_mask[-1] is not noop_mask:
         reason = "flex_attention has a score_mod or a block_mask, which read positions by number"
@@ -65,7 +66,7 @@ def _scaled(product: Tensor, value: float) -> Tensor:
     return product if value == 1 else product * value
 
 
-_PLAIN: Final[dict[Any, Callable[..., Any]]] = {
+_CANONICAL: Final[dict[Any, Callable[..., Any]]] = {
     flex_attention: _flex_attention,
     torch.addcmul: _addcmul,
     Tensor.addcmul: _addcmul,

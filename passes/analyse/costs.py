@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.attention import attention_flops, is_attention, key_count
-from passes.axes import Axes, Tag
-from passes.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
-from passes.graphs import example_values
+from passes.analyse.axes import Axes, Tag
+from passes.analyse.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
+from passes.analyse.rules.attention import attention_flops, is_attention, key_count
+from passes.base import Context, Draft
+from passes.graph import example_values
 from passes.refusal import Refusal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BranchReport:
     """What became of one branch.
 
@@ -45,14 +46,41 @@ class BranchReport:
     keys: int | None = None
 
 
+class CountFlops:
+    """Counts what every branch costs, dense and in the form it runs in."""
+
+    name = "count_flops"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with a report on every branch."""
+        reports = []
+        for branch in draft.found:
+            report = dense_report(branch)
+            if context.step is None:
+                report = replace(report, refusal=None)
+            elif branch.index in draft.forms:
+                flops = count_flops(draft.forms[branch.index])
+                report = replace(report, kept=context.step.kept, pruned_flops=flops)
+            reports.append(report)
+        return replace(draft, branches=tuple(reports))
+
+
 def dense_report(branch: FoundBranch) -> BranchReport:
     """Returns the report on a branch that runs dense."""
     attending = [node for node in branch.region if _attends(node, branch)]
     attended = count_flops(attending)
     flops = attended + count_flops([node for node in branch.region if node not in attending])
-    refusal = branch.refusal if isinstance(branch, RefusedBranch) else None
-    named = (branch.index, branch.kind, branch.name)
-    return BranchReport(*named, None, flops, flops, refusal, attended, _keys(attending, branch))
+    return BranchReport(
+        index=branch.index,
+        kind=branch.kind,
+        name=branch.name,
+        kept=None,
+        flops=flops,
+        pruned_flops=flops,
+        refusal=branch.refusal if isinstance(branch, RefusedBranch) else None,
+        attended_flops=attended,
+        keys=_keys(attending, branch),
+    )
 
 
 def _attends(node: Node, branch: FoundBranch) -> bool:
@@ -67,7 +95,7 @@ def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
     A refused branch has no axes: there it is the last dim of the first product, the scores, or of
     the keys that an attention op reads.
     """
-    if isinstance(branch, RefusedBranch):
+    if not isinstance(branch, Branch):
         if not attending:
             return None
         if is_attention(attending[0]):
@@ -76,21 +104,6 @@ def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
     operands = {arg for node in attending for arg in node.all_input_nodes if arg in branch.axes}
     factors = (f for arg in operands for dim in cast("Axes", branch.axes[arg]) for f in dim)
     return max((f.size for f in factors if f.tag is Tag.TOKEN), default=None)
-
-
-def pruned_report(
-    branch: FoundBranch, wanted: list[Branch], kept: int, graph_module: GraphModule
-) -> BranchReport:
-    """Returns the report on a branch of a pruned step, in whose graph the wanted ones prune."""
-    if branch not in wanted:
-        return dense_report(branch)
-    dense = {id(node.meta["val"]) for node in branch.region}  # a copy of a node has its value
-    nodes = [
-        n
-        for n in graph_module.graph.nodes
-        if n.meta.get("fastvar", {}).get("branch") == branch.index or id(n.meta.get("val")) in dense
-    ]
-    return replace(dense_report(branch), kept=kept, pruned_flops=count_flops(nodes))
 
 
 def count_flops(nodes: Sequence[Node]) -> int:

@@ -1,40 +1,31 @@
 """Sizes that vary between calls of a block become symbols of its graph.
 
 A prompt of another length changes a dim of some inputs, and perhaps a number. A graph that was
-captured with these as symbols stands for every length, within the conditions that the forward and
-its ops put on them. The analysis and the rewrite see plain sizes: those of a call at hand. That
-nothing of what they do depends on these is checked by doing it again at the sizes of another call.
+captured with these as symbols holds for every length, within the conditions that the forward and
+its ops put on them. Analysis and rewrite work on plain sizes: those of the call at hand. That their
+result does not depend on these sizes is verified by repeating them at the sizes of another call and
+comparing the graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
 import torch
-import torch._functorch.config
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.printers import PythonPrinter
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from passes.graphs import example_values
+from passes.graph import copy_graph, example_values
 from passes.refusal import refuse
-from passes.state import Path, show
+from passes.trace.state import Path, show
 
 Symbol = Any
-"""A sympy symbol; torch brings sympy along."""
+"""A sympy symbol. sympy and Dynamo are imported at the first trace: they take seconds to load."""
 Place = tuple[Path, int | None]
 """A dim of an input tensor, or (with None) an input number."""
 
@@ -73,7 +64,7 @@ class Conditions:
     Attributes:
         places: Where the symbols are read.
         hold: Takes their values in that order.
-        text: The conditions as text; equal for calls that put the same conditions.
+        text: The conditions as text; equal for calls with the same conditions.
     """
 
     places: tuple[Place, ...] = ()
@@ -94,8 +85,11 @@ class Symbols:
     """
 
     def __init__(self, varying: Varying) -> None:
+        import torch._functorch.config
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         shapes = ShapeEnv(allow_scalar_outputs=True, duck_shape=False)
-        # A kernel that is handed a stand-in must fail rather than read memory that is not there.
+        # A kernel that gets a stand-in must fail rather than read memory that does not exist.
         with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
             self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
         self.numbers: dict[Path, SymInt] = {}
@@ -105,11 +99,14 @@ class Symbols:
 
     def tensor(self, path: Path, tensor: Tensor) -> Tensor:
         """Returns a fake of an input, with symbols for the dims that vary."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
         dims = self._varying.dims(path)
         if not dims:
             return self.mode.from_tensor(tensor, static_shapes=True)
-        # A view would be rebuilt from its base, whose sizes are nobody's business; nor are those
-        # of a buffer, which show as gaps between the rows of a view.
+        # A view would be rebuilt from its base, whose sizes must not become conditions; nor must
+        # those of a buffer, which show as gaps between the rows of a view.
         expanded = 0 in tensor.stride()
         stride = (tensor if expanded else torch.empty_like(tensor, device="meta")).stride()
         plain = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
@@ -125,6 +122,9 @@ class Symbols:
 
     def number(self, path: Path, value: int) -> None:
         """Makes the stand-in of a number that varies."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
         source = ConstantSource(show(path))
         symbol = self._shapes.create_symbol(
             value, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
@@ -141,14 +141,18 @@ class Symbols:
             refuse("FVX001", f"{show(place[0])} has a size of 0 or 1, which is fixed")
 
     def conditions(self) -> Conditions:
-        """Returns what the capture so far asks of the sizes."""
+        """Returns what the capture so far requires of the sizes."""
+        from torch.utils._sympy.printers import PythonPrinter
+
         if not self._places:
             return Conditions()
         names = [str(symbol) for symbol in self._places]
         asked = [guard.expr for guard in self._shapes.guards]
-        # torch takes the size of a dim for at least 2, and says so nowhere.
+        # torch assumes that symbolic dims are at least 2, and emits no guard for it.
         least = [s >= 2 for s, ((_, dim), _) in self._places.items() if dim is not None]
         text = " and ".join(f"({PythonPrinter().doprint(expr)})" for expr in [*asked, *least])
+        # sympy's own evaluation is too slow to run at every call; the text is printed from its
+        # expressions, whose names are the symbols'.
         hold = eval(f"lambda {', '.join(names)}: {text or 'True'}")
         places = tuple(place for place, _ in self._places.values())
         return Conditions(places, hold, f"{names}: {text}")
@@ -172,21 +176,27 @@ class Symbols:
             return
         known = set(graph.nodes)
         inputs = dict(zip(paths, graph.find_nodes(op="placeholder"), strict=True))
-        tracer = GraphAppendingTracer(graph)
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-            symbols = {
-                symbol: Proxy(_read_size(graph, inputs[path], dim), tracer)
-                for symbol, ((path, dim), _) in self._places.items()
-            }
-            for node in sized:
-                made = sympy_interp(PythonReferenceAnalysis, symbols, node.meta["val"].node.expr)
-                node.replace_all_uses_with(made.node if isinstance(made, Proxy) else made)
-        made_here = [node for node in graph.nodes if node not in known]
-        for node in made_here:
+            self._replace(sized, inputs)
+        made = [node for node in graph.nodes if node not in known]
+        for node in made:
             node.meta["val"] = node.target(*example_values(node.args))
-        for node in reversed([n for n in graph.nodes if n in sized or n in made_here]):
+        for node in [*reversed(sized), *reversed(made)]:
             if not node.users:
                 graph.erase_node(node)
+
+    def _replace(self, sized: Sequence[Node], inputs: Mapping[Path, Node]) -> None:
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        tracer = GraphAppendingTracer(sized[0].graph)
+        symbols = {
+            symbol: Proxy(_read_size(inputs[path], dim), tracer)
+            for symbol, ((path, dim), _) in self._places.items()
+        }
+        for node in sized:
+            made = sympy_interp(PythonReferenceAnalysis, symbols, node.meta["val"].node.expr)
+            node.replace_all_uses_with(made.node if isinstance(made, Proxy) else made)
 
     def _knows(self, node: Node) -> bool:
         size = node.meta.get("val")
@@ -197,15 +207,14 @@ def _is_size(value: Any) -> TypeGuard[Any]:
     return isinstance(value, (SymInt, SymFloat, SymBool))
 
 
-def _read_size(graph: Graph, node: Node, dim: int | None) -> Node:
-    return node if dim is None else graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+def _read_size(node: Node, dim: int | None) -> Node:
+    size = torch.ops.aten.sym_size.int
+    return node if dim is None else node.graph.call_function(size, (node, dim))
 
 
 def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, int]) -> GraphModule:
     """Returns a copy of a graph whose example values have plain sizes, `values` for the symbols."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graph = Graph()
-    copies: dict[Node, Node] = {}
 
     def plain(value: Any) -> Any:
         if isinstance(value, FakeTensor):
@@ -217,10 +226,10 @@ def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, int]) -> GraphMo
                 return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
         return _plain_size(value, values)
 
-    for node in graph_module.graph.nodes:
-        made = copies[node] = graph.node_copy(node, copies.__getitem__)
-        if "val" in node.meta:
-            made.meta["val"] = pytree.tree_map(plain, node.meta["val"])
+    graph, copies = copy_graph(graph_module.graph)
+    for made in copies.values():
+        if "val" in made.meta:
+            made.meta["val"] = pytree.tree_map(plain, made.meta["val"])
     return GraphModule(graph_module, graph)
 
 

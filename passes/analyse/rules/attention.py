@@ -1,12 +1,13 @@
 """Attention ops: which operand is what, where it has its tokens, and what the op costs.
 
-An op is known by its name and read by the names of its arguments, which the libraries share.
-Whatever it is given besides queries, keys, values, a mask and the bounds of packed sequences may
-depend on the order or the number of the tokens, and is refused.
+An op is recognized by its name, its operands by the names that the libraries share. Other arguments
+than queries, keys, values, a mask and the bounds of packed sequences may depend on the order or the
+number of the tokens, and are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, other, shape_of
-from passes.graphs import op_name
-from passes.rules import Site, attending, bind, filled, rule
+from passes.analyse.axes import Axes, Dim, Factor, Tag, broadcast, has_tokens, plain_dim, shape_of
+from passes.analyse.rules.site import Site, filled, find_entry, rule
+from passes.graph import bind, op_name
 
 
 class Layout(NamedTuple):
@@ -70,19 +71,13 @@ _HARMLESS: Final = frozenset(
         "return_softmax_lse", "return_debug_mask",
     }
 )  # fmt: skip
-"""Arguments that say nothing about single tokens."""
-
-_declared: set[str] = set()
-
-
-def register_attention(name: str) -> None:
-    """Declares the op `namespace::name` an attention whose keys are its second tensor."""
-    _declared.add(name)
+"""Arguments that do not refer to single tokens."""
 
 
 def is_attention(node: Node) -> bool:
     """Whether a call is one attention op."""
-    return op_name(node) in _declared or op_name(node) in _LAYOUTS
+    entry = find_entry(node)
+    return entry is not None and entry.attends
 
 
 def key_operand(node: Node) -> Any:
@@ -99,17 +94,28 @@ def key_count(node: Node) -> int:
 def attention_flops(node: Node) -> int:
     """Returns the FLOPs of an attention op's two products, masked scores included.
 
-    It is 0 for an op of the user's, of which nothing says where its heads are.
+    It is 0 for opaque ops: where their heads are is unknown.
     """
     layout = _LAYOUTS.get(op_name(node))
     if layout is None:
         return 0
     args = {role: _find(bind(node), role)[1] for role in _NAMES}
     query, key, value = (args[role].meta["val"].shape for role in ("query", "key", "value"))
-    scores = prod(_results(node)[0].shape[:-1]) * key[layout.tokens]
-    if args["query_starts"] is not None:
-        scores //= args["query_starts"].meta["val"].shape[0] - 1
-    return int(2 * scores * (query[-1] + value[-1]))
+    flops = _flops(_results(node)[0].shape[:-1], query, key[layout.tokens], value)
+    starts = args["query_starts"]
+    return flops if starts is None else flops // (starts.meta["val"].shape[0] - 1)
+
+
+def _flops(rows: Sequence[int], query: Sequence[int], keys: int, value: Sequence[int]) -> int:
+    return int(2 * prod(rows) * keys * (query[-1] + value[-1]))
+
+
+FLOP_FORMULAS: Final[dict[Any, Callable[..., int]]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: _flops(q[:-1], q, k[-2], v)
+    )
+}
+"""For `FlopCounterMode(custom_mapping=...)`: the attention op that torch has no formula for."""
 
 
 def _find(args: dict[str, Any], role: str) -> tuple[str, Any]:
@@ -122,7 +128,20 @@ def _results(node: Node) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-@rule(*_LAYOUTS)
+def attending(site: Site, query: Axes | None, keys: Sequence[Dim]) -> Axes:
+    """Returns the axes of an attention's queries.
+
+    Refuses queries that are not computed from the tokens, and keys that are not the same tokens as
+    the values; `keys` holds what the keys and the values range over, of those from the branch.
+    """
+    if query is None:
+        site.refuse("FVX013", "it pools the tokens into queries that are not tokens")
+    if any(has_tokens(dim) for dim in keys) and (len(keys) == 1 or keys[0] != keys[1]):
+        site.refuse("FVX013", "its keys and its values are not the same tokens")
+    return query
+
+
+@rule(*_LAYOUTS, attends=True)
 def _attention(site: Site) -> Axes | list[Axes]:
     _refuse_order(site)
     layout = _LAYOUTS[op_name(site.node)]
@@ -137,7 +156,7 @@ def _attention(site: Site) -> Axes | list[Axes]:
     _meet_mask(site, (*rows, keys[0] if keys else ()))
     _recount(site, q[layout.tokens], keys[0] if k is not None else None)
     results = _results(site.node)
-    features = v[-1] if v is not None else other(results[0].shape[-1])
+    features = v[-1] if v is not None else plain_dim(results[0].shape[-1])
     out = (*filled(q[:-1], results[0].shape[:-1]), features)
     if not isinstance(site.node.meta["val"], (tuple, list)):
         return out
@@ -177,7 +196,7 @@ def _meet_mask(site: Site, scores: Axes) -> None:
     if mask is None:
         return
     if _find(site.args, "query_starts")[1] is not None:
-        site.refuse("FVX012", "a mask over packed sequences: its token axis cannot be told")
+        site.refuse("FVX012", "a mask over packed sequences: its token axis is unknown")
     inside = site.axes(mask)
     if inside is not None:
         broadcast([scores, inside])

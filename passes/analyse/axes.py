@@ -2,8 +2,8 @@
 
 A value's axes are a tuple of dims, each dim a tuple of factors whose sizes multiply to the dim's
 size, outermost first. A factor's tag says what it ranges over: the samples, the tokens of this
-step, the keys (earlier tokens and this step's), or anything else. Labels decide, never sizes: a
-map of 1024 tokens may well be as long as the width.
+step (for keys, with the entries of earlier steps before them), or anything else. Labels decide,
+never sizes: a map of 1024 tokens may be as long as the width.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Factor:
     Attributes:
         size: Its size; a token factor's counts `before` and `after` too.
         tag: What it ranges over.
-        before: Entries that stand before this step's tokens, such as cached keys. They stay.
-        after: Entries that stand behind them.
+        before: Entries before this step's tokens, such as cached keys; they are always kept.
+        after: Entries after them.
     """
 
     size: int
@@ -56,7 +56,15 @@ Axes = tuple[Dim, ...]
 
 
 class AxesError(Exception):
-    """An op does something to an axis that the algebra cannot follow; the message says what."""
+    """An op does something to an axis that the algebra cannot follow.
+
+    Attributes:
+        code: The refusal code of this case.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def dim_size(dim: Dim, kept: int | None = None) -> int:
@@ -69,7 +77,7 @@ def shape_of(axes: Axes, kept: int | None = None) -> list[int]:
     return [dim_size(dim, kept) for dim in axes]
 
 
-def other(size: int) -> Dim:
+def plain_dim(size: int) -> Dim:
     """Returns a dim that holds neither samples nor tokens."""
     return () if size == 1 else (Factor(size),)
 
@@ -92,7 +100,7 @@ def token_dims(axes: Axes) -> list[int]:
 def stream_axes(shape: Sequence[int]) -> Axes:
     """Returns the axes of a residual stream of shape (B, L, C)."""
     batch, tokens, width = shape
-    return (_tagged(batch, Tag.BATCH), _tagged(tokens, Tag.TOKEN), other(width))
+    return (_tagged(batch, Tag.BATCH), _tagged(tokens, Tag.TOKEN), plain_dim(width))
 
 
 def _tagged(size: int, tag: Tag) -> Dim:
@@ -112,7 +120,7 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
         need = size
         while need > 1:
             if not left:
-                raise AxesError(f"cannot regroup {shape_of(axes)} into {list(shape)}")
+                raise AxesError("FVX011", f"cannot regroup {shape_of(axes)} into {list(shape)}")
             factor = left.pop(0)
             if need % factor.size == 0:
                 dim.append(factor)
@@ -123,8 +131,9 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
                 need = 1
             else:
                 raise AxesError(
+                    "FVX011",
                     f"{shape_of(axes)} becomes {list(shape)}, which splits the "
-                    f"{factor.tag.value} axis of {factor.size}"
+                    f"{factor.tag.value} axis of {factor.size}",
                 )
         result.append(tuple(dim))
     return tuple(result)
@@ -158,7 +167,7 @@ def _broadcast_dim(dims: Sequence[Dim]) -> Dim:
     if any(has_tokens(dim) or has_batch(dim) for dim in full):
         layouts = [_merge_others(dim) for dim in full]
         if any(layout != layouts[0] for layout in layouts):
-            raise AxesError("a token axis or the batch axis meets another axis")
+            raise AxesError("FVX012", "a token axis or the batch axis meets another axis")
     return max(full, key=len)
 
 

@@ -1,25 +1,28 @@
 """Rewrites branches into PTS -> branch -> CTR. Rewrite only: what to change was found before.
 
-The graph is built anew, node by node. A pruned branch is emitted as a copy that reads the trunk at
-the kept tokens; its dense form is left out unless something else still needs it.
+The graph is built anew, node by node. Every node is copied in its dense form, those of a pruned
+branch also in a form that reads the trunk at the kept tokens; then dead code is dropped.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from passes.axes import Axes, Tag, dim_size, has_batch, has_tokens, shape_of
-from passes.branches import Branch
-from passes.graphs import example_values, memory_owner, mutated, outputs_of
-from passes.refusal import Refusal, RefusedError, refuse
-from passes.rules import Gather, Recount, Replace, Resize, bind
+from passes.analyse.axes import Axes, dim_size, shape_of
+from passes.analyse.branches import Branch
+from passes.analyse.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
+from passes.base import Context, Draft
+from passes.graph import bind, example_values, has_effect, inputs_within, outputs_of
+from passes.refusal import BranchRefusedError, RefusedError, refuse
+from passes.rewrite.side_input import SideLayout, take_side
 
 Scale = tuple[int, ...]
 """A token map, as the operators read it; nothing here looks into it."""
@@ -37,15 +40,15 @@ class Operators(Protocol):
 
     @property
     def restores_anew(self) -> bool:
-        """Whether what `restore` returns is memory of its own, free to overwrite."""
+        """Whether `restore` returns newly allocated memory, which may be overwritten."""
 
     @property
     def take(self) -> Callable[[Tensor, Any], Tensor]:
-        """(x (B, L, C), what `select` gave) -> what the branch runs on, (B, kept, C)."""
+        """(x (B, L, C), what `select` returned) -> what the branch runs on, (B, kept, C)."""
 
     @property
     def restore(self) -> Callable[[Tensor, Any, Tensor, Scale, Scale], Tensor]:
-        """(kept (B, kept, C), what `select` gave, cached (B, Lc, C), its scale, scale) -> all."""
+        """(kept (B, kept, C), selection, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,32 @@ class Step:
     selects_once: bool = False
 
 
+class Prune:
+    """At a pruned step, makes the branches run on the kept tokens."""
+
+    name = "prune"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft whose graph takes the captured outputs and prunes."""
+        if context.step is None or context.operators is None:
+            return draft
+        wanted = draft.prunable(context.kinds)
+        pruned = prune(
+            draft.graph_module,
+            wanted,
+            context.step,
+            context.operators,
+            lambda branch: branch.out.meta["val"].new_empty(context.captured[branch.index].shape),
+        )
+        return replace(
+            draft,
+            graph_module=pruned.graph_module,
+            inputs=tuple(draft.inputs[i] for i in pruned.inputs),
+            features=tuple(branch.index for branch in wanted),
+            forms=pruned.forms,
+        )
+
+
 @dataclass(frozen=True)
 class PrunedGraph:
     """A rewritten graph.
@@ -75,10 +104,12 @@ class PrunedGraph:
         graph_module: Takes the original inputs that it still reads, then one captured output per
             pruned branch; returns what the original returns.
         inputs: Positions of the original inputs that it still reads.
+        forms: The nodes that compute each pruned branch, by its index.
     """
 
     graph_module: GraphModule
     inputs: tuple[int, ...]
+    forms: Mapping[int, Sequence[Node]]
 
 
 def prune(
@@ -95,24 +126,12 @@ def prune(
         branches: Branches found in it, in the order of the captured inputs.
         step: How many tokens each branch keeps, in [0, L], and the scales.
         operators: Selection and restoration.
-        captured: Gives an example (a fake tensor) of a branch's captured output.
+        captured: Returns an example (a fake tensor) of a branch's captured output.
 
     Raises:
-        PruneRefusedError: FVX018 if a rewritten op does not run on the kept tokens.
+        BranchRefusedError: FVX018 if a rewritten op does not run on the kept tokens.
     """
     return _Rewriter(graph_module, list(branches), step, operators).run(captured)
-
-
-class PruneRefusedError(RefusedError):
-    """A branch turned out not to run on the kept tokens.
-
-    Attributes:
-        branch: Its index.
-    """
-
-    def __init__(self, branch: int, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.branch = branch
 
 
 class _Rewriter:
@@ -124,7 +143,6 @@ class _Rewriter:
         self._branches = branches
         self._graph = Graph()
         self._dense: dict[Node, Node] = {}
-        self._live, self._pruned_live = _liveness(graph_module.graph, branches, step.kept)
         selected: dict[int, Node] = {}
         self._emitters = [
             _BranchEmitter(self._graph, branch, step, operators, self._dense, selected)
@@ -132,46 +150,42 @@ class _Rewriter:
         ]
 
     def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
-        order = {node: place for place, node in enumerate(self._source.graph.nodes)}
-        placeholders = self._source.graph.find_nodes(op="placeholder")
-        read = [i for i, node in enumerate(placeholders) if node in self._live]
-        for index in read:
-            self._copy(placeholders[index])
+        inputs = [self._copy(node) for node in self._source.graph.find_nodes(op="placeholder")]
         caches = [self._cache_input(branch, captured(branch)) for branch in self._branches]
         adds = {branch.add: i for i, branch in enumerate(self._branches)}
-        for node in order:
+        for node in self._source.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if node in adds:
                 emitter, cache = self._emitters[adds[node]], caches[adds[node]]
                 self._add(node, emitter.branch.out, emitter.restored(cache))
-            elif node in self._live:
+            else:
                 self._copy(node)
             for emitter in self._emitters:
-                if node in self._pruned_live[emitter.branch.index]:
-                    try:
-                        emitter.emit(node)
-                    except RefusedError as error:
-                        raise PruneRefusedError(emitter.branch.index, error.refusal) from error
+                emitter.emit(node)
         self._output()
-        self._graph.lint()
-        return PrunedGraph(GraphModule(self._source, self._graph), tuple(read))
+        self._graph.eliminate_dead_code(is_impure_node=partial(has_effect, random=False))
+        read = [i for i, node in enumerate(inputs) if node.users]
+        for node in inputs:
+            if not node.users:
+                self._graph.erase_node(node)
+        return PrunedGraph(GraphModule(self._source, self._graph), tuple(read), self._forms())
 
     def _cache_input(self, branch: Branch, example: Tensor) -> Node:
         node = self._graph.placeholder(f"captured_{branch.index}")
         node.meta = {"val": example, "fastvar": {"input": f"captured {branch.name}"}}
         return node
 
-    def _copy(self, node: Node, replaced: dict[Node, Node] | None = None) -> None:
-        env = self._dense if replaced is None else self._dense | replaced
-        self._dense[node] = self._graph.node_copy(node, lambda arg: env[arg])
+    def _copy(self, node: Node) -> Node:
+        self._dense[node] = self._graph.node_copy(node, self._dense.__getitem__)
+        return self._dense[node]
 
     def _add(self, node: Node, out: Node, restored: Node) -> None:
         """Emits the residual add, into the restored output where that saves an allocation."""
         plain = node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs
         same = restored.meta["val"].dtype == node.meta["val"].dtype
         if not (plain and same and self._operators.restores_anew):
-            self._copy(node, {out: restored})
+            self._copy(node).replace_input_with(self._dense[out], restored)
             return
         (trunk,) = [self._dense[arg] for arg in node.all_input_nodes if arg is not out]
         add = self._graph.call_function(torch.ops.aten.add_.Tensor, (restored, trunk))
@@ -179,11 +193,18 @@ class _Rewriter:
         self._dense[node] = add
 
     def _output(self) -> None:
-        outputs = []
-        for value in outputs_of(self._source.graph):
-            pruned = next((e.emitted[value] for e in self._emitters if value in e.emitted), None)
-            outputs.append(self._dense[value] if pruned is None else pruned)
-        self._graph.output(outputs)
+        made = dict(self._dense)
+        for emitter in reversed(self._emitters):
+            made |= emitter.emitted
+        self._graph.output([made[value] for value in outputs_of(self._source.graph)])
+
+    def _forms(self) -> dict[int, list[Node]]:
+        forms = {}
+        for emitter in self._emitters:
+            dense = [self._dense[node] for node in emitter.branch.region]
+            both = {*dense, *emitter.emitted.values()}
+            forms[emitter.branch.index] = [node for node in self._graph.nodes if node in both]
+        return forms
 
 
 class _BranchEmitter:
@@ -202,8 +223,8 @@ class _BranchEmitter:
         selected: dict[int, Node],
     ) -> None:
         self.branch = branch
-        self.emitted: dict[Node, Node] = {}
         self._graph = graph
+        self.emitted: dict[Node, Node] = {}
         self._step = step
         self._kept = step.kept
         self._operators = operators
@@ -212,25 +233,26 @@ class _BranchEmitter:
         self._selector = 0 if step.selects_once else branch.index
         self._taken: dict[Node, Node] = {}
         self._gathered: dict[tuple[Node, Axes], Node] = {}
+        self._region = set(branch.region)
+        if not step.kept:  # ops may fail on no tokens, so only what becomes new state is emitted
+            states = [node for node in branch.region if any(u.op == "output" for u in node.users)]
+            self._region = inputs_within(states, self._region)
 
     def emit(self, node: Node) -> None:
-        """Emits the pruned form of a node of the region."""
+        """Emits the pruned form of a node, if it is one of the branch.
+
+        Raises:
+            BranchRefusedError: FVX018, if it does not run on the kept tokens.
+        """
+        if node in self._region:
+            try:
+                self._emit(node)
+            except RefusedError as error:
+                raise BranchRefusedError(self.branch.index, error.refusal) from error
+
+    def _emit(self, node: Node) -> None:
         edits = self.branch.edits.get(node, {})
-        args: dict[str, Any] = {}
-        for name, value in bind(node).items():
-            edit = edits.get((name, None))
-            if isinstance(edit, Replace):
-                args[name] = edit.value
-            elif isinstance(edit, Recount):
-                args[name] = self._recount(value, edit, node)
-            elif isinstance(edit, Resize):
-                args[name] = self._resized(value, edit.axes, node)
-            elif isinstance(value, (list, tuple)):
-                args[name] = [
-                    self._operand(item, edits.get((name, i))) for i, item in enumerate(value)
-                ]
-            else:
-                args[name] = self._operand(value, edit)
+        args = {key: self._argument(key, value, edits, node) for key, value in bind(node).items()}
         names = list(args)
         positional = tuple(args[name] for name in names[: len(node.args)])
         keyword = {
@@ -250,6 +272,18 @@ class _BranchEmitter:
             kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), {}, out)
             selection = self._call(_no_tokens, (cache,), {}, out)
         return self._call(self._operators.restore, (kept, selection, cache, *scales), {}, out)
+
+    def _argument(self, name: str, value: Any, edits: Mapping[Slot, Edit], like: Node) -> Any:
+        edit = edits.get((name, None))
+        if isinstance(edit, Replace):
+            return edit.value
+        if isinstance(edit, Recount):
+            return self._recount(value, edit, like)
+        if isinstance(edit, Resize):
+            return self._resized(value, edit.axes, like)
+        if isinstance(value, (list, tuple)):
+            return [self._operand(item, edits.get((name, i))) for i, item in enumerate(value)]
+        return self._operand(value, edit)
 
     def _operand(self, value: Any, edit: object) -> Any:
         if not isinstance(value, Node):
@@ -330,160 +364,9 @@ class _BranchEmitter:
         for expected, value in pairs:
             wanted = shape_of(expected, self._kept)
             if isinstance(value, Tensor) and list(value.shape) != wanted:
-                refuse("FVX018", f"it gives {list(value.shape)} where {wanted} was due", node)
-
-
-def _liveness(
-    graph: Graph, branches: list[Branch], kept: int
-) -> tuple[set[Node], dict[int, set[Node]]]:
-    """Returns the nodes that are needed in dense form, and those of each branch in pruned form."""
-    outputs = outputs_of(graph)
-    adds = {branch.add: branch for branch in branches}
-    pruned: dict[int, set[Node]] = {branch.index: set() for branch in branches}
-    live: set[Node] = set()
-    for branch in branches:
-        wanted = [node for node in outputs if node in branch.region]
-        _grow(pruned[branch.index], wanted + [branch.out] * (kept > 0), set(branch.region))
-    roots = [node for node in outputs if not any(node in b.region for b in branches)]
-    for branch in branches:
-        roots += branch.entries
-        region = pruned[branch.index]
-        roots += [arg for n in region for arg in n.all_input_nodes if arg not in branch.region]
-    stack = roots + [node for node in graph.nodes if _is_scope(node)]
-    while stack:
-        while stack:
-            node = stack.pop()
-            if node not in live:
-                live.add(node)
-                skipped = adds[node].out if node in adds else None
-                stack.extend(arg for arg in node.all_input_nodes if arg is not skipped)
-        stack = [node for node in _writers(graph.nodes, live) if node not in adds]
-    return live, pruned
-
-
-def _grow(live: set[Node], roots: list[Node], within: set[Node]) -> None:
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node in within and node not in live:
-            live.add(node)
-            stack.extend(node.all_input_nodes)
-    writers = [node for node in _writers(within, live) if node in within]
-    if writers:
-        _grow(live, writers, within)
-
-
-def _writers(nodes: Iterable[Node], live: set[Node]) -> list[Node]:
-    """In-place ops not yet live that write into the memory of a live value, or of an input."""
-    owners = {memory_owner(node) for node in live}
-    return [
-        node
-        for node in nodes
-        if node not in live
-        and (target := mutated(node)) is not None
-        and ((owner := memory_owner(target)) in owners or owner.op == "placeholder")
-    ]
-
-
-def _is_scope(node: Node) -> bool:
-    """Autocast and grad-mode switches take effect by their place in the graph."""
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return getattr(node.target, "__name__", "") in {
-        "_enter_autocast",
-        "_exit_autocast",
-        "_set_grad_enabled",
-    }
-
-
-class SideLayout(NamedTuple):
-    """How a side input is gathered at the kept tokens of the value it meets.
-
-    Attributes:
-        splits: Per dim, aligned from the right, the sizes of the factors it is taken apart into;
-            None leaves it as it is.
-        tokens: Dims to gather, counted after the split: their number of tokens, and how many
-            entries stand behind these.
-        batch: The dim, after the split, that ranges over the samples; -1 if there is one sample.
-        full: The sizes, after the split and the gather, to expand to; -1 leaves one as it is.
-    """
-
-    splits: tuple[tuple[int, ...] | None, ...]
-    tokens: tuple[tuple[int, int, int], ...]
-    batch: int
-    full: tuple[int, ...]
-
-    @staticmethod
-    def of(side_shape: Iterable[int], axes: Axes, kept: int) -> SideLayout:
-        """Returns the layout for a side input of `side_shape` that meets `axes` from the right."""
-        sizes = list(side_shape)
-        rank = max(len(axes), len(sizes))
-        sizes = [1] * (rank - len(sizes)) + sizes
-        splits: list[tuple[int, ...] | None] = []
-        tokens: list[tuple[int, int, int]] = []
-        full: list[int] = []
-        batch = -1
-        for size, dim in zip(sizes, ((),) * (rank - len(axes)) + axes, strict=True):
-            if not (has_batch(dim) or (has_tokens(dim) and size != 1)):
-                splits.append(None)
-                full.append(-1)
-                continue
-            splits.append(tuple(1 if size == 1 else f.size for f in dim) if len(dim) > 1 else None)
-            for factor in dim:
-                if factor.tag is Tag.BATCH:
-                    batch = len(full)
-                elif factor.tag is Tag.TOKEN and size != 1:
-                    tokens.append((len(full), factor.tokens, factor.after))
-                full.append(factor.kept_size(kept) if size == 1 or factor.tag is Tag.BATCH else -1)
-        return SideLayout(tuple(splits), tuple(tokens), batch, tuple(full))
+                refuse("FVX018", f"it returns {list(value.shape)} where {wanted} is expected", node)
 
 
 def _no_tokens(cached: Tensor) -> Tensor:
-    """Returns empty indices (B, 0) for a captured feature (B, Lc, C)."""
+    """Returns empty indices (B, 0) for a captured output (B, Lc, C)."""
     return torch.empty(cached.shape[0], 0, dtype=torch.int64, device=cached.device)
-
-
-def take_side(
-    side: Tensor,
-    index: Tensor,
-    splits: tuple[tuple[int, ...] | None, ...],
-    tokens: tuple[tuple[int, int, int], ...],
-    batch: int,
-    full: tuple[int, ...],
-) -> Tensor:
-    """Gathers a side input per sample at the kept tokens.
-
-    Args:
-        side: A tensor with an entry per token on one or more dims, such as a RoPE table.
-        index: Kept tokens (B, kept), int64.
-        splits: This and the rest: see `SideLayout`.
-        tokens: Dims to gather, with their number of tokens and what stands behind them.
-        batch: Dim of the samples, or -1.
-        full: Sizes to expand to.
-    """
-    shape = (1,) * (len(splits) - side.dim()) + tuple(side.shape)
-    parts = [split or (size,) for split, size in zip(splits, shape, strict=True)]
-    value = side.reshape([size for part in parts for size in part])
-    for dim, count, after in tokens:
-        keys = _keys(index, value.shape[dim], count, after)
-        place = [1] * value.dim()
-        place[dim] = keys.shape[1]
-        if batch >= 0:
-            place[batch] = index.shape[0]
-        keys = keys.mT if batch > dim else keys
-        value = torch.take_along_dim(value, keys.reshape(place), dim)
-    value = value.expand(full)
-    for dim, part in enumerate(parts):  # merged again, from the left
-        value = value.flatten(dim, dim + len(part) - 1)
-    return value
-
-
-def _keys(index: Tensor, size: int, tokens: int, after: int) -> Tensor:
-    """Extends the kept tokens by the entries that stand before and behind all tokens."""
-    before = size - tokens - after
-    if not (before or after):
-        return index
-    samples = index.shape[0]
-    earlier = torch.arange(before, device=index.device).expand(samples, before)
-    later = torch.arange(size - after, size, device=index.device).expand(samples, after)
-    return torch.cat([earlier, index + before, later], dim=1)

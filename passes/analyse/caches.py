@@ -1,27 +1,20 @@
-"""Caches that a block grows by `cat` become buffers that it appends to.
-
-`cat((past, new), dim)` copies all of `past` at every step, though the schedule fixes how long it
-gets. The rewritten graph takes, in the place of `past`, a view of a larger buffer that ends with
-room for the new rows, and writes these. Who calls it provides the view, with `past` in front.
-"""
+"""Finds the caches that a block grows by `cat`, and how they grow. Analysis only."""
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.graphs import memory_owner, op_name, outputs_of, written
-from passes.rules import bind
+from passes.base import Context, Draft
+from passes.graph import bind, memory_owner, op_name, outputs_of, written
 
 _CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
-_SIZE: Final = torch.ops.aten.sym_size.int
+SIZE: Final = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True)
@@ -93,23 +86,51 @@ class CacheReport:
     copied: str | None
 
 
+class FindCaches:
+    """Finds the caches that the graph grows, and what later steps append to each."""
+
+    name = "find_caches"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with its caches."""
+        later = context.later
+        if later is None:
+            return draft
+        paths = list(enumerate(draft.inputs))
+        stored = [(*write.path, write.step) for write in draft.captured.writes]
+        rewritten = [i for i, path in paths if any(path[: len(s)] == s for s in stored)]
+        given = [i for i, p in paths if p[0][1] != "module" and p != context.call.stream]
+        found = find_growing(draft.graph_module, rewritten, given)
+        earlier = draft.at_earlier_sizes
+        if earlier is not None and find_growing(earlier, rewritten, given) != found:
+            found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
+        pruned = {node for b in draft.prunable(context.kinds) for node in b.region}
+        outputs = outputs_of(draft.source.graph)
+
+        def spare(cache: Growth) -> int:
+            return later.pruned if outputs[cache.output] in pruned else later.dense
+
+        caches = (replace(c, spare=spare(c)) if isinstance(c, Growth) else c for c in found)
+        return replace(draft, caches=tuple(caches))
+
+
 def find_growing(
-    graph_module: GraphModule, rewritten: Collection[int], handed_in: Collection[int]
+    graph_module: GraphModule, rewritten: Collection[int], given: Collection[int]
 ) -> list[Growth | Copied]:
-    """Finds the caches that a graph grows by `cat` (analysis only).
+    """Finds the caches that a graph grows by `cat`.
 
     Args:
         graph_module: A captured graph, rewritten by other passes or not.
         rewritten: Positions of the inputs in whose place the call stores something.
-        handed_in: Those of the inputs that are caches if the call returns them grown.
+        given: Positions of the caller's inputs, which are caches if the call returns them grown.
     """
     nodes = graph_module.graph.nodes
     outputs = outputs_of(graph_module.graph)
     places = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
     found: dict[int, Growth | Copied] = {}
     for cat in [node for node in nodes if op_name(node) in _CATS]:
-        caches = {*rewritten, *(handed_in if cat in outputs else ())}
-        for past in {memory_owner(operand) for operand in _operands(cat)}:
+        caches = {*rewritten, *(given if cat in outputs else ())}
+        for past in {memory_owner(operand) for operand in joined(cat)}:
             if places.get(past) in caches:
                 found[places[past]] = _growth(places[past], cat, past, outputs)
     return [found[place] for place in sorted(found)]
@@ -124,49 +145,11 @@ def new_buffer(past: Tensor, growth: Growth) -> Tensor:
     return buffer
 
 
-def append_in_place(graph_module: GraphModule, growths: Sequence[Growth]) -> GraphModule:
-    """Returns a copy of a graph that appends to buffers (rewrite only).
-
-    Args:
-        graph_module: The graph; it stays as it is.
-        growths: What to rewrite, as found in it. The copy takes at each `input` the grown cache: a
-            view, of `rows` more than the cache along `dim`, that starts with the cache's values.
-    """
-    graph = type(graph_module.graph)()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    placeholders, outputs = graph.find_nodes(op="placeholder"), outputs_of(graph)
-    for growth in growths:
-        _append(placeholders[growth.input], outputs[growth.output], growth)
-    graph.lint()
-    return GraphModule(graph_module, graph)
-
-
-def _append(grown: Node, cat: Node, growth: Growth) -> None:
-    graph = cat.graph
-    _, new = _operands(cat)
-    with graph.inserting_before(cat):
-        if growth.rows:
-            end = (grown, growth.dim, -growth.rows, sys.maxsize)
-            room = graph.call_function(torch.ops.aten.slice.Tensor, end)
-            write = graph.call_function(torch.ops.aten.copy_.default, (room, new))
-            for node in (room, write):
-                node.meta = {key: value for key, value in cat.meta.items() if key != "val"}
-    for size in [user for user in grown.users if user.target is _SIZE]:
-        if size.args[1] == growth.dim:
-            with graph.inserting_after(size):
-                filled = graph.call_function(operator.sub, (size, growth.rows))
-            size.replace_all_uses_with(filled)
-            filled.args = (size, growth.rows)
-    cat.replace_all_uses_with(grown)
-    grown.meta = {**grown.meta, "val": cat.meta["val"]}
-    graph.erase_node(cat)
-
-
 def _growth(place: int, cat: Node, past: Node, outputs: Sequence[Node]) -> Growth | Copied:
     reason = _obstacle(cat, past, outputs)
     if reason is not None:
         return Copied(place, reason)
-    _, new = _operands(cat)
+    _, new = joined(cat)
     shape = new.meta["val"].shape
     dim = bind(cat)["dim"] % len(shape)
     return Growth(place, outputs.index(cat), dim, shape[dim])
@@ -174,7 +157,7 @@ def _growth(place: int, cat: Node, past: Node, outputs: Sequence[Node]) -> Growt
 
 def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
     """Returns why a `cat` cannot append to a buffer, if it cannot."""
-    operands = _operands(cat)
+    operands = joined(cat)
     if len(operands) != 2 or operands[0] is not past:
         return "its new entries are not joined to the end of what was stored"
     if any({memory_owner(t) for t in written(n)} & {past, cat} for n in cat.graph.nodes):
@@ -183,10 +166,11 @@ def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
         return "what is joined is stored in another form"
     if len({node.meta["val"].dtype for node in (*operands, cat)}) > 1:
         return "joining changes its dtype"
-    if any(user is not cat and user.target is not _SIZE for user in past.users):
+    if any(user is not cat and user.target is not SIZE for user in past.users):
         return "its old entries are also read apart from the new ones"
     return None
 
 
-def _operands(cat: Node) -> list[Node]:
+def joined(cat: Node) -> list[Node]:
+    """Returns what a `cat` joins."""
     return list(bind(cat)["tensors"])

@@ -1,20 +1,24 @@
 """The tensors and values that a call of a module can reach, where they are, and what it changed.
 
 A module keeps state outside its parameters and buffers: keys and values in attributes, in lists,
-in dicts, or in an object handed in as an argument. A `Snapshot` walks all of it from three roots
-(the module, its args, its kwargs), so that a call can be run on stand-ins and undone, and so that
-its writes can be replayed later around a graph.
+in dicts, or in an object that is passed as an argument. A `Snapshot` walks all of it from three
+roots (the module, its args, its kwargs), so that a call can be run on stand-ins and undone, and so
+that its writes can be replayed later around a graph.
+
+Objects of a package that sets `__not_state__ = True`, such as a runtime that is attached to the
+modules, are not walked.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +31,15 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 Roots = dict[str, Any]
 """What paths start from: {"module": ..., "args": [...], "kwargs": {...}}."""
+Contents = dict[Step, Any]
+"""The entries of a container."""
 StandIn = Callable[[Path, Any], Any]
 """(path, tensor or plain value) -> what stands in its place."""
 
-_MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_fastvar", "_compiled_call_impl"}
+_MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _MISSING: Final = object()
-_NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "fastvar_fx", "passes"}
+_NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "passes"}
 
 
 def roots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Roots:
@@ -82,7 +88,7 @@ class Snapshot:
     """
 
     def __init__(self, origin: Roots) -> None:
-        self._containers: list[tuple[Path, Any, Any]] = []
+        self._containers: list[tuple[Path, Any, Contents]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: set[int] = set()
         self.tensors: dict[Path, Tensor] = {}
@@ -104,27 +110,28 @@ class Snapshot:
                 self._visit((*path, ("item", index)), item)
         elif is_container(value):
             self._seen.add(id(value))
-            self._containers.append((path, value, _copy(value)))
+            entries = contents(value)
+            self._containers.append((path, value, entries))
             if isinstance(value, nn.Module):
                 self.constants[*path, ("attr", "training")] = value.training
                 self._registries += [(r, dict(r)) for r in _registries(value)]
-            for step, item in _entries(value):
+            for step, item in entries.items():
                 setting = isinstance(item, tuple) or _is_constant(item)
                 if not (_is_torch_layer(value) and setting):
                     self._visit((*path, step), item)
 
     def substitute(self, stand_in: StandIn) -> None:
         """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
-        for path, container, contents in self._containers:
-            _fill(container, _map_contents(path, container, contents, stand_in))
+        for path, container, entries in self._containers:
+            fill(container, _mapped(path, entries, stand_in))
 
     def restore(self) -> None:
         """Puts everything back as it was."""
         for registered, entries in self._registries:
             registered.clear()
             registered.update(entries)
-        for _, container, contents in self._containers:
-            _fill(container, contents)
+        for _, container, held in self._containers:
+            fill(container, held)
 
     def writes(self, since: StandIn) -> Iterator[Write]:
         """Yields what changed since `substitute(since)`.
@@ -132,10 +139,8 @@ class Snapshot:
         Raises:
             RefusedError: FVX001, if a change is of a form that cannot be replayed.
         """
-        for path, container, contents in self._containers:
-            mapped = _map_contents(path, container, contents, since)
-            before = dict(_contents_entries(container, mapped))
-            after = dict(_entries(container))
+        for path, container, entries in self._containers:
+            before, after = _mapped(path, entries, since), contents(container)
             if isinstance(container, (list, deque)) and len(after) < len(before):
                 refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
             for step, value in after.items():
@@ -158,19 +163,9 @@ def is_container(value: Any) -> bool:
     if isinstance(value, (type, torch.Generator, FunctionType, MethodType, partial)):
         return False
     package = type(value).__module__.partition(".")[0]
-    return package not in _NOT_STATE and (hasattr(value, "__dict__") or bool(_slots(value)))
-
-
-def _slots(value: Any) -> list[str]:
-    names = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
-    flat = [n for name in names for n in ((name,) if isinstance(name, str) else name)]
-    return [name for name in flat if name not in ("__dict__", "__weakref__")]
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """Returns the attributes of a plain object, in its `__dict__` or its slots."""
-    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
-    return slots | dict(getattr(value, "__dict__", {}))
+    if package in _NOT_STATE or getattr(sys.modules.get(package), "__not_state__", False):
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(value))
 
 
 def _is_torch_layer(value: Any) -> bool:
@@ -212,13 +207,9 @@ def _same(before: Any, after: Any) -> bool:
     return plain and type(before) is type(after) and bool(before == after)
 
 
-def _map_contents(path: Path, container: Any, contents: Any, stand_in: StandIn) -> Any:
+def _mapped(path: Path, entries: Contents, stand_in: StandIn) -> Contents:
     """Replaces tensors and plain values, also inside tuples; containers keep their identity."""
-    entries = _contents_entries(container, contents)
-    mapped = {step: _map_value((*path, step), value, stand_in) for step, value in entries}
-    if isinstance(contents, dict):
-        return {key: value for (_, key), value in mapped.items()}
-    return list(mapped.values())
+    return {step: _map_value((*path, step), value, stand_in) for step, value in entries.items()}
 
 
 def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
@@ -226,71 +217,93 @@ def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
         return stand_in(path, value)
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         items = [_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value)]
-        if all(map(_is, items, value)):
+        if all(map(operator.is_, items, value)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
-def _is(a: object, b: object) -> bool:
-    return a is b
+# --- containers, each read and filled in its own way --------------------------------------------
 
 
-def _module_names(module: nn.Module) -> dict[str, Any]:
-    """The entries of a module: parameters, buffers, children, and its own attributes."""
+def contents(container: Any) -> Contents:
+    """Returns the entries of a container as they are now."""
+    adapter = _adapter(container)
+    return {(adapter.kind, key): value for key, value in adapter.read(container).items()}
+
+
+def fill(container: Any, entries: Contents) -> None:
+    """Makes `entries`, as `contents` returns them, the only entries of a container."""
+    _adapter(container).fill(container, {key: value for (_, key), value in entries.items()})
+
+
+class _Adapter(NamedTuple):
+    kind: Literal["attr", "item"]
+    read: Callable[[Any], dict[Any, Any]]
+    fill: Callable[[Any, dict[Any, Any]], None]
+
+
+def _adapter(container: Any) -> _Adapter:
+    kinds = (kind for kind in _ADAPTERS if isinstance(container, kind))
+    return _ADAPTERS[next(kinds, object)]
+
+
+def _fill_list(items: Any, entries: dict[int, Any]) -> None:
+    items.clear()
+    items.extend(entries.values())
+
+
+def _fill_dict(items: Any, entries: dict[Any, Any]) -> None:
+    items.clear()
+    items.update(entries)
+
+
+def _read_module(module: nn.Module) -> dict[str, Any]:
+    """Returns parameters, buffers, children and the module's own attributes."""
     own = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
     return module._parameters | module._buffers | module._modules | own
 
 
-def _copy(container: Any) -> Any:
-    if isinstance(container, nn.Module):
-        return _module_names(container)
-    if isinstance(container, (dict, list, deque)):
-        return container.copy()
-    return attributes(container)
-
-
-def _entries(container: Any) -> Iterator[tuple[Step, Any]]:
-    return _contents_entries(container, _copy(container))
-
-
-def _contents_entries(container: Any, contents: Any) -> Iterator[tuple[Step, Any]]:
-    if isinstance(container, (list, deque)):
-        return ((("item", index), value) for index, value in enumerate(contents))
-    kind = "item" if isinstance(container, dict) else "attr"
-    return (((kind, key), value) for key, value in contents.items())
-
-
-def _fill(container: Any, contents: Any) -> None:
-    if isinstance(container, list):
-        container[:] = contents
-    elif isinstance(container, (dict, deque)):
-        container.clear()
-        container.update(contents) if isinstance(container, dict) else container.extend(contents)
-    elif isinstance(container, nn.Module):
-        _fill_module(container, contents)
-    else:
-        _fill_attributes(container, contents)
-
-
-def _fill_attributes(holder: Any, contents: dict[str, Any]) -> None:
-    for name in attributes(holder).keys() - contents.keys():
-        object.__delattr__(holder, name)
-    for name, value in contents.items():
-        object.__setattr__(holder, name, value)
-
-
-def _fill_module(module: nn.Module, contents: dict[str, Any]) -> None:
+def _fill_module(module: nn.Module, entries: dict[str, Any]) -> None:
     own = vars(module)
-    for name in [n for n in own if n not in _MODULE_INTERNALS and n not in contents]:
+    for name in [n for n in own if n not in _MODULE_INTERNALS and n not in entries]:
         del own[name]
     for registered in _registries(module):
-        for name in registered.keys() - contents.keys():
+        for name in registered.keys() - entries.keys():
             del registered[name]
-    for name, value in contents.items():
+    for name, value in entries.items():
         holder = next((r for r in _registries(module) if name in r), own)
         holder[name] = value
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return (module._parameters, module._buffers, module._modules)
+
+
+def _slots(value: Any) -> list[str]:
+    names = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    flat = [n for name in names for n in ((name,) if isinstance(name, str) else name)]
+    return [name for name in flat if name not in ("__dict__", "__weakref__")]
+
+
+def _read_object(value: Any) -> dict[str, Any]:
+    """Returns the attributes of a plain object, in its `__dict__` or its slots."""
+    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
+    return slots | dict(getattr(value, "__dict__", {}))
+
+
+def _fill_object(value: Any, entries: dict[str, Any]) -> None:
+    for name in _read_object(value).keys() - entries.keys():
+        object.__delattr__(value, name)
+    for name, item in entries.items():
+        object.__setattr__(value, name, item)
+
+
+_ADAPTERS: Final[dict[type, _Adapter]] = {
+    list: _Adapter("item", lambda items: dict(enumerate(items)), _fill_list),
+    deque: _Adapter("item", lambda items: dict(enumerate(items)), _fill_list),
+    dict: _Adapter("item", dict, _fill_dict),
+    nn.Module: _Adapter("attr", _read_module, _fill_module),
+    object: _Adapter("attr", _read_object, _fill_object),
+}
+"""The first kind that fits; every container is an object."""
