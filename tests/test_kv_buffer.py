@@ -147,7 +147,7 @@ def assert_equal(got: list[Tensor], want: list[Tensor], *, exact: bool = True) -
             torch.testing.assert_close(a, b)
 
 
-def buffered(net: Net) -> fastvar_fx.report.Caches:
+def buffered(net: Net) -> fastvar_fx.engine.report.Caches:
     caches = fastvar_fx.explain(net).caches
     assert caches is not None
     return caches

@@ -228,8 +228,8 @@ def test_features_of_an_abandoned_generation_are_freed_by_the_next() -> None:
     generation(fast)
     fast.reset()
     steps(fast, range(4))
-    held = [found for found in Engine.of(fast).generation._progress if found.captured]
-    features = [weakref.ref(f) for found in held for f in found.captured[0].values()]
+    progress = Engine.of(fast).generation._progress
+    features = [weakref.ref(f) for p in progress for c in p.captured or () for f in c.values()]
     assert len(features) == 4
     assert all(feature() is not None for feature in features)
     fast.reset()

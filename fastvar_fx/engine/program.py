@@ -303,7 +303,7 @@ class _Meta(NamedTuple):
         closed: Whether no size is left open.
     """
 
-    kind: type
+    kind: Any
     shape: tuple[int | None, ...] = ()
     dtype: torch.dtype | None = None
     device: torch.device | None = None
