@@ -238,7 +238,7 @@ def test_pruned_steps_run_with_flash_attention() -> None:
 @pytest.mark.parametrize("name", ["var", "infinity", "hart"])
 def test_no_step_waits_for_the_gpu(name: str) -> None:
     if name == "var":
-        fast: nn.Module = transformed(scales=FEW)
+        fast: Any = transformed(scales=FEW)
         run, example = draw, labels(1, 2)
     else:
         fast, run = text_model(name, (0.5, 0.75))
