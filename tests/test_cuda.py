@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvar_fx
-from fastvar_fx import GraphError, Schedule, ops, recording
+from fastvar_fx import GraphError, Schedule, ops
+from fastvar_fx import cuda_graphs as recording
 from fastvar_fx.cli import main
+from fastvar_fx.measure.clock import peak_bytes
 from fastvar_fx.models import VAR, VAR_256, build, hart, infinity
-from fastvar_fx.timing import peak_bytes
 from passes.rewrite.side_input import take_side
 from tests.by_hand import fixed_draws
 from tests.devices import GPU

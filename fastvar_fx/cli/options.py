@@ -17,13 +17,13 @@ from torch import Tensor
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError
-from fastvar_fx.models import checkpoints, packaged, var
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.models import checkpoints, demo_weights, var
 from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import VAR_512, Schedule
-from fastvar_fx.timing import Subject
 
 _RATIOS: Final = (0.5, 0.75)
-DEMO: Final = packaged.NAME
+DEMO: Final = demo_weights.NAME
 """The packaged model, which is trained."""
 RANDOM: Final = "random"
 """A wider, untrained model: large enough for pruning to pay off, small enough for two cores."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fastvar_fx.engine.engine import Engine
     from fastvar_fx.engine.plan import Plan
     from fastvar_fx.engine.store import StepRecord
+    from fastvar_fx.measure.compare import Comparison
     from fastvar_fx.schedule import Schedule
-    from fastvar_fx.timing import Comparison
     from passes.analyse.costs import BranchReport
 
 

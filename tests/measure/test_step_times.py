@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastvar_fx
 from fastvar_fx import Schedule
+from fastvar_fx.measure.compare import Comparison, Spread
 from fastvar_fx.models.var import VAR, build
-from fastvar_fx.timing import Comparison, Spread
 
 SCALES = (1, 2, 3, 4, 6, 8)
 SCHEDULE = Schedule(SCALES, (0.5, 0.75))

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 import fastvar_fx
 from passes.analyse.branches import Branch, RefusedBranch
 from passes.refusal import RefusedError
-from tests.test_rules import F64, HEADS, Host, N, Side, assert_prunes, captured, found_in, host_of
+from tests.passes.test_rules import (
+    F64,
+    HEADS,
+    Host,
+    N,
+    Side,
+    assert_prunes,
+    captured,
+    found_in,
+    host_of,
+)
 
 
 def through_numpy(x: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from fastvar_fx.bench.presets import (
+from fastvar_fx.errors import ScheduleError
+from fastvar_fx.measure.clock import peak_bytes
+from fastvar_fx.measure.presets import (
     PIXELS,
     dtype_on,
     free_bytes,
@@ -18,10 +20,10 @@ from fastvar_fx.bench.presets import (
     preset,
     subject_of,
 )
-from fastvar_fx.bench.variants import Variant
-from fastvar_fx.errors import ScheduleError
+from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measure.variants import Variant
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Budget, Progress, Subject, alternate, no_progress, peak_bytes
 from fastvar_fx.transform import transform
 
 PATIENCE: Final = 30.0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvar_fx.errors import ArgumentError, ModelError
-from fastvar_fx.models import CONFIGS, VAR, load, packaged
+from fastvar_fx.models import CONFIGS, VAR, demo_weights, load
 from fastvar_fx.models.vqvae import VQVAE, Pyramid, VQVAEDecoder
 
 SCALES = (1, 2, 3, 4)
@@ -26,7 +26,7 @@ def trained() -> VAR:
 
 @pytest.fixture(scope="module")
 def photographs() -> tuple[Tensor, Tensor]:
-    return packaged.held_out()
+    return demo_weights.held_out()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_photographs_are_what_they_are_said_to_be(photographs: tuple[Tensor, Ten
     assert images.min() >= -1
     assert images.max() <= 1
     assert images.std() > 0.3
-    assert sorted(set(labels.tolist())) == list(range(len(packaged.CLASSES)))
-    assert CONFIGS["demo"].num_classes == len(packaged.CLASSES)
+    assert sorted(set(labels.tolist())) == list(range(len(demo_weights.CLASSES)))
+    assert CONFIGS["demo"].num_classes == len(demo_weights.CLASSES)
 
 
 def test_the_model_draws_what_it_was_given(
@@ -214,14 +214,14 @@ def test_impossible_pyramids_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packaged, "WEIGHTS", tmp_path / "demo.safetensors")
+    monkeypatch.setattr(demo_weights, "WEIGHTS", tmp_path / "demo.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no file .* with the weights of 'demo'; install"):
         load("demo")
 
 
 def test_damaged_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole, cut = packaged.WEIGHTS.read_bytes(), tmp_path / "demo.safetensors"
-    monkeypatch.setattr(packaged, "WEIGHTS", cut)
+    whole, cut = demo_weights.WEIGHTS.read_bytes(), tmp_path / "demo.safetensors"
+    monkeypatch.setattr(demo_weights, "WEIGHTS", cut)
     for size in (0, 1000, len(whole) - 1):
         cut.write_bytes(whole[:size])
         with pytest.raises(ModelError, match="which safetensors cannot read"):
@@ -229,8 +229,8 @@ def test_damaged_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_weights_of_another_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tensors, other = load_file(packaged.WEIGHTS), tmp_path / "demo.safetensors"
-    monkeypatch.setattr(packaged, "WEIGHTS", other)
+    tensors, other = load_file(demo_weights.WEIGHTS), tmp_path / "demo.safetensors"
+    monkeypatch.setattr(demo_weights, "WEIGHTS", other)
     for name in ("var.head.bias", "vae.encoder.conv_in.bias"):
         save_file({key: value for key, value in tensors.items() if key != name}, other)
         with pytest.raises(ModelError, match=f"(?s)does not hold the .*{name.split('.', 1)[1]}"):
@@ -247,6 +247,6 @@ def test_files_and_names_that_do_not_go_together() -> None:
 
 
 def test_missing_photographs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packaged, "PHOTOGRAPHS", tmp_path)
+    monkeypatch.setattr(demo_weights, "PHOTOGRAPHS", tmp_path)
     with pytest.raises(FileNotFoundError, match="there are no held-out photographs in"):
-        packaged.held_out()
+        demo_weights.held_out()

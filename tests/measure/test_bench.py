@@ -16,9 +16,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar_fx import GraphError, Method, ModelError, Schedule, ScheduleError, transform
-from fastvar_fx.bench import presets, resolutions
-from fastvar_fx.bench import rows as bench_rows
-from fastvar_fx.bench.modules import (
+from fastvar_fx.cli import bench as cli_bench
+from fastvar_fx.cli import main
+from fastvar_fx.measure import presets, resolutions
+from fastvar_fx.measure import rows as bench_rows
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.modules import (
     MODULES,
     ModuleClock,
     late_modules,
@@ -26,9 +29,9 @@ from fastvar_fx.bench.modules import (
     module_of,
     with_marks,
 )
-from fastvar_fx.bench.peer import peer_restoration, peer_selection
-from fastvar_fx.bench.presets import needed_bytes, preset, subject_of
-from fastvar_fx.bench.resolutions import (
+from fastvar_fx.measure.peer import peer_restoration, peer_selection
+from fastvar_fx.measure.presets import needed_bytes, preset, subject_of
+from fastvar_fx.measure.resolutions import (
     QUANTITIES,
     AtResolution,
     Cost,
@@ -36,13 +39,11 @@ from fastvar_fx.bench.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.bench.rows import Result, Row, default_variants, measure_rows
-from fastvar_fx.bench.variants import VARIANTS, Variant
-from fastvar_fx.cli import bench as cli_bench
-from fastvar_fx.cli import main
+from fastvar_fx.measure.rows import Result, Row, default_variants, measure_rows
+from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measure.variants import VARIANTS, Variant
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
-from fastvar_fx.timing import Budget, Comparison, Spread
 from passes.rewrite.side_input import take_side
 from tests.graph_double import record
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvar_fx import metrics
-from fastvar_fx.metrics import (
+from fastvar_fx.quality import metrics
+from fastvar_fx.quality.metrics import (
     Interval,
     frechet_distance,
     psnr,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import GraphError, ModelError, Schedule
+from fastvar_fx.cuda_graphs import Run
 from fastvar_fx.models import hart, infinity
 from fastvar_fx.models.var import VAR, build
-from fastvar_fx.recording import Run
 from tests.graph_double import OfCompiled, Rerun, record
 
 FEW = (1, 2, 3, 4)

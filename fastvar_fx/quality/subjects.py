@@ -12,20 +12,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.bench.presets import PRESETS, random_text
 from fastvar_fx.errors import ModelError, ScheduleError
+from fastvar_fx.measure.presets import PRESETS, random_text
+from fastvar_fx.measure.subject import Subject
 from fastvar_fx.methods import Method
-from fastvar_fx.models import load, packaged, var
+from fastvar_fx.models import demo_weights, load, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
 from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p
 from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Subject
 from fastvar_fx.transform import trace, transform
 
-DEMO: Final = packaged.NAME
+DEMO: Final = demo_weights.NAME
 """The model whose weights are packaged."""
 
 _SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
@@ -232,7 +232,7 @@ def _photographs_of(model: VAR, name: str, folder: Path | None) -> Photographs |
         side = model.vae.pyramid.factor * model.scales[-1]
         images, labels = read_folder(folder, side, model.num_classes)
     elif name == DEMO:
-        images, labels = packaged.held_out()
+        images, labels = demo_weights.held_out()
         images = (images + 1) / 2
     else:
         return None
@@ -269,7 +269,7 @@ def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def _read(file: Path, side: int) -> Tensor:
     try:
-        pixels = packaged.read_image(file)
+        pixels = demo_weights.read_image(file)
     except OSError as error:
         raise ModelError(f"{file} is not an image that pillow can read: {error}") from error
     height, width = pixels.shape[1:]

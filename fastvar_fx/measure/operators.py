@@ -17,6 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fastvar_fx.measure.clock import Clock
+from fastvar_fx.measure.runs import Budget
 from fastvar_fx.models.infinity import CONFIGS, Block
 from fastvar_fx.models.maps import template
 from fastvar_fx.models.rope import pair_table
@@ -26,7 +28,6 @@ from fastvar_fx.ops import (
     pivotal_token_selection,
     take_tokens,
 )
-from fastvar_fx.timing import Budget, Clock
 from passes.rewrite.side_input import take_side
 
 PTS, TAKE, CTR, SIDE = "PTS", "take", "CTR", "side"

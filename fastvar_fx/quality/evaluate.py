@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.cases import Case, Generation
 from fastvar_fx.errors import ModelError
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.runs import Progress, Runs, alternate, no_progress
 from fastvar_fx.methods import Method
-from fastvar_fx.metrics import (
+from fastvar_fx.models.var import VAR
+from fastvar_fx.quality.metrics import (
     Interval,
     frechet_distance,
     psnr,
@@ -30,9 +32,8 @@ from fastvar_fx.metrics import (
     ssim,
     texture_features,
 )
-from fastvar_fx.models.var import VAR
+from fastvar_fx.quality.subjects import Case, Generation
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Comparison, Progress, Runs, Spread, alternate, no_progress
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {

@@ -13,26 +13,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.bench.peer import peer_restoration, peer_selection
-from fastvar_fx.bench.presets import Preset, check_fits, preset, subject_of
-from fastvar_fx.bench.variants import VARIANTS, Variant
+from fastvar_fx.cuda_graphs import cuda_graph
 from fastvar_fx.errors import GraphError, ModelError, ScheduleError
+from fastvar_fx.measure.clock import Clock, peak_bytes
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.peer import peer_restoration, peer_selection
+from fastvar_fx.measure.presets import Preset, check_fits, preset, subject_of
+from fastvar_fx.measure.runs import Budget, Progress, Runs, alternate, no_progress
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measure.variants import VARIANTS, Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
-from fastvar_fx.recording import cuda_graph
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import (
-    Budget,
-    Clock,
-    Comparison,
-    Progress,
-    Runs,
-    Spread,
-    Subject,
-    alternate,
-    no_progress,
-    peak_bytes,
-)
 from fastvar_fx.transform import compile as compile_regions
 from fastvar_fx.transform import transform
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fastvar_fx
-from fastvar_fx.cases import Case, Generation, Photographs, case, draw_var, read_folder
 from fastvar_fx.cli import main
 from fastvar_fx.errors import ModelError, ScheduleError
-from fastvar_fx.evaluate import (
+from fastvar_fx.models.var import VAR, build
+from fastvar_fx.quality.evaluate import (
     DENSE,
     PHOTOGRAPHS,
     Baseline,
@@ -24,7 +24,7 @@ from fastvar_fx.evaluate import (
     evaluate,
     token_bits,
 )
-from fastvar_fx.models.var import VAR, build
+from fastvar_fx.quality.subjects import Case, Generation, Photographs, case, draw_var, read_folder
 
 SIDES = (1, 2, 3, 4)
 SCHEDULE = fastvar_fx.Schedule(SIDES, (0.5,))

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fastvar_fx.bench.variants import Variant
 from fastvar_fx.engine.call import BlockCall, BlockSite
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import Eager
@@ -27,9 +26,12 @@ from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.store import Store
 from fastvar_fx.engine.token_map import TokenMaps
+from fastvar_fx.measure.clock import Clock, per_step
+from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measure.variants import Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Budget, Clock, Progress, Subject, alternate, no_progress, per_step
 from fastvar_fx.transform import run_by, transform
 from passes.analyse.branches import KINDS
 from passes.graph import copy_graph

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ModelError
+from fastvar_fx.measure.subject import Subject
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.models.maps import template
 from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Subject
 
 _GIB: Final = 2**30
 _TEXT_TOKENS: Final = 30

@@ -20,7 +20,7 @@ from passes.analyse.rules.attention import attention_flops, is_attention
 from passes.refusal import RefusedError
 from passes.rewrite.prune import Step, prune
 from tests import kernels, reference
-from tests.test_rules import (
+from tests.passes.test_rules import (
     F64,
     KEPT,
     Chosen,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastvar_fx.timing import Budget, Comparison, Spread, alternate, peak_bytes
+from fastvar_fx.measure.clock import peak_bytes
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.runs import Budget, alternate
 
 
 class Takes:
