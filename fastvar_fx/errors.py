@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from passes.user_frames import error_line, is_users
 
 
@@ -39,6 +42,12 @@ class GraphError(FastVARError, RuntimeError):
 
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean A or B?" with the known names closest to `name`, or the first eight."""
+    names = list(known)
+    return f"did you mean {' or '.join(get_close_matches(name, names) or names[:8])}?"
 
 
 def user_line(error: BaseException) -> str:

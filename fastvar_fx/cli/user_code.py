@@ -6,14 +6,13 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastvar_fx.cli.terminal import usage
-from fastvar_fx.errors import FastVARError, ModelError, user_line
+from fastvar_fx.errors import FastVARError, ModelError, did_you_mean, user_line
 
 
 def call_factory(path: str) -> nn.Module:
@@ -37,8 +36,7 @@ def load(path: str, what: str) -> Callable[..., Any]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        close = get_close_matches(name, names) or names[:8]
-        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no functions"
+        hint = did_you_mean(name, names) if names else "it defines no functions"
         raise ModelError(f"{what} {path}: {module_name} has no callable {name!r}; {hint}")
     return found  # type: ignore[no-any-return]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from fastvar_fx.measure.runs import Runs
+if TYPE_CHECKING:
+    from fastvar_fx.measure.runs import Runs
 
 _STEADY: Final = 0.2
 """The largest spread, interquartile range over median, of times that can be used."""
-
-
 _FEWEST: Final = 3
 """Runs below which a spread is unknown."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.errors import ModelError
+from fastvar_fx.errors import ModelError, did_you_mean
 from fastvar_fx.measure.subject import Subject
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.models.maps import template
@@ -141,8 +140,8 @@ def preset(name: str) -> Preset:
         ModelError: If there is no such preset; the message offers close names.
     """
     if name not in PRESETS:
-        close = " or ".join(get_close_matches(name, PRESETS) or PRESETS)
-        raise ModelError(f"no benchmark preset is named {name!r}; did you mean {close}?")
+        close = did_you_mean(name, PRESETS)
+        raise ModelError(f"no benchmark preset is named {name!r}; {close}")
     return PRESETS[name]
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import product
 from typing import Final, Literal
 
-from fastvar_fx.errors import ModelError
+from fastvar_fx.errors import ModelError, did_you_mean
 
 What = Literal["dense", "pruned", "skip", "peer"]
 """What runs: "dense", without pruning; "pruned", where steps of ratio 1 run on no tokens; "skip",
@@ -42,8 +41,8 @@ class Variant:
             ModelError: If there is none; the message offers close names.
         """
         if name not in _BY_NAME:
-            close = " or ".join(get_close_matches(name, _BY_NAME) or _BY_NAME)
-            raise ModelError(f"no benchmark row is named {name!r}; did you mean {close}?")
+            close = did_you_mean(name, _BY_NAME)
+            raise ModelError(f"no benchmark row is named {name!r}; {close}")
         return _BY_NAME[name]
 
     @property

@@ -39,7 +39,7 @@ def load(name: str, var_path: str | Path | None = None, vae_path: str | Path | N
     packaged = name == demo_weights.NAME
     if (var_path is None) != (vae_path is None) or (var_path is None) != packaged:
         raise TypeError(
-            f"load({name!r}): the weights of {demo_weights.NAME!r} are part of the package and take "
+            f"load({name!r}): the weights of {demo_weights.NAME!r} are in the package and take "
             f"no file; the other models need var_path and vae_path"
         )
     if var_path is None or vae_path is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastvar_fx.errors import ArgumentError
+from fastvar_fx.errors import ArgumentError, did_you_mean
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,12 +36,6 @@ def check_heads(width: int, heads: int, *, multiple_of: int = 1) -> None:
         )
 
 
-def close_to(name: str, known: list[str]) -> str:
-    """Returns a hint at the names most like `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
 def configured(configs: Mapping[str, Config], name: str, overrides: Mapping[str, Any]) -> Config:
     """Returns a named configuration, a dataclass, with some of its fields replaced.
 
@@ -51,13 +44,12 @@ def configured(configs: Mapping[str, Config], name: str, overrides: Mapping[str,
         ArgumentError: If `name` is unknown, or the configuration refuses the values.
     """
     if name not in configs:
-        hint = close_to(name, list(configs))
-        raise ArgumentError(f"no model is named {name!r}{hint}; known are {', '.join(configs)}")
+        raise ArgumentError(f"no model is named {name!r}; {did_you_mean(name, configs)}")
     config: Any = configs[name]
     fields = [field.name for field in dataclasses.fields(config)]
     for key in overrides:
         if key not in fields:
-            raise TypeError(f"there is no size {key!r} to override{close_to(key, fields)}")
+            raise TypeError(f"there is no size {key!r} to override; {did_you_mean(key, fields)}")
     replaced: Config = dataclasses.replace(config, **overrides)
     return replaced
 

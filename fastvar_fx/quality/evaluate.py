@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.errors import ModelError
+from fastvar_fx.errors import ModelError, did_you_mean
 from fastvar_fx.measure.compare import Comparison, Spread
 from fastvar_fx.measure.runs import Progress, Runs, alternate, no_progress
 from fastvar_fx.methods import Method
@@ -240,8 +239,7 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        close = " or ".join(get_close_matches(unknown[0], METRICS) or METRICS)
-        raise ModelError(f"no metric is named {unknown[0]!r}; did you mean {close}?")
+        raise ModelError(f"no metric is named {unknown[0]!r}; {did_you_mean(unknown[0], METRICS)}")
     if not names:
         raise ModelError(f"no metric asked for; choose from {', '.join(METRICS)}")
     return tuple(name for name in METRICS if name in names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastvar_fx.errors import ModelError, ScheduleError
+from fastvar_fx.errors import ModelError, ScheduleError, did_you_mean
 from fastvar_fx.measure.presets import PRESETS, random_text
 from fastvar_fx.measure.subject import Subject
 from fastvar_fx.methods import Method
@@ -150,8 +149,8 @@ def own_schedule(name: str) -> Schedule:
     if name == DEMO:
         return Schedule(var.CONFIGS[DEMO].scales, _RATIOS)
     if name not in PRESETS:
-        close = " or ".join(get_close_matches(name, case_names()) or case_names())
-        raise ModelError(f"no model to evaluate is named {name!r}; did you mean {close}?")
+        close = did_you_mean(name, case_names())
+        raise ModelError(f"no model to evaluate is named {name!r}; {close}")
     return PRESETS[name].schedule
 
 
