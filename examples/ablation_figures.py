@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastvar_fx import Method, Schedule, transform
-from fastvar_fx.cases import Case, draw_var
-from fastvar_fx.evaluate import Speed
-from fastvar_fx.metrics import radial_spectrum
 from fastvar_fx.ops import Scale, kept_tokens, pivotal_token_selection
+from fastvar_fx.quality.evaluate import Speed
+from fastvar_fx.quality.metrics import radial_spectrum
+from fastvar_fx.quality.subjects import Case, draw_var
 
 CAPTIONS = {
     "steps.png": "Images of the dense and the pruned model after each of the last steps, at the "

@@ -24,12 +24,20 @@ import torch
 from torch import nn
 
 from fastvar_fx import Schedule, transform
-from fastvar_fx.cases import DEMO, Case, Generation, case, draw_var
-from fastvar_fx.evaluate import DENSE, METRICS, PHOTOGRAPHS, Baseline, Fidelity, Speed, speed_of
-from fastvar_fx.metrics import Interval
+from fastvar_fx.measure.runs import Runs, alternate
 from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
-from fastvar_fx.timing import Runs, alternate
+from fastvar_fx.quality.evaluate import (
+    DENSE,
+    METRICS,
+    PHOTOGRAPHS,
+    Baseline,
+    Fidelity,
+    Speed,
+    speed_of,
+)
+from fastvar_fx.quality.metrics import Interval
+from fastvar_fx.quality.subjects import DEMO, Case, Generation, case, draw_var
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where another part is varied."""

@@ -14,6 +14,7 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
     )
 
 from fastvar_fx import methods
+from fastvar_fx.cuda_graphs import cuda_graph
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import (
     ArgumentError,
@@ -26,13 +27,13 @@ from fastvar_fx.errors import (
     RunError,
     ScheduleError,
 )
-from fastvar_fx.extend import axis_rule, register_opaque
 from fastvar_fx.methods import Method
-from fastvar_fx.recording import cuda_graph
+from fastvar_fx.register import axis_rule, register_opaque
 from fastvar_fx.schedule import Schedule, presets
 from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
 
 __version__ = "0.1.0"
+__not_state__ = True  # what this package attaches to modules is no state of theirs
 
 __all__ = [
     "ArgumentError",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from math import prod
 from types import MappingProxyType
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_fx.errors import ArgumentError
+from fastvar_fx.errors import ArgumentError, did_you_mean
 from fastvar_fx.ops import (
     Mode,
     Restore,
@@ -120,8 +119,7 @@ def method_of(method: str | Method, schedule: Schedule) -> Method:
             f"method is a Method or one of {', '.join(METHODS)}; found {type(method).__name__}"
         )
     if method not in METHODS:
-        close = get_close_matches(method, METHODS) or METHODS
-        raise ArgumentError(f"no method is named {method!r}; did you mean {' or '.join(close)}?")
+        raise ArgumentError(f"no method is named {method!r}; {did_you_mean(method, METHODS)}")
     return METHODS[method](schedule)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isnan, prod
 from types import MappingProxyType
 from typing import Any, Final
 
-from fastvar_fx.errors import ScheduleError
+from fastvar_fx.errors import ScheduleError, did_you_mean
 from fastvar_fx.ops import Scale, kept_tokens
 
 
@@ -241,8 +240,7 @@ class Schedule:
             ScheduleError: If there is no such name; the message offers close ones.
         """
         if name not in _PRESETS:
-            close = get_close_matches(name, _PRESETS) or list(_PRESETS)
-            raise ScheduleError(f"no preset is named {name!r}; did you mean {' or '.join(close)}?")
+            raise ScheduleError(f"no preset is named {name!r}; {did_you_mean(name, _PRESETS)}")
         return _PRESETS[name]
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar_fx.recording import Recording, Run
+from fastvar_fx import cuda_graphs as recording
+from fastvar_fx.cuda_graphs import Recording, Run
 
 
 class Waiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises what torch does for an op that waits for the GPU, where that is forbidden."""
+    """Raises what torch raises for an op that waits for the GPU, where that is forbidden."""
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -39,7 +42,7 @@ def end_at_op(error: RuntimeError) -> None:
 
 
 class Rerun:
-    """In the place of a CUDA graph: a replay runs the generation again, into the same memory."""
+    """Stands in for a CUDA graph: a replay runs the generation again, into the same memory."""
 
     device = torch.device("cpu")
     default_generator = torch.default_generator
@@ -48,8 +51,10 @@ class Rerun:
         call()
 
     def rehearse(self, call: Callable[[], Any]) -> None:
+        # Loops read values of a CPU tensor that they would not read on a GPU.
+        on_gpu = mock.patch.object(Tensor, "is_cuda", new=True, create=True)
         try:
-            with Waiting():  # type: ignore[no-untyped-call]
+            with on_gpu, Waiting():  # type: ignore[no-untyped-call]
                 call()
         except RuntimeError as error:
             end_at_op(error)
@@ -67,5 +72,18 @@ class Rerun:
                 memory.copy_(value)
 
 
+class OfCompiled(Rerun):
+    """For compiled models: Dynamo leaves code alone under a mode such as `Waiting`."""
+
+    rehearse = Rerun.warm_up
+
+
 def record(fast: nn.Module, run: Run, *inputs: Any, graph: Rerun | None = None) -> Recording:
     return Recording(fast, run, inputs, graph or Rerun())  # type: ignore[arg-type]
+
+
+@contextmanager
+def doubled(double: type[Rerun] = Rerun) -> Iterator[None]:
+    """`fastvar_fx.cuda_graph` works on the CPU, by the double."""
+    with mock.patch.object(recording, "CudaGraph", side_effect=lambda _: double()):
+        yield

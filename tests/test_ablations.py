@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastvar_fx import methods
-from fastvar_fx.metrics import Interval
+from fastvar_fx.quality.metrics import Interval
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx.cli import main
-from fastvar_fx.models import var
+from fastvar_fx.models import VAR_256, VAR_512, var
 from tests import graph_double
 
 ROOT: Final = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ class MyVAR(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def generate(self, labels: Tensor) -> Tensor:
-        for side in var.VAR_512:
+        for side in VAR_512:
             x = labels[:, None, None].expand(-1, side * side, 16) + torch.rand(side * side, 16)
             for block in self.blocks:
                 x = block(x)
@@ -134,7 +134,7 @@ def generate(model):
 
 def users_names() -> dict[str, Any]:
     """Returns what the snippets take for given."""
-    model = var.build("tiny", scales=var.VAR_256, depth=2, num_classes=1000)
+    model = var.build("tiny", scales=VAR_256, depth=2, num_classes=1000)
     labels = torch.tensor([3, 5])
     return {"fastvar_fx": fastvar_fx, "model": model, "MyVAR": MyVAR, "labels": labels}
 

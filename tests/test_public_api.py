@@ -98,7 +98,7 @@ Schedule: fastvar_fx.schedule
         -> Schedule
 ScheduleError: fastvar_fx.errors
     bases FastVARError, ValueError
-axis_rule: fastvar_fx.extend
+axis_rule: fastvar_fx.register
     *ops: str
     attention: bool = False
     -> Callable[[Rule], Rule]
@@ -109,7 +109,7 @@ compile: fastvar_fx.transform
     fullgraph: bool = True
     **options: Any
     -> Model
-cuda_graph: fastvar_fx.recording
+cuda_graph: fastvar_fx.cuda_graph
     fast: nn.Module
     run: Run
     *inputs: Any
@@ -125,7 +125,7 @@ measure: fastvar_fx.transform
     -> Report
 presets: fastvar_fx.schedule
     -> MappingProxyType[str, Schedule]
-register_opaque: fastvar_fx.extend
+register_opaque: fastvar_fx.register
     function: Callable[..., Any]
     *
     fake: Callable[..., Any]

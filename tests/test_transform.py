@@ -217,10 +217,10 @@ def test_graphs_are_dumped_before_and_after(tmp_path: Any) -> None:
     fast.generate(1, 0)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        "00_blocks.0_step1.0_captured.py",
-        "00_blocks.0_step1.1_features.py",
-        "01_blocks.0_step2.0_captured.py",
-        "01_blocks.0_step2.1_pruned.py",
+        "00_blocks.0_step1.0_capture.py",
+        "00_blocks.0_step1.1_capture_outputs.py",
+        "01_blocks.0_step2.0_capture.py",
+        "01_blocks.0_step2.1_prune.py",
     ]
     pruned = (tmp_path / names[-1]).read_text()
     assert "pivotal_token_selection" in pruned

@@ -25,6 +25,8 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.devices import DEVICE
+
 Scale = tuple[int, int]
 Context = tuple[Tensor, Tensor | None]  # text (B, T, X), its additive mask (B, 1, 1, T)
 Grids = dict[str, tuple[Tensor, Tensor]]  # "hxw" -> cos, sin of that scale
@@ -1534,7 +1536,7 @@ class ZooModel(nn.Module):
         for t in (*self.parameters(), *self.buffers()):
             if t.is_floating_point():  # self.to(dtype) would make complex tables real
                 t.data = t.data.to(dtype)
-        self.eval()
+        self.to(DEVICE).eval()
 
     def build_mask(self, S: int, seed: int) -> Tensor:
         """(1, 1 or H, S, S), additive or boolean; every token may attend to itself."""

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fastvar_fx.cases import DEMO, case, case_names, own_schedule
 from fastvar_fx.cli.options import Json, PresetName, Ratios, ScheduleFile, chosen_schedule
 from fastvar_fx.cli.terminal import (
     environment,
@@ -22,7 +21,8 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
-from fastvar_fx.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
+from fastvar_fx.quality.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
+from fastvar_fx.quality.subjects import DEMO, case, case_names, own_schedule
 
 _ALL = ",".join(METRICS)
 

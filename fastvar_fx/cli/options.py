@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
-from fastvar_fx.errors import ModelError, RunError, ScheduleError
-from fastvar_fx.models import checkpoints, packaged, var
+from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.models import checkpoints, demo_weights, var
 from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import VAR_512, Schedule
-from fastvar_fx.timing import Subject
 
 _RATIOS: Final = (0.5, 0.75)
-DEMO: Final = packaged.NAME
+DEMO: Final = demo_weights.NAME
 """The packaged model, which is trained."""
 RANDOM: Final = "random"
 """A wider, untrained model: large enough for pruning to pay off, small enough for two cores."""
@@ -117,10 +116,9 @@ class Asked:
         if self.model == RANDOM:
             return VAR_512
         if self.model not in var.CONFIGS:
-            close = get_close_matches(self.model, _KNOWN) or _KNOWN
             raise ModelError(
-                f"no model is named {self.model!r}; did you mean {' or '.join(close)}? A model of "
-                f"your own is given as package.module:factory"
+                f"no model is named {self.model!r}; {did_you_mean(self.model, _KNOWN)} Give your "
+                f"own model as package.module:factory"
             )
         return var.CONFIGS[self.model].scales
 

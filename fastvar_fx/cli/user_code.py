@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastvar_fx.cli.terminal import usage
-from fastvar_fx.errors import FastVARError, ModelError
+from fastvar_fx.errors import FastVARError, ModelError, did_you_mean, user_line
 
 
 def call_factory(path: str) -> nn.Module:
@@ -39,8 +36,7 @@ def load(path: str, what: str) -> Callable[..., Any]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        close = get_close_matches(name, names) or names[:8]
-        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no functions"
+        hint = did_you_mean(name, names) if names else "it defines no functions"
         raise ModelError(f"{what} {path}: {module_name} has no callable {name!r}; {hint}")
     return found  # type: ignore[no-any-return]
 
@@ -53,16 +49,9 @@ def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
     except (FastVARError, KeyboardInterrupt):
         raise
     except Exception as error:
-        message = f"{what} failed: {type(error).__name__}: {error}"
-        raise kind(message + _place(error)) from error
-
-
-def _place(error: Exception) -> str:
-    """Returns the place that raised, in the user's code or below; empty if it was not reached."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = (__file__, contextlib.__file__, importlib.__file__)
-    reached = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
-    return f" ({reached[-1].filename}:{reached[-1].lineno})" if reached else ""
+        line = user_line(error)
+        at = f" ({line})" if line else ""
+        raise kind(f"{what} failed: {type(error).__name__}: {error}{at}") from error
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from passes.pipeline import Call
-from passes.state import Path
+from passes import Call
+from passes.trace.state import Path
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.program import Match

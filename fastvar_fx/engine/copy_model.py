@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import deque
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from passes.state import attributes, is_container
+from passes.trace.state import contents, fill, is_container
 
 
 def copy_structure(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
@@ -90,17 +89,10 @@ class _Copier:
     def _container(self, value: Any) -> Any:
         if isinstance(value, torch.Generator):
             return copy.deepcopy(value) if type(value) is not torch.Generator else _clone(value)
+        if isinstance(value, set):
+            return type(value)(self._value(item) for item in value)
         made = copy.copy(value)
-        if isinstance(value, dict):
-            made.update({key: self._value(item) for key, item in value.items()})
-        elif isinstance(value, (list, deque)):
-            made.clear()
-            made.extend(self._value(item) for item in value)
-        elif isinstance(value, set):
-            made = type(value)(self._value(item) for item in value)
-        else:  # an object of the user's, such as a cache
-            for name, item in attributes(value).items():
-                object.__setattr__(made, name, self._value(item))
+        fill(made, {step: self._value(item) for step, item in contents(value).items()})
         return made
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import reduce
 from typing import Any, Final
 
 from torch import nn
 
-from fastvar_fx.errors import ModelError
+from fastvar_fx.errors import ModelError, did_you_mean
 
 _LISTS: Final = (nn.ModuleList, nn.Sequential, list, tuple)
 _NO_FORWARD: Final = (nn.ModuleList, nn.ModuleDict)
@@ -86,10 +85,9 @@ def _by_path(model: nn.Module, path: str) -> dict[str, nn.Module]:
         found = model.get_submodule(path)
     except AttributeError as error:
         names = [name for name, _ in model.named_modules() if name]
-        close = get_close_matches(path, names) or names[:8]
+        close = did_you_mean(path, names)
         raise ModelError(
-            f"blocks={path!r} is no module of {type(model).__name__}; did you mean "
-            f"{' or '.join(close)}?"
+            f"blocks={path!r} is no module of {type(model).__name__}; {close}"
         ) from error
     blocks = dict(_flat(path, found))
     if not blocks:

@@ -259,7 +259,7 @@ class Generation:
         """Keeps the captured outputs of the samples that the loop still runs, such as a half."""
         assert progress.captured is not None
         assert progress.live is not None
-        batch, *place = progress.live
+        batch, device, dtype = progress.live
         live = call.x.shape[0]
         found = self._first_rows(call, batch, live)
         if len(found) != 1:
@@ -275,7 +275,7 @@ class Generation:
             {branch: output[first : first + live] for branch, output in outputs.items()}
             for outputs in progress.captured
         ]
-        progress.live = (live, *place)
+        progress.live = (live, device, dtype)
 
     def _first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
         """Returns which of `batch` samples may come first now that `live` of them are left."""

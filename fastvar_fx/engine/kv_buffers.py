@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from passes.kv_buffer import Growth, new_buffer
+from passes.analyse.caches import Growth, new_buffer
 
 
 class KVBuffers:

@@ -13,8 +13,8 @@ from torch import nn
 
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
-from passes.branches import Kind
-from passes.kv_buffer import LaterRows
+from passes.analyse.branches import Kind
+from passes.analyse.caches import LaterRows
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
 """Returns the step of a block call, (block, args, kwargs) -> index, or None if it is no step."""

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.kv_buffers import KVBuffers
-from passes.capture import BlockProgram
-from passes.pipeline import StepProgram
-from passes.sizes import Place, Varying
-from passes.state import Path, Write, apply, get, roots
+from passes import StepProgram
+from passes.trace.capture import BlockProgram
+from passes.trace.state import Path, Write, apply, get, roots
+from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.executor import Executor
@@ -303,7 +303,7 @@ class _Meta(NamedTuple):
         closed: Whether no size is left open.
     """
 
-    kind: type
+    kind: Any
     shape: tuple[int | None, ...] = ()
     dtype: torch.dtype | None = None
     device: torch.device | None = None

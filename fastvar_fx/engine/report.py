@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastvar_fx.engine.engine import Engine
     from fastvar_fx.engine.plan import Plan
     from fastvar_fx.engine.store import StepRecord
+    from fastvar_fx.measure.compare import Comparison
     from fastvar_fx.schedule import Schedule
-    from fastvar_fx.timing import Comparison
-    from passes.costs import BranchReport
+    from passes.analyse.costs import BranchReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +356,10 @@ def _blocks(group: list[Row]) -> str:
 def _explain(refusal: Refusal) -> str:
     where = f"  {refusal.where}" if refusal.where else ""
     op = f" [{refusal.op}]" if refusal.op else ""
+    near = f"        near  {refusal.nearest}\n" if refusal.nearest else ""
     return (
         f"      {refusal.code}  {refusal.title}{where}\n"
-        f"        why   {refusal.reason}{op}\n"
+        f"        why   {refusal.reason}{op}\n{near}"
         f"        hint  {refusal.hint}"
     )
 
@@ -498,4 +499,4 @@ def _bytes(count: int) -> str:
 def _refusal_dict(refusal: Refusal | None) -> dict[str, str] | None:
     if refusal is None:
         return None
-    return vars(refusal) | {"title": refusal.title, "hint": refusal.hint}
+    return refusal.as_dict()

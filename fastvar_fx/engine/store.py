@@ -9,25 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import passes
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.program import Match, Program, StaysDense, meta_of
 from fastvar_fx.errors import FastVARError, ModelError, RunError
-from passes.capture import LeakedTensorError, fingerprint
-from passes.costs import BranchReport
-from passes.kv_buffer import CacheReport
-from passes.pipeline import (
-    Call,
-    Dump,
-    Reference,
-    StepProgram,
-    make_capture,
-    make_pruned,
-    reference,
-)
-from passes.prune import Step
+from passes.analyse.caches import CacheReport
+from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
 
 log = logging.getLogger(__name__)
@@ -65,7 +55,7 @@ class _Entry:
     number: int
     step: int
     fingerprint: tuple[Any, ...]
-    program: StepProgram | Refusal
+    program: passes.StepProgram | Refusal
 
 
 class Store:
@@ -163,7 +153,7 @@ class Store:
             return found or self._equal_or_new(call, step, role, call.as_captured())
         except RefusedError as error:
             return _Entry(-1, step, (), error.refusal)
-        except LeakedTensorError as error:
+        except passes.LeakedTensorError as error:
             raise ModelError(
                 f"{call.site.name} cannot be traced: {error}. Keep such state in attributes, lists "
                 f"or dicts of the block, or hand it in; then transform the model anew"
@@ -188,7 +178,7 @@ class Store:
             except RefusedError as error:
                 entry = _Entry(-1, step, (), error.refusal)
             made = entry.program
-            if isinstance(made, StepProgram) and made.prunes == program.prunes:
+            if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
                 known.remove(program)
                 return entry
             log.info("%s at step %d: sizes stay fixed: %s", call.site.name, step, made)
@@ -196,9 +186,9 @@ class Store:
             return None
         return None
 
-    def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: Call) -> _Entry:
+    def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: passes.Call) -> _Entry:
         kind = (step, call.site.forward, *StaysDense(call).key)
-        real = None if kind in self._met else reference(live)
+        real = None if kind in self._met else passes.reference(live)
         self._met.add(kind)
         metas = tuple((i, meta_of(t)) for i, t in sorted(role.captured.items()))
         mark = (metas, *_fingerprint(live, real))
@@ -207,36 +197,45 @@ class Store:
                 return entry
         number = len(self._entries)
         name = f"{number:02}_{call.site.name}_step{step}"
-        program = self._make(live, step, role, real or reference(live), name)
+        program = self._make(live, step, role, real or passes.reference(live), name)
         entry = _Entry(number, step, mark, program)
         self._entries.append(entry)
         return entry
 
     def _make(
-        self, live: Call, step: int, role: Role, real: Reference, name: str
-    ) -> StepProgram | Refusal:
+        self, live: passes.Call, step: int, role: Role, real: passes.Reference, name: str
+    ) -> passes.StepProgram | Refusal:
         plan, schedule = self._plan, self._plan.schedule
-        dump = (plan.dump_dir and Dump(plan.dump_dir, name)) or None
-        later = plan.later_rows(step)
-        try:
-            if step == schedule.cache_step:
-                return make_capture(live, real, plan.kinds, later, dump)
+        at = None
+        if step != schedule.cache_step:
             scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
             last, once = step == plan.last_step, plan.method.once == "block"
-            at = Step(schedule.kept(step), *scales, last=last, selects_once=once)
-            captured = dict(role.captured)
-            return make_pruned(live, real, plan.kinds, at, plan.method, captured, later, dump)
+            at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
+        context = passes.Context(
+            call=live,
+            real=real,
+            kinds=plan.kinds,
+            step=at,
+            operators=plan.method if at else None,
+            captured=role.captured,
+            later=plan.later_rows(step),
+            dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
+        )
+        try:
+            return passes.run(context)
         except RefusedError as error:
             return error.refusal
-        except (AssertionError, AttributeError, LookupError, TypeError) as error:
-            log.exception("%s stays dense: the compiler failed", name)
-            return Refusal("FVX020", f"{type(error).__name__}: {error}")
+        except passes.PassError as error:
+            if plan.strict:
+                raise
+            log.exception("%s stays dense", name)
+            return Refusal("FVX020", str(error))
 
 
-def _fingerprint(call: Call, real: Reference | None) -> tuple[Any, ...]:
+def _fingerprint(call: passes.Call, real: passes.Reference | None) -> tuple[Any, ...]:
     try:
-        return fingerprint(call.forward, call.module, call.args, call.kwargs, call.varying)
+        return passes.fingerprint(call)
     except RefusedError:
         if real is None:
-            reference(call)  # if the real call fails too, that is the error to raise
+            passes.reference(call)  # if the real call fails too, that is the error to raise
         raise

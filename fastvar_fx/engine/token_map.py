@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from fastvar_fx.engine.call import Form, Forward
 from fastvar_fx.errors import RunError
-from passes.branches import find_branches
-from passes.capture import BlockProgram, capture, placeholder_of, run_eagerly
+from passes import Call, reference
+from passes.analyse.branches import find_branches
+from passes.graph import placeholder_of
 from passes.refusal import RefusedError
-from passes.state import Path, get
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, get
 
 
 class TokenMaps:
@@ -50,14 +52,15 @@ def _find(
         )
     if len(paths) == 1:
         return paths[0]
-    results, _ = run_eagerly(forward, block, args, kwargs)
+    call = Call(forward, block, args, kwargs)
+    results, _ = reference(call)
     shapes = {result.shape for result in results}
     origin = {"args": list(args), "kwargs": kwargs}
     likely = [path for path in paths if get(origin, path).shape in shapes] or paths
     if len(likely) == 1:
         return likely[0]
     try:
-        program = capture(forward, block, args, kwargs)
+        program = capture(call)
     except RefusedError:
         return likely[0]
     return next((path for path in likely if _carries_trunk(program, path)), likely[0])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvar_fx.errors import ModelError
-from fastvar_fx.models import packaged
-from fastvar_fx.models.named import configured
+from fastvar_fx.models import demo_weights
+from fastvar_fx.models.configs import configured
 from fastvar_fx.models.var import CONFIGS, VAR, VARConfig
 from fastvar_fx.models.vqvae import VQVAEDecoder
 
@@ -36,10 +36,11 @@ def load(name: str, var_path: str | Path | None = None, vae_path: str | Path | N
         5
     """
     config = configured(CONFIGS, name, {})
-    if (var_path is None) != (vae_path is None) or (var_path is None) == (name != packaged.NAME):
+    packaged = name == demo_weights.NAME
+    if (var_path is None) != (vae_path is None) or (var_path is None) != packaged:
         raise TypeError(
-            f"load({name!r}): the weights of {packaged.NAME!r} are part of the package and take no "
-            f"file; the other models need var_path and vae_path"
+            f"load({name!r}): the weights of {demo_weights.NAME!r} are in the package and take "
+            f"no file; the other models need var_path and vae_path"
         )
     if var_path is None or vae_path is None:
         return _load_packaged(config)
@@ -59,7 +60,7 @@ def load(name: str, var_path: str | Path | None = None, vae_path: str | Path | N
 
 def _load_packaged(config: VARConfig) -> VAR:
     """Returns the model whose weights are part of the package."""
-    parts = packaged.weights()
+    parts = demo_weights.weights()
     with torch.device("meta"):
         vae = config.new_whole_vae()
         var = VAR(vae, config)
@@ -70,8 +71,8 @@ def _load_packaged(config: VARConfig) -> VAR:
         var.load_state_dict(dict(var.named_buffers()) | parts["var"], strict=True)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{packaged.WEIGHTS} does not hold the packaged weights; install the package again: "
-            f"{error}"
+            f"{demo_weights.WEIGHTS} does not hold the packaged weights; install the package "
+            f"again: {error}"
         ) from error
     vae.eval().requires_grad_(False)
     return var.eval().requires_grad_(False)

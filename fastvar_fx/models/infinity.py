@@ -34,15 +34,15 @@ from torch import Tensor, nn
 
 from fastvar_fx.errors import ArgumentError
 from fastvar_fx.models.cache import KVCache, kv_caching
-from fastvar_fx.models.layers import FFN, MAX_LOG_SCALE, AdaLNBeforeHead, SharedAdaLin
-from fastvar_fx.models.maps import Map, check_maps
-from fastvar_fx.models.named import (
+from fastvar_fx.models.configs import (
     check_heads,
     check_sizes,
     configured,
     draw_weights,
     with_random_weights,
 )
+from fastvar_fx.models.layers import FFN, MAX_LOG_SCALE, AdaLNBeforeHead, SharedAdaLin
+from fastvar_fx.models.maps import Map, check_maps
 from fastvar_fx.models.rope import pair_table, rotate_pairs
 from fastvar_fx.models.sampling import sample_top_k_top_p
 from fastvar_fx.models.text import AttentivePool, CrossAttention, check_text, joined, mask_of

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from fastvar_fx.errors import ArgumentError, ModelError
 from fastvar_fx.models.cache import KVCache, kv_caching
+from fastvar_fx.models.configs import check_heads, check_sizes, configured, with_random_weights
 from fastvar_fx.models.layers import FFN, MAX_LOG_SCALE, AdaLNBeforeHead, SharedAdaLin
-from fastvar_fx.models.named import check_heads, check_sizes, configured, with_random_weights
 from fastvar_fx.models.sampling import sample_top_k_top_p
 from fastvar_fx.models.vqvae import PUBLISHED, VQVAE, Pyramid, VQVAEDecoder
 from fastvar_fx.schedule import VAR_256, VAR_512

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ArgumentError, ModelError
-from fastvar_fx.models.named import check_sizes
+from fastvar_fx.models.configs import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

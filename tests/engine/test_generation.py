@@ -16,7 +16,7 @@ from fastvar_fx.engine.generation import DENSE, PASS, Generation
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.methods import Method
-from passes.branches import KINDS
+from passes.analyse.branches import KINDS
 
 SCHEDULE = Schedule((1, 2, 3, 4, 5), (0.5, 0.5))  # captures at step 2: 9 tokens
 DEPTH = 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, GraphModule
@@ -16,9 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastvar_fx
 from fastvar_fx import Schedule
+from fastvar_fx.engine.call import BlockCall, BlockSite
 from fastvar_fx.engine.compiled import Compilation
-from fastvar_fx.inductor_linears import Machine, choice_in, choose, move_linears, with_pass
-from fastvar_fx.models.var import VAR_256, build
+from fastvar_fx.engine.inductor_linears import Machine, choice_in, choose, move_linears, with_pass
+from fastvar_fx.engine.token_map import TokenMaps
+from fastvar_fx.models import VAR_256, build
 
 LARGE, SMALL = (256, 512, 128), (255, 256, 128)
 """Rows, outputs and inputs, on either side of the least size."""
@@ -228,5 +230,7 @@ def compiled(options: dict[str, Any], inputs: list[Tensor]) -> tuple[Tensor, str
     torch._dynamo.reset()
     program = as_inductor_sees(F.linear, *inputs)
     compilation = Compilation(Schedule((1, 2), ()), options, fallback=False)
-    result, codes = run_and_get_code(compilation.run_program, program, inputs, "block", 4)
+    site = BlockSite(0, "block", nn.Identity.forward, TokenMaps(), prunes=True)
+    call = BlockCall(site, nn.Identity(), (torch.zeros(1, 4, 8),), {})
+    result, codes = run_and_get_code(compilation.run_program, program, inputs, call)
     return result, "".join(codes)
