@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 from fastvar_fx.errors import ArgumentError
@@ -126,7 +127,7 @@ def psnr(images: Tensor, references: Tensor, span: float = 1.0) -> Tensor:
         [20.0]
     """
     _check_pairs(images, references)
-    error = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
+    error = reduce((images.double() - references.double()).square(), "b c h w -> b", "mean")
     return 10 * torch.log10(span**2 / error)
 
 
@@ -149,9 +150,9 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     weights = weights / weights.sum()
 
     def blur(maps: Tensor) -> Tensor:
-        flat = maps.flatten(0, 1).unsqueeze(1)  # (B * C, 1, H, W)
+        flat = rearrange(maps, "b c h w -> (b c) 1 h w")
         flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, 11, 1)), weights.view(1, 1, 1, 11))
-        return flat.view(*maps.shape[:2], *flat.shape[2:])  # (B, C, H - 10, W - 10)
+        return rearrange(flat, "(b c) 1 h w -> b c h w", c=maps.shape[1])
 
     x, y = images.double(), references.double()
     mean_x, mean_y = blur(x), blur(y)
@@ -234,11 +235,9 @@ def texture_features(images: Tensor) -> Tensor:
     for level in range(_LEVELS):
         grey = F.avg_pool2d(grey, 2) if level else grey
         waves = F.conv2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), filters)
-        energy = (
-            waves.view(len(waves), -1, 2, *waves.shape[2:]).square().sum(2).sqrt()
-        )  # (B, O, H, W)
+        energy = rearrange(waves, "b (o pair) h w -> b o pair h w", pair=2).square().sum(2).sqrt()
         features.append(_log(F.adaptive_avg_pool2d(energy, _PARTS)))
-    return torch.cat(features, 1).movedim(1, -1).flatten(0, 2).double()  # (B * 16, 22)
+    return rearrange(torch.cat(features, 1), "b f h w -> (b h w) f").double()
 
 
 def _log(values: Tensor) -> Tensor:
