@@ -266,7 +266,7 @@ def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture
     assert main(["evaluate", "--metrics", "fid"]) == 1
     assert "no metric is named 'fid'" in capsys.readouterr().err
     assert main(["evaluate", "--classes", "one"]) == 2
-    assert "numbers with commas" in capsys.readouterr().err
+    assert "numbers separated by commas" in capsys.readouterr().err
 
 
 def test_equal_seeds_draw_equal_images(model: VAR) -> None:
