@@ -51,8 +51,8 @@ class Rerun:
         call()
 
     def rehearse(self, call: Callable[[], Any]) -> None:
-        # Loops read values of a CPU tensor that they would not read on a GPU.
-        on_gpu = mock.patch.object(Tensor, "is_cuda", new=True, create=True)
+        # Loops and operators read values on a CPU that they would not read on a GPU.
+        on_gpu = mock.patch.multiple(Tensor, create=True, is_cuda=True, is_cpu=False)
         try:
             with on_gpu, Waiting():  # type: ignore[no-untyped-call]
                 call()
