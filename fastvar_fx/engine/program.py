@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.kv_buffers import KVBuffers
+from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
 from passes.trace.state import Path, Write, apply, get, roots
@@ -54,6 +55,8 @@ class Program:
         self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
         self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
         self._form = call.form
+        self._read = frozenset(made.inputs)
+        self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
         origin = roots(block, call.args, call.kwargs)
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
@@ -81,6 +84,8 @@ class Program:
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
+            return None
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -119,6 +124,8 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+            return None
         origin = roots(call.block, call.args, call.kwargs)
         earlier: dict[Place, int] = {}
         for path, was in self._plain.items():
@@ -136,7 +143,7 @@ class Program:
                 earlier[path, dim] = meta[0][dim]
         return Varying(earlier) if earlier else None
 
-    def misses_caches(self, call: BlockCall) -> bool:
+    def misses_caches(self, call: BlockCall) -> bool | None:
         """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
         return any(
             reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
@@ -225,9 +232,9 @@ class StaysDense:
         """Returns no inputs."""
         return []
 
-    def misses_caches(self, call: BlockCall) -> bool:
+    def misses_caches(self, call: BlockCall) -> bool | None:
         """Nothing is known of the block's caches."""
-        return False
+        return None
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
         """Nothing is known of the block's inputs."""
