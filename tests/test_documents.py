@@ -283,8 +283,9 @@ def test_keyword_arguments(document: Path) -> None:
 def parameters_of_the_api() -> Iterator[str]:
     for name in fastvar_fx.__all__:
         value = getattr(fastvar_fx, name)
+        holds = inspect.isclass(value) or inspect.ismodule(value)
         members = [m for m in vars(value).values() if inspect.isfunction(m)]
-        for function in members if inspect.isclass(value) else [value]:
+        for function in members if holds else [value]:
             yield from inspect.signature(function).parameters
 
 
