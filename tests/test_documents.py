@@ -285,7 +285,7 @@ def parameters_of_the_api() -> Iterator[str]:
     public = [(package, name) for package in (fastvar_fx, passes) for name in package.__all__]
     for package, name in public:
         value = getattr(package, name)
-        if not (callable(value) or inspect.ismodule(value)):
+        if not (inspect.isfunction(value) or inspect.isclass(value) or inspect.ismodule(value)):
             continue
         holds = inspect.isclass(value) or inspect.ismodule(value)
         members = [m for m in vars(value).values() if inspect.isfunction(m)]
