@@ -284,7 +284,7 @@ def test_keyword_arguments(document: Path) -> None:
 def parameters_of_the_api() -> Iterator[str]:
     public = [(package, name) for package in (fastvar_fx, passes) for name in package.__all__]
     for package, name in public:
-        value = getattr(package, name)
+        value: Any = getattr(package, name)
         if not (inspect.isfunction(value) or inspect.isclass(value) or inspect.ismodule(value)):
             continue
         holds = inspect.isclass(value) or inspect.ismodule(value)
