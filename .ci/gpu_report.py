@@ -91,4 +91,6 @@ def draw(target: Path, sources: Sequence[Path]) -> None:
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]
     first, *others = map(Path, paths)
-    sys.exit(show(first) if verb == "show" else draw(first, others))
+    if verb == "show":
+        sys.exit(show(first))
+    draw(first, others)
