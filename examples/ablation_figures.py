@@ -11,20 +11,20 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastvar_fx import Schedule, transform
-from fastvar_fx.cases import Case, draw_var
-from fastvar_fx.evaluate import Speed
-from fastvar_fx.metrics import radial_spectrum
+from fastvar_fx import Method, Schedule, transform
 from fastvar_fx.ops import Scale, kept_tokens, pivotal_token_selection
+from fastvar_fx.quality.evaluate import Speed
+from fastvar_fx.quality.metrics import radial_spectrum
+from fastvar_fx.quality.subjects import Case, draw_var
 
 CAPTIONS = {
-    "steps.png": "What the dense and the pruned model have drawn after each of the last steps, at "
-    "the same seed. Up to the cache step they are the same.",
-    "spectra.png": "Radial power spectra of what is drawn after each step, of the dense model, and "
-    "of the finished images; means over the batch.",
-    "kept_tokens.png": "Tokens that the last step keeps at several pruning ratios, over the dense "
-    "image: the share of the branches that keep a token.",
-    "runtime.png": "Time of the transformer blocks at each step, medians of runs by turns.",
+    "steps.png": "Images of the dense and the pruned model after each of the last steps, at the "
+    "same seed. They are equal up to the cache step.",
+    "spectra.png": "Radial power spectra of the dense model's image after each step, and of the "
+    "finished images; means over the batch.",
+    "kept_tokens.png": "Tokens kept at the last step at several pruning ratios, over the dense "
+    "image: the share of branches that keep each token.",
+    "runtime.png": "Time of the transformer blocks at each step, medians of alternating runs.",
     "tradeoff.png": "Quality against speed of every row of the tables; the star is the dense "
     "model, the line the pruning ratio of the last two steps. Lower and further to the right is "
     "better.",
@@ -40,7 +40,7 @@ def save(figure: Figure, out: Path, name: str) -> None:
 
 
 def after_each_step(model: Any) -> list[Tensor]:
-    """Images (B, 3, H, W) of the first classes after each step, of seed 0."""
+    """Returns images (B, 3, H, W) of the first classes after each step, of seed 0."""
     maps: list[Tensor] = []
     classes = range(min(model.num_classes, MOST_CLASSES))
     draw_var(model, 0, classes, on_step=lambda _, latents: maps.append(latents))
@@ -126,7 +126,7 @@ def draw_kept_tokens(case: Case, out: Path) -> None:
 
 
 def kept_share(case: Case, schedule: Schedule) -> Tensor:
-    """How many of the branches of the last step keep each token of the first image."""
+    """Returns the share of branches of the last step that keep each token of the first image."""
     kept: list[Tensor] = []
 
     def select(x: Tensor, count: int) -> Tensor:
@@ -134,9 +134,9 @@ def kept_share(case: Case, schedule: Schedule) -> Tensor:
         kept.append(index[0])
         return index
 
-    fast = transform(case.model, schedule, select=select)
+    fast = transform(case.model, schedule, method=Method(select=select))
     case.draw(fast, 0)
-    kept.clear()  # those of making the programs
+    kept.clear()  # selections while programs were made
     case.draw(fast, 0)
     counts = torch.bincount(torch.cat(kept).cpu(), minlength=schedule.tokens(schedule.steps - 1))
     return (counts / len(kept)).view(schedule.scales[-1])

@@ -1,11 +1,11 @@
-"""Measures what each part of FastVAR is worth, on a trained model: the paper's ablations.
+"""Measures the effect of each part of FastVAR on a trained model: the paper's ablations.
 
-    python examples/ablations.py --out ablations          # the model that comes with the package
+    python examples/ablations.py --out ablations          # the packaged model
     python examples/ablations.py --out ablations --quick  # a tiny one, random weights, to try it
 
-Writes one report, `report.md`, and its figures. Every row is held against the dense model at the
-same seeds and against photographs that the model never saw; all rows are timed by turns. Nothing
-in the report but the paper's claims was written beforehand. Needs matplotlib (the extra "cli").
+Writes a report, `report.md`, and its figures. Every row is compared with the dense model at the
+same seeds, and with photographs that the model was not trained on; timed runs alternate between all
+rows. Only the paper's claims in the report are fixed text. Needs matplotlib (the extra "cli").
 """
 
 from __future__ import annotations
@@ -23,39 +23,30 @@ import ablation_figures as figures
 import torch
 from torch import nn
 
-from fastvar_fx import Schedule, alternatives, transform
-from fastvar_fx.alternatives import Rules
-from fastvar_fx.cases import DEMO, Case, Generation, case, draw_var
-from fastvar_fx.evaluate import DENSE, METRICS, PHOTOGRAPHS, Baseline, Fidelity, Speed, speed_of
-from fastvar_fx.metrics import Interval
+from fastvar_fx import Schedule, transform
+from fastvar_fx.measure.runs import Runs, alternate
 from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
-from fastvar_fx.timing import Runs, alternate
+from fastvar_fx.quality.evaluate import (
+    DENSE,
+    METRICS,
+    PHOTOGRAPHS,
+    Baseline,
+    Fidelity,
+    Speed,
+    speed_of,
+)
+from fastvar_fx.quality.metrics import Interval
+from fastvar_fx.quality.subjects import DEMO, Case, Generation, case, draw_var
 
 PAPER = (0.5, 0.75)
-"""Ratios of the last two steps where something else is compared."""
-METHODS = FASTVAR, TOME = "FastVAR", "ToMe"
+"""Ratios of the last two steps where another part is varied."""
+FASTVAR, TOME = "fastvar", "tome"
 BATCH = 3
 """Images per seed; guidance doubles them."""
 
 
-# ------------------------------------------------------------------------------------ what is tried
-
-
-def rules_of(scales: Sequence[Scale]) -> dict[str, Rules]:
-    """All rules by name."""
-    return {
-        FASTVAR: {},
-        "random": {"select": alternatives.random_tokens},
-        "uniform grid": {"select": alternatives.uniform_grid(scales)},
-        "lowest scores": {"select": alternatives.lowest_scores},
-        "zeros": {"restore": alternatives.zeros},
-        "nearest kept token": {"restore": alternatives.nearest_kept},
-        "bilinear": {"restore": alternatives.interpolated("bilinear")},
-        "nearest": {"restore": alternatives.interpolated("nearest")},
-        "once per block": {"select_once": True},
-        TOME: alternatives.token_merging(scales),
-    }
+# --------------------------------------------------------------------------------------- ablations
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Setting:
     """One way to prune."""
 
     schedule: Schedule
-    rules: str = FASTVAR
+    method: str = FASTVAR
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class Section:
         title: What is varied, and where the paper does.
         claim: What the paper finds.
         settings: By the label of their row.
-        better: Pairs of labels; by the claim, the first loses less than the second.
+        better: Pairs of labels; the paper claims that the first loses less than the second.
     """
 
     title: str
@@ -90,11 +81,11 @@ class Tried:
         self.scales = scales
         self.paper = self.at(*PAPER)
 
-    def at(self, *ratios: float, cache_step: int | None = None, rules: str = FASTVAR) -> Setting:
-        return Setting(Schedule(self.scales, ratios, cache_step=cache_step), rules)
+    def at(self, *ratios: float, cache_step: int | None = None, method: str = FASTVAR) -> Setting:
+        return Setting(Schedule(self.scales, ratios, cache_step=cache_step), method)
 
-    def ruled(self, *names: str) -> dict[str, Setting]:
-        return {name: self.at(*PAPER, rules=name) for name in names}
+    def by(self, *methods: str) -> dict[str, Setting]:
+        return {m.replace("-", " "): self.at(*PAPER, method=m) for m in methods}
 
 
 def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
@@ -106,7 +97,7 @@ def ratio(tried: Tried) -> Section:
     swept = {percent(r): tried.at(r, r) for r in (0.25, 0.5, 0.75, 0.9)}
     return Section(
         "Pruning ratio of the last two steps (figure 6)",
-        "Quality falls slowly at first; the more is dropped, the more is lost.",
+        "Quality decreases with the ratio, slowly at first.",
         swept,
         tuple(pairwise(swept)),
     )
@@ -118,7 +109,7 @@ def scale(tried: Tried) -> Section:
     together = {f"last {n}": tried.at(*[0.75] * n) for n in (2, 3, 4)}
     return Section(
         "Which scales are pruned, by 75 % (table 4)",
-        "The late scales bear pruning best. (They also have more tokens to drop.)",
+        "Pruning the late scales costs least quality. (They also have more tokens to drop.)",
         alone | together,
         first_than_others(alone),
     )
@@ -134,7 +125,7 @@ def cache_step(tried: Tried) -> Section:
     }
     return Section(
         "Cache step (table A.4)",
-        "The nearest to the pruned steps, K-N, is best.",
+        "The step nearest to the pruned steps, K-N, is best.",
         cached,
         first_than_others(cached),
     )
@@ -154,30 +145,30 @@ def extreme(tried: Tried) -> Section:
 
 
 def selection(tried: Tried) -> Section:
-    others = tried.ruled("random", "uniform grid", "lowest scores")
+    others = tried.by("random", "uniform-grid", "lowest-scores")
     chosen = {"pivotal tokens": tried.paper} | others
     return Section(
         "Which tokens are kept",
-        "Those that carry the high frequencies: pivotal token selection is best.",
+        "Pivotal token selection, which keeps the high frequencies, is best.",
         chosen,
         first_than_others(chosen),
     )
 
 
 def restoration(tried: Tried) -> Section:
-    restored = {"area of cached": tried.paper} | tried.ruled("zeros", "nearest kept token")
-    modes = tried.ruled("bilinear", "nearest")
+    restored = {"area of cached": tried.paper} | tried.by("zeros", "nearest-kept")
+    modes = tried.by("bilinear", "nearest")
     restored |= {f"{mode} of cached": setting for mode, setting in modes.items()}
     return Section(
-        "What the others get",
-        "The cached output of the branch, area-interpolated, is best.",
+        "How the dropped tokens are restored",
+        "Area interpolation of the branch's cached output is best.",
         restored,
         first_than_others(restored),
     )
 
 
 def reuse(tried: Tried) -> Section:
-    selected = {"per branch": tried.paper} | tried.ruled("once per block")
+    selected = {"per branch": tried.paper} | tried.by("once-per-block")
     return Section(
         "How often tokens are selected",
         "Each branch selects anew.",
@@ -190,7 +181,10 @@ def merging(tried: Tried) -> Section:
     settings: dict[str, Setting] = {}
     better: list[tuple[str, str]] = []
     for ratios in ((0.5, 0.5), PAPER):
-        pair = {f"{rules}, {percent(*ratios)}": tried.at(*ratios, rules=rules) for rules in METHODS}
+        pair = {
+            f"{name}, {percent(*ratios)}": tried.at(*ratios, method=method)
+            for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
+        }
         settings |= pair
         better += first_than_others(pair)
     (fastvar, _), (_, tome) = better  # merging costs time: these two are about as fast
@@ -221,7 +215,7 @@ def sides(scale: Scale) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What one setting does."""
+    """The results of one setting."""
 
     setting: Setting
     fidelity: Fidelity
@@ -233,7 +227,7 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Bits per token of what the dense model drew, more than its own."""
+        """Bits per token of dense draws, minus those of the dense model."""
         score = self.fidelity.score("bits", DENSE)
         return None if score is None or score.difference is None else score.difference.mean
 
@@ -248,9 +242,8 @@ class Row:
 def measure_settings(
     model: Case, settings: Iterable[Setting], seeds: int, repeats: int
 ) -> dict[Setting, Row]:
-    """A row for each setting."""
-    rules = rules_of(model.schedule.scales)
-    baseline = Baseline(model, tuple(METRICS), range(seeds))
+    """Returns a row for each setting."""
+    baseline = Baseline.of(model, tuple(METRICS), range(seeds))
     subject = model.subject(0)
     dense = subject.runs(model.model)
     dense.count()
@@ -258,20 +251,20 @@ def measure_settings(
     runs: dict[Setting, Runs] = {}
     for setting in dict.fromkeys(settings):
         schedule, begun = setting.schedule, time.perf_counter()
-        fast = transform(model.model, schedule, **rules[setting.rules])
+        fast = transform(model.model, schedule, method=setting.method)
         fidelity[setting] = baseline.compare(fast, schedule)
         runs[setting] = subject.runs(fast, schedule.steps - len(schedule.full_steps))
         runs[setting].count()
         took = time.perf_counter() - begun
-        print(f"{setting.rules}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
+        print(f"{setting.method}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
     timed = {"dense": dense}
-    timed |= {f"{s.rules}, {percent(*s.schedule.ratios)}": each for s, each in runs.items()}
+    timed |= {f"{s.method}, {percent(*s.schedule.ratios)}": each for s, each in runs.items()}
     alternate(timed, repeats, progress=partial(print, flush=True))
     return {s: Row(s, fidelity[s], speed_of(dense, each)) for s, each in runs.items()}
 
 
 def in_turn(model: Any, seed: int) -> Generation:
-    """A few classes per seed, and all in turn."""
+    """Draws a few classes, other ones for each seed."""
     return draw_var(model, seed, [(seed * BATCH + i) % model.num_classes for i in range(BATCH)])
 
 
@@ -309,7 +302,7 @@ def cell(row: Row, metric: str, against: str, digits: int) -> str:
 
 
 def verdicts(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
-    """What the pairs of the claim say, each image and seed held against itself."""
+    """Yields a line for each pair of the claim, from differences per image and seed."""
     for better, worse in section.better:
         pair = rows[section.settings[better]], rows[section.settings[worse]]
         judged = (
@@ -322,7 +315,7 @@ def verdicts(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
 
 
 def paired(metric: str, against: str, a: Row, b: Row) -> Interval | None:
-    """The differences b - a."""
+    """Returns the interval of the differences b - a."""
     first, second = a.values(metric, against), b.values(metric, against)
     if first is None or second is None:
         return None
@@ -331,7 +324,7 @@ def paired(metric: str, against: str, a: Row, b: Row) -> Interval | None:
 
 def word(difference: Interval) -> str:
     if not abs(difference.mean) > difference.half:
-        return "not told apart"
+        return "not significant"
     return "agrees" if difference.mean > 0 else "**disagrees**"
 
 
@@ -340,15 +333,15 @@ def report(model: Case, rows: dict[Setting, Row], seeds: int, repeats: int) -> s
     count = 0 if photographs is None else len(photographs.images)
     scales = ", ".join(sides(scale) for scale in model.schedule.scales)
     about = (
-        f"Token maps {scales}; where nothing else is said, {percent(*PAPER)} of the last two steps "
-        f"are dropped. {seeds} seeds, {count} photographs that the model never saw. ±: 95 % "
-        f"confidence interval of the mean by Student's t, over seeds, for bits over images. "
-        f"FLOPs and time are of the transformer blocks, batches of {BATCH}, median of {repeats} "
-        f"runs of all rows by turns; {environment()}. Agreement with the paper is told from the "
-        f"differences of pairs: the same photographs and the same seeds."
+        f"Token maps {scales}. Unless a row says otherwise, {percent(*PAPER)} of the tokens of the "
+        f"last two steps are dropped. {seeds} seeds, {count} photographs that the model was not "
+        f"trained on. ±: 95 % confidence interval of the mean by Student's t over seeds; for bits "
+        f"over images. FLOPs and time are those of the transformer blocks, batches of {BATCH}, "
+        f"median of {repeats} runs that alternate between all rows; {environment()}. Agreement "
+        f"with the paper is judged by paired differences: same photographs, same seeds."
     )
     note = [f"{model.note.capitalize()}.", ""] if model.note else []
-    lines = [f"# What each part of FastVAR is worth: {model.name}", "", *note, about, ""]
+    lines = [f"# The effect of each part of FastVAR: {model.name}", "", *note, about, ""]
     for name, metric in METRICS.items():
         lines.append(f"- {name}: {metric}.")
     for section in sections(model.schedule.scales):
@@ -368,7 +361,7 @@ def environment() -> str:
 
 
 def tiny() -> Case:
-    """A model with random weights, for trying the script."""
+    """Returns a model with random weights, for trying the script."""
     scales = (1, 2, 3, 4, 6, 8)
     model = build(DEMO, scales=scales, depth=2, width=32, heads=2)
     return Case("a tiny VAR", model, Schedule(scales, PAPER), in_turn, note="random weights")
@@ -398,7 +391,7 @@ def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
     paper, merging = Setting(Schedule(scales, PAPER)), Setting(Schedule(scales, PAPER), TOME)
     fast: dict[str, nn.Module] = {
         "pruned": transform(model.model, paper.schedule),
-        "ToMe": transform(model.model, paper.schedule, **rules_of(scales)[TOME]),
+        "ToMe": transform(model.model, paper.schedule, method=TOME),
     }
     figures.draw_steps(model, fast["pruned"], out)
     figures.draw_spectra(model, fast, out)

@@ -1,4 +1,4 @@
-"""What the examples on upstream checkouts share: clear stops, imports, timing and the picture."""
+"""Shared by the examples on upstream checkouts: error messages, imports, timing, the picture."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HERE = Path(__file__).parent.resolve()
 
 
 def stop(asked: str, found: str, to_do: str) -> NoReturn:
-    """Ends the script with what was asked, what was found and what to do."""
-    raise SystemExit(f"asked: {asked}\nfound: {found}\nto do: {to_do}")
+    """Ends the script with what was asked for, what was found and what to do."""
+    raise SystemExit(f"asked for {asked}; found {found}. To do: {to_do}")
 
 
 def check_path(option: str, path: Path, what: str, *, holds: str = "") -> None:
-    """Stops unless `path` is there and, if it is to be a folder, holds `holds`."""
+    """Stops unless `path` exists and, if `holds` is given, is a folder with that in it."""
     to_do = f"give {option} the path of {what}"
     if not path.exists():
         stop(f"{option} {path}", "nothing at that path", to_do)
@@ -56,7 +56,7 @@ def read_weights(option: str, path: Path, what: str, key: str) -> dict[str, Any]
     to_do = f"give {option} the file of {what}"
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, on a file of another sort
+    except Exception as error:  # errors of any kind, on a file of another format
         stop(f"{option} {path}", f"a file that torch cannot read: {error!r:.200}", to_do)
     if not isinstance(weights, dict) or key not in weights:
         kind = list(weights)[:5] if isinstance(weights, dict) else type(weights).__name__
@@ -70,7 +70,7 @@ def compare(
     """Draws (h, w, 3) uint8 with both, prints times and the report, saves them side by side."""
     drawn = []
     for name, each in (("dense", model), ("pruned", fast)):
-        draw(each).cpu()  # kernels compile, programs are made
+        draw(each).cpu()  # compiles kernels and makes programs
         begun = time.perf_counter()
         drawn.append(draw(each).cpu())
         print(f"{name}: {time.perf_counter() - begun:.2f} s")

@@ -1,10 +1,10 @@
-"""Draws a picture with HART-0.7B, dense and pruned, from a checkout of its code left as it is.
+"""Draws a picture with HART-0.7B, dense and pruned, from an unchanged checkout of its code.
 
     python examples/hart.py --checkout hart --checkpoint hart-0.7b-1024px/llm \
         --text-encoder Qwen2-VL-1.5B-Instruct --prompt "a red fox in the snow"
 
 Needs a CUDA device, the packages that the checkout requires and its compiled kernels. Settings are
-those of the checkout's sample.py, but for its check of unsafe prompts, which is left out here.
+those of the checkout's sample.py, except for its check of unsafe prompts, which is omitted.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def arguments() -> argparse.Namespace:
 
 
 def open_norm_kernel(checkout: Path) -> None:
-    """Makes an op of HART's fused norm, a compiled function that no tracer sees into.
+    """Registers HART's fused norm, a compiled function that cannot be traced, as an op.
 
-    The kernel writes into a tensor that it is given; an op that can be traced returns a new one.
+    The kernel writes into an output tensor; the op returns a new tensor instead.
     """
     kernels = load(checkout, "hart_backend.fused_kernels")
     kernel = kernels.rms_norm

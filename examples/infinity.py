@@ -1,10 +1,10 @@
-"""Draws a picture with Infinity-2B, dense and pruned, from a checkout of its code left as it is.
+"""Draws a picture with Infinity-2B, dense and pruned, from an unchanged checkout of its code.
 
     python examples/infinity.py --checkout Infinity --checkpoint infinity_2b_reg.pth \
         --vae infinity_vae_d32reg.pth --text-encoder flan-t5-xl --prompt "a red fox in the snow"
 
 Needs a CUDA device and the packages that the checkout requires. The model's sizes are read from
-its checkpoint; everything else is set as in the checkout's scripts/infer.sh.
+its checkpoint; all other settings are those of the checkout's scripts/infer.sh.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
         bgr: Tensor = images[0]
         return bgr.flip(-1)
 
-    torch._dynamo.config.recompile_limit = 64  # its compiled norms meet every step's shape
+    torch._dynamo.config.recompile_limit = 64  # its compiled norms run on every step's shape
     compare(draw, model, fast, args.picture)
 
 

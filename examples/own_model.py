@@ -1,9 +1,10 @@
-"""Accelerates a VAR variant that the package has never seen, without touching it.
+"""Accelerates a VAR variant that the package does not know, without a change to its code.
 
     python examples/own_model.py
 
-The model: parallel attention and feed-forward, rotary positions from a table, grouped queries,
-RMS norms, keys and values in a dict that the loop owns. Its loop draws maps of 1 x 1 to 24 x 36.
+The model has parallel attention and feed-forward branches, rotary positions from a table, grouped
+queries, RMS norms, and keys and values in a dict that the loop owns. It draws maps of 1 x 1 to
+24 x 36 tokens.
 """
 
 import time

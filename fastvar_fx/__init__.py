@@ -13,7 +13,11 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
         f"rename that module or put it behind fastvar_fx on sys.path"
     )
 
+from fastvar_fx import methods
+from fastvar_fx.cuda_graphs import cuda_graph
+from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import (
+    ArgumentError,
     CaptureMismatchError,
     CompileError,
     FastVARError,
@@ -23,19 +27,21 @@ from fastvar_fx.errors import (
     RunError,
     ScheduleError,
 )
-from fastvar_fx.extend import axis_rule, register_opaque
-from fastvar_fx.recording import cuda_graph
-from fastvar_fx.report import Report
+from fastvar_fx.methods import Method
+from fastvar_fx.register import axis_rule, register_opaque
 from fastvar_fx.schedule import Schedule, presets
-from fastvar_fx.transform import compile, explain, measure, trace, transform
+from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
 
 __version__ = "0.1.0"
+__not_state__ = True  # what this package attaches to modules is no state of theirs
 
 __all__ = [
+    "ArgumentError",
     "CaptureMismatchError",
     "CompileError",
     "FastVARError",
     "GraphError",
+    "Method",
     "ModelError",
     "NothingPrunedError",
     "Report",
@@ -47,8 +53,10 @@ __all__ = [
     "cuda_graph",
     "explain",
     "measure",
+    "methods",
     "presets",
     "register_opaque",
+    "reset",
     "trace",
     "transform",
 ]

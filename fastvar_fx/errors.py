@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from passes.user_frames import error_line, is_users
+
 
 class FastVARError(Exception):
     """Base of all errors of this package."""
+
+
+class ArgumentError(FastVARError, ValueError):
+    """An argument that is unknown, out of its range, or does not fit the others."""
 
 
 class ScheduleError(FastVARError, ValueError):
@@ -12,7 +21,7 @@ class ScheduleError(FastVARError, ValueError):
 
 
 class ModelError(FastVARError, ValueError):
-    """A model that cannot be transformed as asked: no blocks, training mode, transformed twice."""
+    """A model that cannot be loaded or transformed: no blocks, training mode, transformed twice."""
 
 
 class RunError(FastVARError, RuntimeError):
@@ -33,3 +42,22 @@ class GraphError(FastVARError, RuntimeError):
 
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean A or B?" with the known names closest to `name`, or the first eight."""
+    names = list(known)
+    return f"did you mean {' or '.join(get_close_matches(name, names) or names[:8])}?"
+
+
+def user_line(error: BaseException) -> str:
+    """Returns the innermost `file:line` of the user's code or of a model that an error passed.
+
+    It is empty if the error passed neither.
+    """
+    return error_line(error, _is_users)
+
+
+def _is_users(module: str) -> bool:
+    ours = module.partition(".")[0] == "fastvar_fx" and not module.startswith("fastvar_fx.models")
+    return is_users(module) and not ours

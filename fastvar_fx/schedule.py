@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isnan, prod
 from types import MappingProxyType
 from typing import Any, Final
 
-from fastvar_fx.errors import ScheduleError
+from fastvar_fx.errors import ScheduleError, did_you_mean
 from fastvar_fx.ops import Scale, kept_tokens
 
 
@@ -241,8 +240,7 @@ class Schedule:
             ScheduleError: If there is no such name; the message offers close ones.
         """
         if name not in _PRESETS:
-            close = get_close_matches(name, _PRESETS) or list(_PRESETS)
-            raise ScheduleError(f"no preset is named {name!r}; did you mean {' or '.join(close)}?")
+            raise ScheduleError(f"no preset is named {name!r}; {did_you_mean(name, _PRESETS)}")
         return _PRESETS[name]
 
 
@@ -293,11 +291,15 @@ def _layers(values: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(layers)))
 
 
-_INFINITY_SIDES: Final = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
-_HART_SIDES: Final = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+VAR_256: Final = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+VAR_512: Final = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+HART_1024: Final = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+INFINITY_1024: Final = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+"""Sides of the square token maps of these models, named by the pixels of an image's side."""
+
 _PRESETS: Final = {
-    "var-256": Schedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (0.5, 0.75)),
-    "var-512": Schedule((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (0.5, 0.75)),
-    "hart-1024": Schedule(_HART_SIDES, (0.5, 0.75)),
-    "infinity-1024": Schedule(_INFINITY_SIDES, (0.4, 0.5, 1.0, 1.0), layers=range(3, 28)),
+    "var-256": Schedule(VAR_256, (0.5, 0.75)),
+    "var-512": Schedule(VAR_512, (0.5, 0.75)),
+    "hart-1024": Schedule(HART_1024, (0.5, 0.75)),
+    "infinity-1024": Schedule(INFINITY_1024, (0.4, 0.5, 1.0, 1.0), layers=range(3, 28)),
 }

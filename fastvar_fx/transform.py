@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from fastvar_fx import ops
-from fastvar_fx.blocks import copy_structure, find_blocks, module_at
-from fastvar_fx.compiled import Compilation, with_own_code
+from fastvar_fx.engine.block import RUNTIME, attach
+from fastvar_fx.engine.copy_model import copy_structure
+from fastvar_fx.engine.engine import ENGINE, Engine
+from fastvar_fx.engine.executor import Executor
+from fastvar_fx.engine.find_blocks import find_blocks, module_at
+from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
+from fastvar_fx.engine.report import Report
+from fastvar_fx.engine.skipping import OnFull, install
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
-from fastvar_fx.kv_buffers import KVBuffers
-from fastvar_fx.loops import OnFull, Skipped, install
-from fastvar_fx.payoff import time_steps
-from fastvar_fx.plan import LIVE_ROWS, Executor, LiveRows, Plan, StepOf
-from fastvar_fx.programs import ProgramStore
-from fastvar_fx.report import Report
-from fastvar_fx.runtime import BlockRuntime, DenseRuntime, SkippingRuntime
+from fastvar_fx.measure.step_times import time_steps
+from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
-from passes.branches import KINDS, Kind
+from passes.analyse.branches import KINDS, Kind
 
 Model = TypeVar("Model", bound=nn.Module)
-Made = TypeVar("Made", bound=Executor)
-
-_RUNTIME: Final = "_fastvar"
-_PLAN: Final = "_fastvar_plan"
 
 
 def transform(
@@ -42,10 +37,7 @@ def transform(
     kv_buffer: bool = True,
     strict: bool = True,
     dump_dir: str | Path | None = None,
-    select: ops.Select = ops.pivotal_token_selection,
-    take: ops.Take = ops.take_tokens,
-    restore: ops.Restore = ops.cached_token_restoration,
-    select_once: bool = False,
+    method: str | Method = "fastvar",
 ) -> Model:
     """Returns a copy of a next-scale model whose blocks run FastVAR in the model's own loop.
 
@@ -57,35 +49,30 @@ def transform(
         schedule: The scales the loop draws and the pruning ratios of its last steps.
         blocks: The transformer blocks: a module path, a list of modules, or None to find them.
         branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
-        step_of: Tells the step of a block call, (block, args, kwargs) -> int or None. Needed
-            only where the token count does not tell it.
+        step_of: Returns the step of a block call, (block, args, kwargs) -> int or None. Needed
+            only where the token count does not determine it.
         on_full: What the last steps do whose ratio is 1. "skip", the paper's: the loop leaves
             them out, and what was drawn before is interpolated; "cache": they run, and every
-            branch is its resized cache; or a rule (`fastvar_fx.loops`) that makes the loop skip.
-        live_rows: Which samples go on, "first" or "last", where the loop drops some of the batch
-            after the cache step, as when it switches guidance off. None tells it from the slices
+            branch is its resized cache; or a rule that makes the loop skip (see
+            `fastvar_fx.engine.skipping`).
+        live_rows: Which samples stay, "first" or "last", where the loop drops some of the batch
+            after the cache step, as when it switches guidance off. None infers it from the slices
             that the loop makes of the block's caches and other inputs.
         kv_buffer: Whether KV caches that a block grows by `torch.cat` grow in place, in buffers of
             their final length, from the cache step on. The caches hold the same values, but are
             views with gaps between their rows, and an older one shares memory with the newer. They
-            are copied as ever with gradients enabled, under your own `torch.compile`, and where
-            `compile` records CUDA graphs.
+            are copied as they grow with gradients enabled, under your own `torch.compile`, and
+            where `compile` records CUDA graphs.
         strict: Whether to raise if nothing at all could be pruned; else a warning is logged.
         dump_dir: Folder for the graphs before and after each pass, as readable code.
-        select: Selects the kept tokens: (x (B, L, C), kept) -> indices (B, kept), int64, or a tuple
-            that starts with them, which `take` and `restore` then get in place of the indices.
-        take: Makes what a branch runs on: (x (B, L, C), index (B, kept)) -> (B, kept, C).
-        restore: Restores a branch's output: (kept (B, kept, C), index (B, kept), cached
-            (B, Lc, C), its scale, scale) -> (B, L, C). With ratio 1, `kept` and `index` are empty.
-            Rules to compare with are in `fastvar_fx.alternatives`.
-        select_once: Whether all branches of a block keep what its first one selects; else, as in
-            the paper, each selects anew.
+        method: How a branch is pruned: a name (`fastvar_fx.methods.names()`) or a `Method`.
 
     Raises:
         ModelError: No blocks found, training mode, already transformed, or a loop that cannot
             skip steps.
-        ScheduleError: Token counts that do not tell the step, layers beyond the model's, or a
+        ScheduleError: Token counts that do not determine the step, layers beyond the model's, or a
             skipped step in the middle.
+        ArgumentError: An unknown `method`, or one that cannot be used with the schedule.
         ValueError: Unknown kinds in `branches`, an unknown `on_full`, or another `live_rows`.
 
     Example:
@@ -98,33 +85,27 @@ def transform(
         raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
     found = find_blocks(model, blocks)
     skipped = _check_schedule(schedule, len(found), step_of, on_full)
-    layers = [i for i in range(len(found)) if schedule.prunes_layer(i)]
-    folder = Path(dump_dir) if dump_dir is not None else None
-    anew = restore is ops.cached_token_restoration
-    operators = ops.Operators(_named(select), _named(restore), anew, _named(take), select_once)
-    names = tuple(found)
-    plan = Plan(schedule, skipped, names, kinds, step_of, strict, folder, operators, live_rows)
-    plan.kv_buffers = KVBuffers() if kv_buffer else None
-    store = ProgramStore(plan)
+    plan = Plan(
+        schedule=schedule,
+        skipped_steps=skipped,
+        blocks=tuple(found),
+        kinds=kinds,
+        step_of=step_of,
+        strict=strict,
+        dump_dir=Path(dump_dir) if dump_dir is not None else None,
+        method=method_of(method, schedule),
+        live_rows=live_rows,
+        buffers_caches=kv_buffer,
+    )
+    engine = Engine(plan)
     fast, copies = copy_structure(model)
-    for layer, (name, block) in enumerate(found.items()):
-        prunes = layer in layers and bool(plan.pruned_steps)
-        if not (prunes or skipped.steps):
-            continue
-        copied = copies[id(block)]
-        forward = _take_forward(name, copied)
-        inner = (
-            BlockRuntime(layer, name, forward, plan, store)
-            if prunes
-            else DenseRuntime(name, forward, plan, store)
-        )
-        if skipped.steps:
-            _attach(copied, SkippingRuntime(name, forward, plan, store, inner))
-        else:
-            _attach(copied, inner)
-    if skipped.steps:
-        install(fast, skipped, on_full)
-    object.__setattr__(fast, _PLAN, plan)
+    for layer, block in enumerate(found.values()):
+        prunes = bool(plan.pruned_steps) and schedule.prunes_layer(layer)
+        if prunes or skipped:
+            attach(engine, layer, copies[id(block)], prunes=prunes)
+    if skipped:
+        install(fast, engine, on_full)
+    object.__setattr__(fast, ENGINE, engine)
     return cast("Model", fast)
 
 
@@ -133,7 +114,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
 
     Args:
         fast: A transformed model.
-        run: Runs one generation with the batch size, dtype and device to come.
+        run: Runs one generation with the batch size, dtype and device that you will use.
 
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
@@ -142,47 +123,65 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
-    plan = plan_of(fast)
+    engine = Engine.of(fast)
+    plan, store = engine.plan, engine.store
     run(fast)
-    plan.skipped.check()
-    report = Report.of(plan)
-    if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in plan.records):
+    engine.generation.check_skipped()
+    report = engine.report()
+    if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
         wanted = [plan.schedule.tokens(step) for step in plan.pruned_steps]
-        seen = sorted(plan.dense_calls | plan.early_calls) or "no call of a block"
         raise NothingPrunedError(
             f"the schedule prunes steps of {wanted} tokens, but the run never came to one; "
-            f"its blocks saw token counts {seen}. Give the schedule that the loop runs, or "
-            f"name the blocks with blocks="
+            f"its blocks saw token counts {engine.generation.seen or 'no call of a block'}. Give "
+            f"the schedule that the loop runs, or name the blocks with blocks="
         )
     return report
+
+
+def reset(fast: nn.Module) -> None:
+    """Ends the current generation of a transformed model, and frees the outputs it captured.
+
+    A generation that was cut off keeps them until the next one begins; the next call of a block
+    begins one anyway, so this is needed only to free memory at once.
+
+    Args:
+        fast: A transformed model.
+
+    Raises:
+        ModelError: If `fast` is not transformed.
+
+    Example:
+        >>> reset(fast)  # doctest: +SKIP
+    """
+    Engine.of(fast).generation.reset()
 
 
 def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) -> Report:
     """Times every pruned step dense and pruned, and returns the report, which says where it pays.
 
-    `run(fast)` is called `2 * (1 + repeats)` times, by turns with all steps dense and as the
-    schedule has it. On a model that compiles, both are compiled. `Schedule.without` leaves steps
-    dense where pruning does not pay.
+    `run(fast)` is called `2 * (1 + repeats)` times, alternating between all steps dense and
+    the schedule's pruning. On a model that compiles, both are compiled. `Schedule.without` leaves
+    steps dense where pruning does not pay.
 
     Args:
         fast: A transformed model, traced or not.
-        run: Runs one generation with the batch size, dtype and device to come.
+        run: Runs one generation with the batch size, dtype and device that you will use.
         repeats: Timed runs of each, at least 1.
 
     Raises:
         ValueError: If `repeats` is below 1.
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
-        RunError: If the token counts of the run's blocks do not tell its steps.
+        RunError: If the token counts of the run's blocks do not determine its steps.
 
     Example:
         >>> print(measure(fast, lambda m: m.autoregressive_infer_cfg(1, 207)))  # doctest: +SKIP
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; found {repeats}")
-    plan = plan_of(fast)
+    engine = Engine.of(fast)
     trace(fast, run)
-    plan.step_times = time_steps(fast, plan, run, repeats)
-    return Report.of(plan)
+    engine.step_times = time_steps(fast, engine, run, repeats)
+    return engine.report()
 
 
 def compile(
@@ -192,8 +191,8 @@ def compile(
 
     `torch.compile` sees each program once, whatever the number of blocks that share it, and the
     blocks' own forward once for each step without a program; blocks that differ in what their
-    forward reads get graphs of their own. Compilation happens at the first call of each, so run one
-    generation before timing; `explain` then tells the number of graphs. A model compiled again
+    forward reads get their own graphs. Compilation happens at the first call of each, so run one
+    generation before timing; `explain` then shows the number of graphs. A model compiled again
     takes the new options. What the loop does between blocks is not compiled.
 
     Args:
@@ -216,103 +215,38 @@ def compile(
     Example:
         >>> fast = compile(transform(model, schedule))  # doctest: +SKIP
     """
+    from fastvar_fx.engine.compiled import Compilation  # it imports Dynamo and Inductor
+
     options = {"fullgraph": fullgraph, **options}
-    made = run_by(fast, lambda plan: Compilation(plan.schedule, options, fallback=fallback))
-    buffers = plan_of(fast).kv_buffers
-    if buffers is not None:
-        buffers.replayed = made.makes_cuda_graphs
+    engine = Engine.of(fast)
+    run_by(fast, Compilation(engine.plan.schedule, options, fallback=fallback))
     return fast
 
 
-def run_by(fast: nn.Module, make: Callable[[Plan], Made]) -> Made:
-    """Hands all that the blocks of a transformed model run to an executor, which it returns."""
-    plan = plan_of(fast)
-    plan.executor = executor = make(plan)
-    store = ProgramStore(plan)
-    for name in plan.blocks:
+def run_by(fast: nn.Module, executor: Executor) -> None:
+    """Makes an executor run all blocks of a transformed model, at every step."""
+    engine = Engine.of(fast)
+    engine.executor = executor
+    if engine.buffers is not None:
+        engine.buffers.replayed = executor.makes_cuda_graphs
+    for layer, name in enumerate(engine.plan.blocks):
         block = module_at(fast, name)
-        if _RUNTIME not in vars(block):
-            _attach(block, DenseRuntime(name, _take_forward(name, block), plan, store))
-    return executor
+        if RUNTIME not in vars(block):
+            attach(engine, layer, block, prunes=False)
 
 
 def explain(fast: nn.Module) -> Report:
     """Returns what every block and branch of a transformed model does at every step met so far."""
-    return Report.of(plan_of(fast))
-
-
-def _attach(block: nn.Module, runtime: BlockRuntime | DenseRuntime | SkippingRuntime) -> None:
-    """Gives a copied block a subclass of its own class whose forward is the runtime's."""
-    kind = type(block)
-    object.__setattr__(block, _RUNTIME, runtime)
-    members = {
-        "forward": _own_forward(kind),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    block.__class__ = type(kind.__name__, (kind,), members)
-
-
-def _take_forward(name: str, block: nn.Module) -> Callable[..., Any]:
-    """Returns the forward that a call of the block runs, as a function of the block and its input.
-
-    One set on the block itself, as patches do, is taken off, for it would hide the runtime's.
-    """
-    own = vars(block).pop("forward", None)
-    if own is None:
-        return type(block).forward
-    if isinstance(own, types.MethodType) and own.__self__ is block:
-        return own.__func__
-    raise ModelError(
-        f"{name} has a forward of its own that is a {type(own).__name__}, not a method of it; set "
-        f"it as block.forward = types.MethodType(function, block), with the block as first argument"
-    )
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self._fastvar(self, args, kwargs)  # type: ignore[operator]
-
-
-def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Returns a forward with a code object of its own.
-
-    With a shared one, many blocks would use up Dynamo's budget that each has for its steps.
-    """
-    made = with_own_code(_forward, "forward")
-    made.__wrapped__ = kind.forward  # type: ignore[attr-defined]
-    made.__doc__ = kind.forward.__doc__
-    return made
-
-
-def _named(function: Callable[..., Any]) -> Any:
-    """A function that a graph can call by name; a partial or an object with a call has none."""
-    if hasattr(function, "__name__"):
-        return function
-    return lambda *args: function(*args)
-
-
-def plan_of(fast: nn.Module) -> Plan:
-    """Returns the plan of a transformed model.
-
-    Raises:
-        ModelError: If it is not transformed.
-    """
-    plan = getattr(fast, _PLAN, None)
-    if plan is None:
-        raise ModelError(
-            f"{type(fast).__name__} is not transformed; pass what fastvar_fx.transform returned"
-        )
-    return cast("Plan", plan)
+    return Engine.of(fast).report()
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"transform takes a torch.nn.Module; found {type(model).__name__}")
-    if any(_RUNTIME in vars(m) or _PLAN in vars(m) for m in model.modules()):
+    if any(RUNTIME in vars(m) or ENGINE in vars(m) for m in model.modules()):
         raise ModelError(
-            f"{type(model).__name__} is transformed already; transform the original model again "
-            f"with another schedule instead, it was not changed"
+            f"{type(model).__name__} is already transformed; transform the original model with the "
+            f"other schedule instead, it was not changed"
         )
     if model.training:
         raise ModelError(
@@ -333,7 +267,7 @@ def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:
 
 def _check_schedule(
     schedule: Schedule, blocks: int, step_of: StepOf | None, on_full: OnFull
-) -> Skipped:
+) -> tuple[int, ...]:
     """Returns the steps that are skipped."""
     if not isinstance(schedule, Schedule):
         raise ScheduleError(
@@ -346,16 +280,16 @@ def _check_schedule(
             f"the schedule prunes layers {beyond}, but the model has {blocks} blocks, 0 to "
             f"{blocks - 1}"
         )
-    skipped = Skipped(schedule.scales, _skipped_steps(schedule, on_full))
-    steps = range(schedule.steps - len(skipped.steps))
+    skipped = _skipped_steps(schedule, on_full)
+    steps = range(schedule.steps - len(skipped))
     if step_of is not None or not any(step in schedule.pruned_steps for step in steps):
         return skipped
     counts = [schedule.tokens(step) for step in steps]
     shared = [step for step in steps[schedule.cache_step :] if counts.count(counts[step]) > 1]
     if shared:
         raise ScheduleError(
-            f"from the cache step on, the token count must tell the step, but steps {shared} share "
-            f"theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
+            f"from the cache step on, the token count must determine the step, but steps {shared} "
+            f"share theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
     return skipped
 

@@ -1,18 +1,91 @@
-"""Graph -> graph: the compiler behind `fastvar_fx`. It imports torch and nothing of its users.
+"""Graph -> graph: a compiler for the blocks of next-scale image generators. Imports only torch.
 
-A captured call passes, in this order, through
-
-    capture     a call of a live module becomes a functional FX graph
-    branches    its residual branches are found and asked, op by op, if tokens may be dropped
-    features    (cache step) the graph also returns what its branches add
-    prune       (pruned steps) its branches become PTS -> branch -> CTR
-    kv_buffer   the caches it grows by `cat` become buffers that it appends to
-    validate    the graph, unpruned and with permuted tokens, is run against the real call
-
-`pipeline` holds that order; `costs` counts the FLOPs for the report.
+A live call of a transformer block becomes a checked FX graph in which residual branches run on the
+tokens that matter. `PIPELINE` is the order of the passes; `docs/passes.md` shows how to add one.
 """
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Final
 
+from passes.analyse.branches import FindBranches
+from passes.analyse.caches import CacheReport, FindCaches
+from passes.analyse.costs import CountFlops
+from passes.analyse.prunable import CheckPrunable
+from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, WithoutRefused
+from passes.base import run_passes as _run_passes
+from passes.refusal import Refusal, RefusedError
+from passes.rewrite.capture_outputs import CaptureOutputs
+from passes.rewrite.kv_append import AppendKV
+from passes.rewrite.prune import Operators, Prune, Step
+from passes.trace.calls import Call, Reference, live_inputs, reference
+from passes.trace.capture import Capture
+from passes.trace.fingerprint import LeakedTensorError, fingerprint
+from passes.trace.state import show as _show
+from passes.verify import (
+    VerifyBuffered,
+    VerifyPermuted,
+    VerifySizes,
+    VerifySubset,
+    VerifyTranslation,
+)
+
 OWNER: Final = "fastvar_fx"
-"""The distribution this folder belongs to; `fastvar_fx` checks it, for the name is a common one."""
+"""The distribution this folder belongs to, for whoever imports a folder of so common a name."""
+
+PIPELINE: Final[tuple[Pass, ...]] = (
+    Capture(),
+    FindBranches(),
+    VerifyTranslation(),
+    CaptureOutputs(),  # the cache step only
+    CheckPrunable(),  # this and the next line: pruned steps only
+    WithoutRefused(VerifyPermuted(), Prune(), VerifySubset()),
+    VerifySizes(CaptureOutputs(), Prune()),
+    CountFlops(),
+    FindCaches(),
+    AppendKV(),
+    VerifyBuffered(),
+)
+"""The passes in the order they run; each does nothing where it does not apply."""
+
+__all__ = [
+    "OWNER",
+    "PIPELINE",
+    "Call",
+    "Context",
+    "Draft",
+    "Dump",
+    "LeakedTensorError",
+    "Operators",
+    "Pass",
+    "PassError",
+    "Reference",
+    "Refusal",
+    "RefusedError",
+    "Step",
+    "StepProgram",
+    "fingerprint",
+    "live_inputs",
+    "reference",
+    "run",
+]
+
+
+def run(context: Context, pipeline: Sequence[Pass] = PIPELINE) -> StepProgram:
+    """Compiles a call into the program of one step.
+
+    Args:
+        context: The call, what it returned for real, and the step.
+        pipeline: The passes to run.
+
+    Raises:
+        RefusedError: If the whole block stays dense.
+        PassError: If a pass fails, which is a bug of the pass.
+    """
+    draft = _run_passes(pipeline, context, Draft())
+    caches = (
+        CacheReport(_show(draft.inputs[cache.input][1:]), getattr(cache, "reason", None))
+        for cache in draft.caches
+    )
+    shared = {each.name: getattr(draft, each.name) for each in fields(StepProgram)}
+    return StepProgram(**shared | {"caches": tuple(caches)})

@@ -1,75 +1,88 @@
-"""Why something stays dense: a failed match is a value that carries its reason."""
+"""Why a branch or a block stays dense: a failed match is a falsy value that carries its reason."""
 
 from __future__ import annotations
 
-import ast
-import linecache
-import re
-import sys
-import traceback
-from dataclasses import dataclass
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+from passes.user_frames import where
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-CODES: Final[dict[str, str]] = {
-    "FVX001": "the block could not be traced",
-    "FVX002": "the captured graph does not reproduce the block",
-    "FVX003": "no residual stream leads through the block",
-    "FVX004": "the block holds no residual branch",
-    "FVX010": "an op has no axis rule",
-    "FVX011": "the token axis is reshaped",
-    "FVX012": "the branch reads the token axis by position",
-    "FVX013": "the branch mixes tokens other than by attention",
-    "FVX014": "a value of the branch is used outside it",
-    "FVX015": "the branch writes in place into a value it does not own",
-    "FVX016": "the branch has no captured output",
-    "FVX017": "the rewritten graph does not reproduce the block",
-    "FVX018": "the rewritten op does not run on the kept tokens",
-    "FVX019": "the graph depends on a size that varies",
-    "FVX020": "the compiler failed on the block",
-    "FVX021": "a later step has a value for every key, pruned or not",
-}
-"""Stable refusal codes and what each means; the reason of a refusal adds the case at hand."""
 
-_HINTS: Final[dict[str, str]] = {
-    "FVX001": "keep control flow free of tensor values; declare fused kernels with register_opaque",
-    "FVX002": "look for state that the block reads from outside itself, such as a module global",
-    "FVX003": "a block takes a (B, L, C) tensor and returns one; name other modules with blocks=",
-    "FVX004": "name the modules that hold the residual adds with blocks=",
-    "FVX010": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
-    "FVX011": "none needed: this branch stays dense, the rest prunes",
-    "FVX012": "none needed: this branch stays dense, the rest prunes",
-    "FVX013": "none needed: this branch stays dense, the rest prunes",
-    "FVX014": "leave this kind dense with branches=, or do not return that value",
-    "FVX015": "assign the updated tensor to the attribute instead of writing into it",
-    "FVX016": "capture a step at which the block runs the same branches (cache_step=)",
-    "FVX017": "check the axis rules and opaque kernels you declared: one leaves something out",
-    "FVX019": "none needed: every such size gets a graph of its own",
-    "FVX020": "please report it with the logged traceback",
-    "FVX021": "none needed: it prunes at the last step, whose keys no later step reads",
-    "FVX018": "teach the op with fastvar_fx.axis_rule, or leave this kind dense with branches=",
-}
+class Code(NamedTuple):
+    """What a refusal code means, and what a user can do about it."""
 
-_NOT_USERS: Final = frozenset({"torch", "einops", "passes"})
-_NOT_KERNELS: Final = _NOT_USERS | {"numpy", "triton"} | sys.stdlib_module_names
-_READS_MEMORY: Final = ("data pointer", ".numpy() is not supported", "custom kernel")
-"""What an error says if something reached for the memory of a tensor that has none."""
-_FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+    title: str
+    hint: str
+
+
+_NOTHING: Final = "none needed: this branch stays dense, the rest prunes"
+_RULE: Final = "register an axis rule for the op with axis_rule, or leave this kind dense"
+
+CODES: Final = {
+    "FVX001": Code(
+        "the block could not be traced",
+        "keep control flow free of tensor values; declare fused kernels with register_opaque",
+    ),
+    "FVX002": Code(
+        "the captured graph does not reproduce the block",
+        "look for state that the block reads from outside itself, such as a module global",
+    ),
+    "FVX003": Code(
+        "no residual stream leads through the block",
+        "a block takes a (B, L, C) tensor and returns one; choose other modules as blocks",
+    ),
+    "FVX004": Code(
+        "the block holds no residual branch", "choose the modules that hold the adds as blocks"
+    ),
+    "FVX010": Code("an op has no axis rule", _RULE),
+    "FVX011": Code("the token axis is reshaped", _NOTHING),
+    "FVX012": Code("the branch reads the token axis by position", _NOTHING),
+    "FVX013": Code("the branch mixes tokens other than by attention", _NOTHING),
+    "FVX014": Code(
+        "a value of the branch is used outside it", "leave this kind dense, or do not return it"
+    ),
+    "FVX015": Code(
+        "the branch writes in place into a value it does not own",
+        "assign the updated tensor to the attribute instead of writing into it",
+    ),
+    "FVX016": Code(
+        "the branch has no captured output", "capture at a step that runs the same branches"
+    ),
+    "FVX017": Code(
+        "the rewritten graph does not reproduce the block",
+        "check the axis rules and opaque kernels you declared: one leaves something out",
+    ),
+    "FVX018": Code("the rewritten op does not run on the kept tokens", _RULE),
+    "FVX019": Code(
+        "the graph depends on a size that varies", "none needed: every size gets its own graph"
+    ),
+    "FVX020": Code("the compiler failed on the block", "report it with the logged traceback"),
+    "FVX021": Code(
+        "a later step has a value for every key, pruned or not",
+        "none needed: it prunes at the last step, whose keys no later step reads",
+    ),
+}
+"""Stable refusal codes; the reason of a refusal adds the case at hand."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A branch or block that stays dense, and why.
+    """A branch or block that stays dense, and why; it is false.
+
+    A refusal may outlive the graph that it is about, in a report. So it holds the op and the line
+    as text, and the node only weakly: `node` is None once the graph is gone.
 
     Attributes:
         code: Stable code, a key of `CODES`.
         reason: The case at hand, in words.
         op: The op at fault, such as `aten.conv1d.default`; empty if there is none.
         where: The user's `file:line` that called it; empty if unknown.
-        advice: What the user can do about this case, if it is more than about any of this code.
+        advice: What the user can do in this case; if empty, the hint of the code applies.
+        nearest: What came closest to being accepted; empty if unknown.
     """
 
     code: str
@@ -77,124 +90,70 @@ class Refusal:
     op: str = ""
     where: str = ""
     advice: str = ""
+    nearest: str = ""
+    _node: weakref.ref[Node] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def at(cls, node: Node, code: str, reason: str, nearest: str = "") -> Refusal:
+        """Returns a refusal because of one node."""
+        op, line, held = str(node.target), where(node), weakref.ref(node)
+        return cls(code, reason, op, line, nearest=nearest, _node=held)
+
+    def __bool__(self) -> bool:
+        return False
+
+    @property
+    def node(self) -> Node | None:
+        """The node at fault, while its graph lives."""
+        return self._node() if self._node is not None else None
 
     @property
     def title(self) -> str:
         """What the code means."""
-        return CODES[self.code]
+        return CODES[self.code].title
 
     @property
     def hint(self) -> str:
         """What the user can do about it."""
-        return self.advice or _HINTS[self.code]
+        return self.advice or CODES[self.code].hint
+
+    def as_dict(self) -> dict[str, str]:
+        """Returns its texts by name, for JSON."""
+        named = {key: value for key, value in vars(self).items() if key != "_node"}
+        return named | {"title": self.title, "hint": self.hint}
 
     def __str__(self) -> str:
         at = f" at {self.where}" if self.where else ""
         op = f" ({self.op})" if self.op else ""
-        return f"{self.code} {self.title}: {self.reason}{op}{at}. Hint: {self.hint}."
+        nearest = f" Nearest: {self.nearest}." if self.nearest else ""
+        return f"{self.code} {self.title}: {self.reason}{op}{at}.{nearest} Hint: {self.hint}."
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_node": None}  # a weak reference can be neither pickled nor copied
 
 
 class RefusedError(Exception):
-    """Raised inside an analysis to refuse; caught by the pass that asked, never by the user."""
+    """Raised inside a pass to refuse the whole block."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(str(refusal))
         self.refusal = refusal
 
 
-def refuse(code: str, reason: str, node: Node | None = None) -> NoReturn:
+class BranchRefusedError(RefusedError):
+    """Raised inside a pass to refuse one branch; the rest may still prune.
+
+    Attributes:
+        branch: Its index.
+    """
+
+    def __init__(self, branch: int, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.branch = branch
+
+
+def refuse(code: str, reason: str, node: Node | None = None, nearest: str = "") -> NoReturn:
     """Refuses with `code`, naming the op and the user's line of `node`."""
     if node is None:
-        raise RefusedError(Refusal(code, reason))
-    raise RefusedError(Refusal(code, reason, op=str(node.target), where=where(node)))
-
-
-def where(node: Node) -> str:
-    """Returns the `file:line` of the user's code that made `node`, or an empty string."""
-    return line_of(node.stack_trace or "")
-
-
-def line_of(frame: str) -> str:
-    """Returns the `file:line` of a line of a stack trace, or an empty string."""
-    match = _FRAME.search(frame)
-    return f"{match['file']}:{match['line']}" if match else ""
-
-
-def innermost_user_frame() -> str:
-    """Returns the innermost frame of the running stack outside torch, as a stack trace line."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _package(frame) in _NOT_USERS:
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    code = frame.f_code
-    return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
-
-
-def error_line(error: BaseException) -> str:
-    """Returns the innermost `file:line` outside torch that an error passed, or an empty string."""
-    lines = [
-        f"{frame.f_code.co_filename}:{number}"
-        for frame, number in traceback.walk_tb(error.__traceback__)
-        if _package(frame) not in _NOT_USERS
-    ]
-    return lines[-1] if lines else ""
-
-
-def kernel_advice(error: BaseException) -> str:
-    """Returns how to declare the kernel that an error comes from; empty if it is not a kernel's.
-
-    A kernel that reads the memory of its tensors cannot be traced, for stand-ins have none.
-    """
-    if not any(sign in str(error) for sign in _READS_MEMORY):
-        return ""
-    calls = [_called(*place) for place in _places(error)]
-    name = next((call for call in reversed(calls) if call), "kernel")
-    line = f'{name} = fastvar_fx.register_opaque({name}, fake=..., axes="tokenwise")'
-    return f"declare the kernel before the model runs: {line}"
-
-
-def _places(error: BaseException) -> list[tuple[FrameType, int]]:
-    """Returns the frames that an error passed outside torch, each with its instruction."""
-    places = []
-    passed = error.__traceback__
-    while passed is not None:
-        if _package(passed.tb_frame) not in _NOT_USERS:
-            places.append((passed.tb_frame, passed.tb_lasti))
-        passed = passed.tb_next
-    return places
-
-
-def _called(frame: FrameType, instruction: int) -> str:
-    """Returns the dotted name of the function that a frame was calling, if it may be a kernel."""
-    code = frame.f_code
-    line, end, start, stop = list(code.co_positions())[instruction // 2]
-    if line is None or line != end:
-        return ""
-    text = linecache.getline(code.co_filename, line).encode()[start:stop].decode()
-    try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return ""
-    name = ast.unparse(tree.func) if isinstance(tree, ast.Call) else ""
-    return name if _may_be_kernel(_resolved(name, frame)) else ""
-
-
-def _resolved(name: str, frame: FrameType) -> Any:
-    """Returns what a dotted name stands for in a frame, or None."""
-    first, *rest = name.split(".")
-    value = frame.f_locals.get(first, frame.f_globals.get(first))
-    for part in rest:
-        value = getattr(value, part, None)
-    return value
-
-
-def _may_be_kernel(function: Any) -> bool:
-    owner = (
-        getattr(function, "__module__", None) or type(getattr(function, "__self__", "")).__module__
-    )
-    return callable(function) and str(owner).partition(".")[0] not in _NOT_KERNELS
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        raise RefusedError(Refusal(code, reason, nearest=nearest))
+    raise RefusedError(Refusal.at(node, code, reason, nearest))

@@ -9,6 +9,7 @@ from hypothesis import settings
 from tests import devices
 
 settings.register_profile("local", deadline=None)
+settings.register_profile("thorough", deadline=None)  # `zoo.examples` then draws all
 if settings.get_current_profile_name() != "ci":
     settings.load_profile("local")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar_fx import recording
-from fastvar_fx.recording import Recording, Run
+from fastvar_fx import cuda_graphs as recording
+from fastvar_fx.cuda_graphs import Recording, Run
 
 
 class Waiting(TorchDispatchMode):  # type: ignore[no-untyped-call]

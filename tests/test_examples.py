@@ -73,8 +73,10 @@ def prepare(script: str, folder: Path) -> dict[str, Path]:
 def test_an_absent_path(script: str, option: str, run: Run, tmp_path: Path) -> None:
     paths = prepare(script, tmp_path) | {option: tmp_path / "nowhere"}
     said = run(script, paths)
-    assert said.startswith(f"asked: {option} {tmp_path / 'nowhere'}\nfound: nothing at that path\n")
-    assert f"to do: give {option} the path of " in said
+    assert said.startswith(
+        f"asked for {option} {tmp_path / 'nowhere'}; found nothing at that path."
+    )
+    assert f"To do: give {option} the path of " in said
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_folder_of_something_else(
 ) -> None:
     paths = prepare(script, tmp_path)
     (paths[option] / holds).unlink()
-    assert f"{paths[option]}\nfound: no {holds} in it\n" in run(script, paths)
+    assert f"{paths[option]}; found no {holds} in it." in run(script, paths)
 
 
 def test_a_checkpoint_that_is_none(
@@ -94,15 +96,15 @@ def test_a_checkpoint_that_is_none(
 ) -> None:
     monkeypatch.setattr(checkouts, "check_device", lambda: torch.device("cpu"))
     paths = prepare("infinity", tmp_path)
-    assert "found: a file that torch cannot read" in run("infinity", paths)
+    assert "found a file that torch cannot read" in run("infinity", paths)
     torch.save({"trainer": {}}, paths["--checkpoint"])
-    assert "found: no 'pos_start' in it, but ['trainer']\n" in run("infinity", paths)
+    assert "found no 'pos_start' in it, but ['trainer']." in run("infinity", paths)
 
 
 def test_a_missing_package_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "probe.py").write_text("import a_package_that_nobody_has")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(SystemExit, match="found: no module 'a_package_that_nobody_has'"):
+    with pytest.raises(SystemExit, match="found no module 'a_package_that_nobody_has'"):
         checkouts.load(tmp_path, "probe")
 
 

@@ -183,6 +183,61 @@ def test_rows_come_before_columns() -> None:
     assert resized == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 
+@FAST
+@given(
+    scale=st.tuples(*2 * [st.integers(1, 9)]),
+    grown=st.tuples(*2 * [st.integers(0, 20)]),
+    maps=st.integers(1, 3),
+    width=st.integers(1, 70),
+    seed=st.integers(0, 1000),
+)
+def test_enlarged_maps_are_those_of_interpolate_to_the_bit(
+    scale: tuple[int, int], grown: tuple[int, int], maps: int, width: int, seed: int
+) -> None:
+    h, w = scale
+    large = (maps, h + grown[0], w + grown[1])
+    generator = torch.Generator().manual_seed(seed)
+    cached = torch.randn(2, maps * h * w, width, generator=generator)
+    expected = plain_resize(cached, (maps, h, w), large)
+    assert torch.equal(resize_map(cached, (maps, h, w), large), expected)
+
+
+def test_resizing_keeps_infinite_values_to_their_windows() -> None:
+    cached = torch.tensor([[[torch.inf], [1.0], [torch.nan], [2.0]]])
+    resized = resize_map(cached, (1, 4), (1, 8)).flatten().tolist()
+    assert resized[:4] == [torch.inf, torch.inf, 1.0, 1.0]
+    assert resized[6:] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_tokens_are_put_to_the_bit(dtype: torch.dtype, width: int) -> None:
+    size = dtype.itemsize
+    generator = torch.Generator().manual_seed(0)
+    full, kept = (  # any bits, those of NaN among them
+        torch.randint(-128, 128, (2, n, width * size), generator=generator, dtype=torch.int8)
+        for n in (6, 3)
+    )
+    index = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    expected = full.scatter(1, index.unsqueeze(-1).expand_as(kept), kept)
+    shifted = torch.empty(kept.numel() + size, dtype=torch.int8)[size:].view_as(kept).copy_(kept)
+    apart = torch.cat([kept, kept[..., :size]], dim=2)[..., :-size]
+    for part in (kept, apart, shifted):
+        put = put_tokens(full.clone().view(dtype), index, part.view(dtype))
+        assert torch.equal(put.view(torch.int8), expected)
+
+
+def test_gradients_pass_through_restoration_twice() -> None:
+    with torch.enable_grad():
+        kept, cached = (torch.ones(1, 1, 4, requires_grad=True) for _ in range(2))
+        factor, index = torch.ones((), requires_grad=True), torch.tensor([[2]])
+        full = cached_token_restoration(kept, index, cached, (1, 1), (2, 2))
+        first = torch.autograd.grad((factor * full).sum(), (kept, cached), create_graph=True)
+        second = torch.autograd.grad(first[0].sum() + first[1].sum(), factor)
+    assert [part.flatten().tolist() for part in first] == [4 * [1.0], 4 * [3.0]]
+    assert [part.item() for part in second] == [16.0]
+
+
 @pytest.mark.usefixtures("_form")
 def test_take_and_put_are_per_sample() -> None:
     x = torch.arange(12.0, device=DEVICE).view(2, 3, 2)
@@ -221,8 +276,8 @@ def test_what_compilers_are_given_scatters_no_features() -> None:
         ((2, 3, 5), (2, 3), (2, 4, 5), ((3, 2), (4, 4)), r"scale \(3, 2\) of 6 tokens.*\(2, 4, 5"),
         ((2, 3, 5), (2, 3), (2, 4, 6), ((2, 2), (4, 4)), "tensors of one batch and width"),
         ((2, 3, 5), (2, 3), (1, 4, 5), ((2, 2), (4, 4)), "tensors of one batch and width"),
-        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (3, 4, 4)), "different numbers of maps"),
-        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (4, 4)), "different numbers of maps"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (3, 4, 4)), "equally many maps"),
+        ((2, 3, 5), (2, 3), (2, 8, 5), ((2, 2, 2), (4, 4)), "equally many maps"),
     ],
 )
 def test_restoration_refuses_shapes_that_do_not_fit(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 import fastvar_fx.ops
-from fastvar_fx import ModelError, Schedule
+from fastvar_fx import Method, ModelError, Schedule
 from tests.devices import DEVICE
 
 SCALES = ((2, 2), (3, 3), (4, 4))
@@ -82,7 +82,7 @@ def test_in_place_writes_of_a_branch_that_stays_dense_are_kept() -> None:
     }
     only = fastvar_fx.transform(_same(Block), SCHEDULE, branches=("attention",), strict=True)
     assert torch.equal(only.run()[-1], out)
-    pruned = first(fast)._fastvar._programs[2][0]._graph
+    pruned = first(fast)._fastvar.site.programs[2][0]._graph
     assert "mul_" in pruned.code
 
 
@@ -312,7 +312,7 @@ def test_blocks_with_different_constants_do_not_share_a_program() -> None:
 
     torch.manual_seed(0)
     model = Net(Block, depth=8).eval()
-    fast = fastvar_fx.transform(model, SCHEDULE, restore=_only_cached)
+    fast = fastvar_fx.transform(model, SCHEDULE, method=Method(restore=_only_cached))
     got = fast.run()
     report = fastvar_fx.explain(fast)
     assert len({row.program for row in report.rows if row.step == 2}) == 8
@@ -352,7 +352,9 @@ def test_keys_that_a_mask_of_a_later_step_counts_are_not_pruned(cut: bool) -> No
     kept = {(row.step, row.kind): row.kept for row in fastvar_fx.explain(fast).rows}
     assert [kept[2, "attention"], kept[2, "ffn"]] == [9, 5]
     assert [kept[3, "attention"], kept[3, "ffn"]] == [8, 8]
-    (refusal,) = {row.refusal.code for row in fastvar_fx.explain(fast).refusals if row.refusal}
+    (refusal,) = {
+        row.refusal.code for row in fastvar_fx.explain(fast).refusals if row.refusal is not None
+    }
     assert refusal == "FVX021"
 
 
@@ -368,7 +370,7 @@ def test_programs_hold_for_the_numpy_scalars_they_were_made_for_only() -> None:
             return out
 
     model = _same(Block)
-    fast = fastvar_fx.transform(model, SCHEDULE, restore=_only_cached)
+    fast = fastvar_fx.transform(model, SCHEDULE, method=Method(restore=_only_cached))
     for dense, got in [(model.run(), fast.run()) for _ in range(3)]:
         assert torch.equal(got[1], dense[1])
     assert first(fast).calls == first(model).calls == 9
@@ -499,7 +501,7 @@ def test_an_op_can_be_declared_an_attention_and_selections_may_be_partial() -> N
             return out
 
     select = functools.partial(fastvar_fx.ops.pivotal_token_selection)
-    fast = fastvar_fx.transform(_same(Block), SCHEDULE, select=select)
+    fast = fastvar_fx.transform(_same(Block), SCHEDULE, method=Method(select=select))
     fast.run()
     rows = [row for row in fastvar_fx.explain(fast).rows if row.step == 2]
     assert {(row.kind, row.kept) for row in rows} == {("attention", 8)}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 import fastvar_fx
-from fastvar_fx import ModelError, Schedule
+from fastvar_fx import Method, ModelError, Schedule
 from tests import reference, zoo
 
 
@@ -40,7 +40,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name])
 
 
-@settings(max_examples=60)
+@zoo.examples(60)
 @given(zoo.cases(some_layers=True))
 def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
@@ -57,7 +57,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     assert_untouched(model, before)
 
 
-@settings(max_examples=25)
+@zoo.examples(25)
 @given(zoo.cases())
 def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     model = case.model(torch.float32)
@@ -69,7 +69,7 @@ def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     torch.testing.assert_close(pruned[:, :start], dense[:, :start], rtol=0, atol=1e-6)
 
 
-@settings(max_examples=20)
+@zoo.examples(20)
 @given(zoo.cases())
 def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
     model = case.model(torch.float32)
@@ -78,7 +78,7 @@ def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
     assert torch.equal(fast.generate(case.batch, case.seed), model.generate(case.batch, case.seed))
 
 
-@settings(max_examples=15)
+@zoo.examples(15)
 @given(zoo.cases())
 def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
     fast = fastvar_fx.transform(case.model(), schedule_of(case), on_full="cache")
@@ -88,7 +88,7 @@ def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
         torch.testing.assert_close(alone[0], together[sample], rtol=0, atol=1e-9)
 
 
-@settings(max_examples=15)
+@zoo.examples(15)
 @given(zoo.cases())
 def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None:
     """A side input that is not gathered by position would show here."""
@@ -98,8 +98,7 @@ def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None
         model,
         Schedule(drawn.scales, drawn.ratios, cache_step=drawn.cache_step, layers=case.layers),
         on_full="cache",
-        select=_last_tokens,
-        restore=_kept_or_cached,
+        method=Method(select=_last_tokens, restore=_kept_or_cached),
     )
     want = reference.reference_generate(
         model, case.batch, case.seed, drawn.scales, drawn.ratios, drawn.cache_step,
@@ -218,10 +217,10 @@ def test_graphs_are_dumped_before_and_after(tmp_path: Any) -> None:
     fast.generate(1, 0)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        "00_blocks.0_step1.0_captured.py",
-        "00_blocks.0_step1.1_features.py",
-        "01_blocks.0_step2.0_captured.py",
-        "01_blocks.0_step2.1_pruned.py",
+        "00_blocks.0_step1.0_capture.py",
+        "00_blocks.0_step1.1_capture_outputs.py",
+        "01_blocks.0_step2.0_capture.py",
+        "01_blocks.0_step2.1_prune.py",
     ]
     pruned = (tmp_path / names[-1]).read_text()
     assert "pivotal_token_selection" in pruned

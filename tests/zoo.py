@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import assume
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -2108,3 +2108,12 @@ def cases(
         layers = tuple(sorted(draw(st.sets(numbers, min_size=1))))
     batch = draw(st.sampled_from((2, 1, 3, 4)))
     return Case(spec, depth, schedule, batch, draw(st.integers(0, 50)), layers)
+
+
+def examples(most: int) -> settings:
+    """Settings of a property test of whole models: a third of its examples, all in CI's long run.
+
+    That is the run with `--hypothesis-profile thorough`.
+    """
+    thorough = settings.get_current_profile_name() == "thorough"
+    return settings(max_examples=most if thorough else most // 3)

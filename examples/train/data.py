@@ -7,8 +7,8 @@ The photographs are wallpapers of Debian packages under free licences. To fetch 
     for file in *.deb; do dpkg-deb -x "$file" "packages/${file%%_*}"; done
     python examples/train/data.py packages set.safetensors
 
-Each photograph is cut into 256 x 256 crops at some zooms; its class is its motif. A held-out
-photograph is held out with all its crops.
+Each photograph is cut into 256 x 256 crops at several zooms; its class is its motif. All crops of a
+held-out photograph are held out.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Photograph:
 
     Attributes:
         package: Debian package.
-        file: name of the file in it, or of the folder that holds it in several sizes.
-        author: who took it.
-        licence: of the photograph.
-        motif: its class.
+        file: Name of the file in it, or of the folder that holds it in several sizes.
+        author: The photographer.
+        licence: Its licence.
+        motif: Its class.
         split: `TRAIN` or `HELD_OUT`.
     """
 
@@ -61,11 +61,11 @@ class CropSet:
     """Crops and their classes.
 
     Attributes:
-        images: uint8 (N, 3, 256, 256).
+        images: Uint8 (N, 3, 256, 256).
         labels: int64 (N,).
-        held_out: uint8 (M, 3, 256, 256), of other photographs.
+        held_out: Uint8 (M, 3, 256, 256), of other photographs.
         held_out_labels: int64 (M,).
-        motifs: names of the classes.
+        motifs: Names of the classes.
     """
 
     images: Tensor
@@ -84,7 +84,7 @@ class CropSet:
         """Reads what `save` wrote.
 
         Raises:
-            SystemExit: the file is missing, damaged or of another kind.
+            SystemExit: If the file is missing, damaged or of another kind.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -93,8 +93,8 @@ class CropSet:
                 made = cls(**{name: file.get_tensor(name) for name in names}, motifs=motifs)
         except (OSError, KeyError, SafetensorError) as error:
             raise SystemExit(
-                f"asked: the training set {path}\nfound: {type(error).__name__}: {error}\n"
-                "do: build it with examples/train/data.py"
+                f"{path} is not a training set ({type(error).__name__}: {error}); build it with "
+                f"examples/train/data.py"
             ) from error
         made._check(path)
         return made
@@ -104,9 +104,8 @@ class CropSet:
             images = getattr(self, name)
             if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
                 raise SystemExit(
-                    f"asked: {name} of {path} as uint8 (N, 3, {SIDE}, {SIDE})\n"
-                    f"found: {images.dtype} {tuple(images.shape)}\n"
-                    "do: build the set with examples/train/data.py"
+                    f"{name} of {path} are uint8 (N, 3, {SIDE}, {SIDE}); found {images.dtype} "
+                    f"{tuple(images.shape)}. Build the set with examples/train/data.py"
                 )
 
 
@@ -125,7 +124,7 @@ def find(photograph: Photograph, packages: Path) -> Path:
     """Returns the largest picture of a photograph in the unpacked packages.
 
     Raises:
-        SystemExit: it is not there.
+        SystemExit: If there is none.
     """
     inside = packages / photograph.package
     found = [
@@ -137,8 +136,8 @@ def find(photograph: Photograph, packages: Path) -> Path:
     ]
     if not found:
         raise SystemExit(
-            f"asked: {photograph.file} of {photograph.package}\nfound: no such picture under "
-            f"{inside}\ndo: unpack the package there, see the head of {Path(__file__).name}"
+            f"there is no picture {photograph.file} of {photograph.package} under {inside}; unpack "
+            f"the package there, see the head of {Path(__file__).name}"
         )
     return max(found, key=lambda path: path.stat().st_size)
 
@@ -147,20 +146,19 @@ def opened(path: Path) -> Image.Image:
     """Returns a picture in RGB.
 
     Raises:
-        SystemExit: the file is no picture, or smaller than one crop.
+        SystemExit: If the file is no picture, or smaller than one crop.
     """
     try:
         with Image.open(path) as file:
             picture = file.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise SystemExit(
-            f"asked: the picture {path}\nfound: a file that cannot be read ({error})\n"
-            "do: unpack the package again"
+            f"{path} is a file that cannot be read as a picture ({error}); unpack the package again"
         ) from error
     if min(picture.size) < SIDE:
         raise SystemExit(
-            f"asked: crops of {SIDE} x {SIDE} pixels\nfound: {path} with {picture.size[0]} x "
-            f"{picture.size[1]} pixels\ndo: leave it out of the list"
+            f"crops have {SIDE} x {SIDE} pixels, but {path} has only {picture.size[0]} x "
+            f"{picture.size[1]}; leave it out of the list"
         )
     return picture
 
@@ -198,12 +196,12 @@ def build(listed: list[Photograph], packages: Path, zooms: Sequence[float] = ZOO
     """Returns the crops of all photographs of a list.
 
     Raises:
-        SystemExit: the folder is empty, or a photograph is missing, damaged or too small.
+        SystemExit: If the folder is empty, or a photograph is missing, damaged or too small.
     """
     if not packages.is_dir() or not any(packages.iterdir()):
         raise SystemExit(
-            f"asked: photographs under {packages}\nfound: no such folder, or an empty one\n"
-            f"do: unpack the packages there, see the head of {Path(__file__).name}"
+            f"{packages} has no photographs, it does not exist or is empty; unpack the packages "
+            f"there, see the head of {Path(__file__).name}"
         )
     parts: dict[str, tuple[list[Tensor], list[int]]] = {TRAIN: ([], []), HELD_OUT: ([], [])}
     for photograph in listed:

@@ -1,4 +1,4 @@
-"""The training loop: learning rate, progress, and checkpoints to go on from."""
+"""The training loop: learning rate, progress, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAY_EVERY = 25
 """Steps between lines of progress."""
 
 Loss = Callable[[int], tuple[Tensor, str]]
-"""From a step's index to its loss, a scalar, and words on it."""
+"""(index of a step) -> its loss, a scalar, and a text for the progress line."""
 
 
 def rate(step: int, steps: int) -> float:
@@ -37,19 +37,19 @@ def train(
     peak_rate: float,
     steps: int,
 ) -> None:
-    """Trains until the given step, going on from the checkpoint if there is one.
+    """Trains until the given step, from the checkpoint on if there is one.
 
     Args:
-        path: the checkpoint's file.
-        model: its parameters and buffers are in the checkpoint.
-        optimizer: of the model; its learning rate is set here.
-        tensors: what else the checkpoint holds; changed in place.
-        loss_of: computes a step's loss.
-        peak_rate: highest learning rate.
-        steps: steps in all, from the first step ever.
+        path: The checkpoint's file.
+        model: The model, whose parameters and buffers are in the checkpoint.
+        optimizer: Its optimizer; the learning rate is set here.
+        tensors: Further tensors of the checkpoint; changed in place.
+        loss_of: Computes a step's loss.
+        peak_rate: Highest learning rate.
+        steps: Total number of steps, those before the checkpoint included.
 
     Raises:
-        SystemExit: the checkpoint is damaged.
+        SystemExit: If the checkpoint is damaged.
     """
     start = _resume(path, model, optimizer, tensors) if path.exists() else 0
     said = saved = time.monotonic()
@@ -83,22 +83,20 @@ def read(path: Path, verb: str) -> dict[str, Any]:
     """Returns a checkpoint.
 
     Args:
-        path: its file.
-        verb: what `train.py` calls the part that writes it.
+        path: Its file.
+        verb: The command of `train.py` that writes it.
 
     Raises:
-        SystemExit: there is none, or it is damaged.
+        SystemExit: If there is none, or it is damaged.
     """
     try:
         contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise SystemExit(
-            f"asked: {path}\nfound: no such file\ndo: run `train.py {verb}` first"
-        ) from error
+        raise SystemExit(f"there is no file {path}; run `train.py {verb}` first") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise SystemExit(
-            f"asked: the checkpoint {path}\nfound: a damaged file of {path.stat().st_size} bytes "
-            f"({type(error).__name__})\ndo: delete it and run `train.py {verb}`, which starts anew"
+            f"the checkpoint {path} is a damaged file of {path.stat().st_size} bytes "
+            f"({type(error).__name__}); delete it and run `train.py {verb}`, which starts anew"
         ) from error
     return contents
 
@@ -106,7 +104,7 @@ def read(path: Path, verb: str) -> dict[str, Any]:
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> int:
-    """Fills the model, the optimizer and the tensors; returns the step to go on from."""
+    """Fills the model, the optimizer and the tensors; returns the step to resume from."""
     state = read(path, path.stem)
     try:
         model.load_state_dict(state["model"])
@@ -116,8 +114,8 @@ def _resume(
         start = int(state["step"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise SystemExit(
-            f"asked: the checkpoint {path}\nfound: one of another model ({error})\n"
-            "do: train in another folder, or delete it"
+            f"the checkpoint {path} is one of another model ({error}); train in another folder, or "
+            f"delete it"
         ) from error
-    print(f"{path}: going on from step {start}", flush=True)
+    print(f"{path}: resuming from step {start}", flush=True)
     return start

@@ -10,9 +10,9 @@
 
 The VQ-VAE learns from crops at three zooms, the VAR from the two wider ones, which show motifs.
 
-`run` is a folder. A training that was stopped goes on from the checkpoint in it, written about once
-a minute. On a GPU convolutions and matrix products run in bfloat16; on a CPU only with `--bf16`,
-which pays where the processor has instructions for it.
+`run` is a folder. A stopped run resumes from the checkpoint in it, written about once a minute.
+On a GPU convolutions and matrix products run in bfloat16; on a CPU only with `--bf16`, which is
+faster where the processor has instructions for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains the multi-scale VQ-VAE; `train.py vae` runs it.
 
-At first the features go to the decoder as they are. Then the quantizer comes in, its codebook
-filled with vectors that it is asked to quantize; later, codes that have gone unused are refilled
-likewise. Most steps see small crops, for the network is convolutional; the last see whole ones.
+The first steps decode the features without quantization. Then the quantizer is used, its codebook
+filled with vectors that are to be quantized; later, unused codes are refilled in the same way. Most
+steps use small crops, since the network is convolutional; the last ones use whole crops.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import torch.nn.functional as F
 from data import SIDE, CropSet
 from torch import Tensor, nn
 
-from fastvar_fx.models.var import CONFIGS, VAR_256
+from fastvar_fx.models import CONFIGS, VAR_256
 from fastvar_fx.models.vqvae import VQVAE, Downsample, QuantizedMap, ResBlock, Upsample
 
 CONFIG = CONFIGS["demo"]
 PEAK_RATE = 1.5e-3
 RESIDUAL = 0.2
-"""Gain of the last convolution of a residual block at first."""
+"""Initial gain of the last convolution of a residual block."""
 UNQUANTIZED = 0.15
-"""Share of the steps before the quantizer comes in."""
+"""Share of the steps without the quantizer."""
 WHOLE = 0.75
 """Share of the steps after which the crops are whole."""
 SETTLED = 0.9
 """Share of the steps after which no code is refilled."""
 REFILL_EVERY = 25
 COMMITMENT = 0.25
-"""Weight of the pull of the features towards their codes against that of the codes; as VAR's."""
+"""Weight of the loss that moves features towards codes, relative to that of the codes; VAR's."""
 
 
 @dataclass
 class Objective:
-    """What the VQ-VAE is trained on.
+    """The loss of the VQ-VAE.
 
     Attributes:
-        vae: the model.
-        images: uint8 (N, 3, 256, 256).
-        steps: steps in all.
-        used: which codes have been used since the last refill, bool (V,).
-        bf16: whether encoder and decoder run in bfloat16.
+        vae: The model.
+        images: Uint8 (N, 3, 256, 256).
+        steps: Total number of steps.
+        used: Which codes were used since the last refill, bool (V,).
+        bf16: Whether encoder and decoder run in bfloat16.
     """
 
     vae: VQVAE
@@ -54,7 +54,7 @@ class Objective:
     bf16: bool
 
     def __call__(self, step: int) -> tuple[Tensor, str]:
-        """Returns the loss of a step, and words on it."""
+        """Returns the loss of a step, and a text for the progress line."""
         generator = torch.Generator().manual_seed(step)
         whole = step >= WHOLE * self.steps
         side, size, scales = (SIDE, 2, CONFIG.scales) if whole else (SIDE // 2, 8, VAR_256)
@@ -91,10 +91,10 @@ class Objective:
 
 @torch.no_grad()
 def new_vae() -> VQVAE:
-    """Returns a VQ-VAE to train: random weights, but little in the way of a picture.
+    """Returns a VQ-VAE to train, which initially is close to the identity.
 
-    Outside of residual blocks many convolutions follow each other with nothing between, and random
-    ones would start as a blur. So they start as the identity, and the blocks close to it.
+    Outside of residual blocks many convolutions follow each other directly, and random ones would
+    blur the picture. They start as the identity, and the residual blocks close to it.
     """
     vae = CONFIG.new_whole_vae()
     vae.init_weights(torch.Generator().manual_seed(0))
@@ -113,10 +113,10 @@ def windows(images: Tensor, side: int, size: int, generator: torch.Generator) ->
     """Returns random windows of random images, half of them mirrored, float32 in [-1, 1].
 
     Args:
-        images: uint8 (N, 3, 256, 256).
-        side: of the windows.
-        size: how many.
-        generator: source of the draws, on the CPU.
+        images: Uint8 (N, 3, 256, 256).
+        side: Side of the windows.
+        size: Number of windows.
+        generator: Source of the draws, on the CPU.
     """
     chosen = []
     for i in torch.randint(len(images), (size,), generator=generator).tolist():
@@ -128,7 +128,7 @@ def windows(images: Tensor, side: int, size: int, generator: torch.Generator) ->
 
 
 def picture_loss(made: Tensor, images: Tensor) -> Tensor:
-    """Returns how far two batches of pictures are apart: in their pixels, and in their slopes."""
+    """Returns the distance of two batches of pictures, of their pixels and their gradients."""
     loss = F.l1_loss(made, images) + F.mse_loss(made, images)
     for axis in (-2, -1):
         loss = loss + F.l1_loss(made.diff(dim=axis), images.diff(dim=axis))
@@ -139,8 +139,8 @@ def straight_through(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tenso
     """Returns the quantized features, with the gradient of `f`, and the quantizer's loss.
 
     Args:
-        f: features, (B, Cvae, H, W).
-        maps: their token maps.
+        f: Features, (B, Cvae, H, W).
+        maps: Their token maps.
     """
     f_hat, loss = torch.zeros_like(f), f.new_zeros(())
     for token_map in maps:
@@ -158,9 +158,9 @@ def refill(
 
     Args:
         codebook: V codes.
-        unused: which of them, bool (V,).
-        maps: a batch's token maps.
-        generator: source of the choice, on the CPU.
+        unused: Which codes are unused, bool (V,).
+        maps: A batch's token maps.
+        generator: Source of the choice, on the CPU.
     """
     count = int(unused.sum())
     share = math.ceil(count / len(maps))
@@ -173,7 +173,7 @@ def refill(
 
 
 def train(set_path: Path, run: Path, steps: int, device: str, *, bf16: bool) -> None:
-    """Trains until the given step, going on from the checkpoint in `run` if there is one."""
+    """Trains until the given step, from the checkpoint in `run` on if there is one."""
     images = CropSet.load(set_path).images
     vae = new_vae().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))

@@ -1,8 +1,8 @@
 """Tokenizes the crops and trains the VAR on the tokens; `train.py tokens` and `train.py var`.
 
-Most steps see the first token maps only, where the composition of a picture is decided; they are
-cheap. The other steps see all maps, the last ones through a window: what they add is texture, which
-a window shows as well as the whole map.
+Most steps use only the first token maps, which decide the composition of a picture and are cheap.
+The other steps use all maps, of the large ones only a window: these add texture, which a window
+shows as well as the whole map.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastvar_fx.models.vqvae import VQVAE
 PEAK_RATE = 1.5e-3
 DECAY = 0.03
 LOUDER = 6
-"""Factor on the first weights for code vectors, which here are about a third of unit size."""
+"""Factor on the initial weights for code vectors, which here have about a third of unit size."""
 FIRST_MAPS = 7
-"""Token maps that most steps see."""
+"""Number of token maps that most steps use."""
 ALL_FROM = 0.55
-"""Share of the steps after which all maps are seen."""
+"""Share of the steps after which all maps are used."""
 WINDOW = 13
-"""Side of the window through which larger maps are seen."""
+"""Side of the window that is used of larger maps."""
 NO_CLASS = 0.1
-"""Share of the images that are shown without their class, for guidance."""
+"""Share of the images whose class is dropped, for guidance."""
 
 
 def trained_vae(run: Path) -> VQVAE:
-    """Returns the VQ-VAE of a run with its weights rounded to float16, as they are shipped."""
+    """Returns the VQ-VAE of a run with its weights rounded to float16, as they are packaged."""
     vae = CONFIG.new_whole_vae()
     state = loop.read(run / "vae.pt", "vae")["model"]
     vae.load_state_dict({key: value.half() for key, value in state.items()})
@@ -67,11 +67,11 @@ def tokenize(set_path: Path, run: Path) -> None:
 
 @torch.no_grad()
 def new_var(vae: VQVAE) -> VAR:
-    """Returns a VAR to train: random weights that let the picture so far speak louder than places.
+    """Returns a VAR to train, whose input depends more on the picture so far than on positions.
 
-    The classifier begins indifferent.
+    The classifier starts nearly uniform.
     """
-    var = CONFIG.new_var(vae)
+    var = VAR(vae, CONFIG)
     var.init_weights(torch.Generator().manual_seed(0))
     var.word_embed.weight.mul_(LOUDER)
     var.pos_1LC.div_(LOUDER)
@@ -85,11 +85,11 @@ def map_sides() -> Tensor:
 
 
 def seen(maps: int, generator: torch.Generator) -> Tensor:
-    """Returns the tokens of the first maps, the larger ones through a window, int64, rising.
+    """Returns the tokens of the first maps, of the larger ones a window, int64, ascending.
 
     Args:
-        maps: how many maps.
-        generator: source of the windows' places, on the CPU.
+        maps: Number of maps.
+        generator: Source of the windows' positions, on the CPU.
     """
     kept, begin = [], 0
     for side in CONFIG.scales[:maps]:
@@ -110,7 +110,7 @@ def inputs(vae: VQVAE, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits(var: VAR, vae: VQVAE, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Returns the bits that each token of each image takes, (N, L)."""
+    """Returns the bits of each token of each image, (N, L)."""
     parts = []
     for some, classes in zip(torch.split(tokens, 2), torch.split(labels, 2), strict=True):
         logits = var(classes, inputs(vae, some))  # (B, L, V)
@@ -120,15 +120,15 @@ def bits(var: VAR, vae: VQVAE, tokens: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass
 class Objective:
-    """What the VAR is trained on.
+    """The loss of the VAR.
 
     Attributes:
-        var: the model.
-        vae: whose tokens they are.
-        tokens: of all images, int16 (N, L).
+        var: The model.
+        vae: The VQ-VAE of the tokens.
+        tokens: Tokens of all images, int16 (N, L).
         labels: int64 (N,).
-        steps: steps in all.
-        bf16: whether the VAR runs in bfloat16.
+        steps: Total number of steps.
+        bf16: Whether the VAR runs in bfloat16.
     """
 
     var: VAR
@@ -139,7 +139,7 @@ class Objective:
     bf16: bool
 
     def __call__(self, step: int) -> tuple[Tensor, str]:
-        """Returns the loss of a step, and words on it."""
+        """Returns the loss of a step, and a text for the progress line."""
         generator = torch.Generator().manual_seed(step)
         device = self.var.lvl_1L.device
         whole = step >= ALL_FROM * self.steps
@@ -153,14 +153,14 @@ class Objective:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.var(labels, x, only)
         losses = F.cross_entropy(logits.mT, tokens[:, only], reduction="none").mean(0)  # (n,)
-        # A map of s x s tokens weighs s, not s^2, for composition counts besides texture.
+        # A map of s x s tokens has weight s, not s^2, so that composition counts besides texture.
         weights = 1 / map_sides()[only.cpu()].to(device)
         loss = (losses * weights).sum() / weights.sum()
         return loss, f"{losses.mean().item() / math.log(2):.3f} bits a token in {maps} maps"
 
 
 def train(run: Path, steps: int, device: str, *, bf16: bool) -> None:
-    """Trains until the given step, going on from the checkpoint in `run` if there is one."""
+    """Trains until the given step, from the checkpoint in `run` on if there is one."""
     data = loop.read(run / "tokens.pt", "tokens")
     vae = trained_vae(run).to(device)
     var = new_var(vae).to(device)
@@ -192,8 +192,8 @@ def measure(run: Path) -> None:
 
 
 def trained_var(run: Path, vae: VQVAE) -> VAR:
-    """Returns the VAR of a run with its weights rounded to float16, as they are shipped."""
-    var = CONFIG.new_var(vae)
+    """Returns the VAR of a run with its weights rounded to float16, as they are packaged."""
+    var = VAR(vae, CONFIG)
     state = loop.read(run / "var.pt", "var")["model"]
     var.load_state_dict({key: value.half() for key, value in state.items()})
     return var.eval().requires_grad_(False)

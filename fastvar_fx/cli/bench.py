@@ -13,19 +13,6 @@ from typing import Annotated, Any, Final
 import typer
 from rich.table import Table
 
-from fastvar_fx.bench import figures
-from fastvar_fx.bench.modules import DENSE, ModuleTimes, late_modules, measure_modules, overhead
-from fastvar_fx.bench.presets import PRESETS, preset
-from fastvar_fx.bench.resolutions import (
-    KINDS,
-    QUANTITIES,
-    AtResolution,
-    growth,
-    measure_resolutions,
-    schedule_at,
-)
-from fastvar_fx.bench.rows import Result, Row, check_variants, default_variants, measure_rows
-from fastvar_fx.bench.variants import Variant
 from fastvar_fx.cli.options import Json
 from fastvar_fx.cli.terminal import (
     environment,
@@ -38,8 +25,22 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
+from fastvar_fx.measure import figures
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.modules import DENSE, ModuleTimes, late_modules, measure_modules, overhead
+from fastvar_fx.measure.presets import PRESETS, preset
+from fastvar_fx.measure.resolutions import (
+    KINDS,
+    QUANTITIES,
+    AtResolution,
+    growth,
+    measure_resolutions,
+    schedule_at,
+)
+from fastvar_fx.measure.rows import Result, Row, check_variants, default_variants, measure_rows
+from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measure.variants import Variant
 from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Budget, Comparison, Spread
 
 _UNUSABLE: Final = " !"
 """Behind a figure that is unusable."""
@@ -102,7 +103,7 @@ def run_bench(
     preset_name: PresetName = "var-tiny",
     batch: Batch = 1,
     repeats: Repeats = 5,
-    seconds: Seconds = 300.0,
+    seconds: Seconds = 290.0,
     rows: Rows = None,
     compiled: Compiled = True,
     steps: Steps = False,

@@ -33,14 +33,16 @@ from fastvar_fx.cli.terminal import (
     show_progress,
     sides_text,
 )
-from fastvar_fx.demo import (
+from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measure.demo import (
     Measurement,
     StepResult,
     draw_comparison,
     draw_kept_tokens,
     measure_both,
 )
-from fastvar_fx.timing import Budget, Comparison, Spread, Subject
+from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measure.subject import Subject
 
 _REPEATS: Final = 3
 _SECONDS: Final = 60.0
@@ -79,7 +81,16 @@ def run_demo(
     as_json: Json = False,
 ) -> None:
     """Generate a batch dense and pruned, compare the times, and draw both."""
-    asked = Asked(model, preset, schedule, ratios, blocks, run, batch, seed)
+    asked = Asked(
+        model=model,
+        preset=preset,
+        schedule_file=schedule,
+        ratios=ratios,
+        blocks=blocks,
+        run=run,
+        batch=batch,
+        seed=seed,
+    )
     budget = Budget(_SECONDS if repeats is None else inf)
     with show_progress(budget) as progress:
         progress("building the model")

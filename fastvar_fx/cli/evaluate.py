@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fastvar_fx.cases import DEMO, case, case_names, own_schedule
 from fastvar_fx.cli.options import Json, PresetName, Ratios, ScheduleFile, chosen_schedule
 from fastvar_fx.cli.terminal import (
     environment,
@@ -22,24 +21,25 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
-from fastvar_fx.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
+from fastvar_fx.quality.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
+from fastvar_fx.quality.subjects import DEMO, case, case_names, own_schedule
 
 _ALL = ",".join(METRICS)
 
 CaseName = Annotated[str, typer.Argument(help=f"One of {', '.join(case_names())}.")]
-Metrics = Annotated[str, typer.Option("--metrics", help=f"Some of {_ALL}.")]
+Metrics = Annotated[str, typer.Option("--metrics", help=f"Any of {_ALL}.")]
 Classes = Annotated[
-    str | None, typer.Option("--classes", help="Classes to draw, such as 0,3; an image each.")
+    str | None, typer.Option("--classes", help="Classes to draw, such as 0,3; one image each.")
 ]
 Images = Annotated[
     Path | None,
     typer.Option(
         "--images",
-        help="Folder of photographs of the size that the model draws; 3-lake.jpg is of class 3, "
-        "lake.jpg of none.",
+        help="Folder of photographs of the size that the model draws; 3-lake.jpg has class 3, "
+        "lake.jpg has none.",
     ),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many seeds to draw from.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds to draw from.")]
 Repeats = Annotated[
     int, typer.Option("--repeats", min=0, help="Timed runs of each model; 0 to time nothing.")
 ]
@@ -79,7 +79,7 @@ def _class_list(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        usage(f"--classes takes numbers with commas, such as 0,3; found {text!r}")
+        usage(f"--classes takes numbers separated by commas, such as 0,3; found {text!r}")
 
 
 def _as_dict(result: Evaluation) -> dict[str, Any]:
@@ -171,12 +171,12 @@ def _remarks(result: Evaluation) -> Iterator[str]:
         yield f"{score}: {METRICS[score]}."
     yield (
         f"±: 95 % confidence interval of the mean by Student's t over {len(result.seeds)} seeds, "
-        f"each of {result.batch} images, for bits over images. Dense and pruned share the seeds."
+        f"of {result.batch} images each; for bits over images. Dense and pruned share the seeds."
     )
     if result.speed is not None:
         yield (
             f"ms: median of {result.speed.repeats} alternating runs; limit: the speed-up if time "
-            f"followed the FLOPs of the blocks."
+            f"were proportional to the FLOPs of the blocks."
         )
     for metric, reason in result.left_out.items():
         yield f"{metric} does not apply: {reason}."

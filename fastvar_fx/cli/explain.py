@@ -39,8 +39,16 @@ def run_explain(
     timed: Timed = False,
     as_json: Json = False,
 ) -> None:
-    """Say what every branch does at the cache step and the pruned steps, and why."""
-    asked = Asked(model, preset, schedule, ratios, blocks, run, batch)
+    """Show what every branch does at the cache step and the pruned steps, and why."""
+    asked = Asked(
+        model=model,
+        preset=preset,
+        schedule_file=schedule,
+        ratios=ratios,
+        blocks=blocks,
+        run=run,
+        batch=batch,
+    )
     subject = asked.subject()
     fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)
     report = (measure if timed else trace)(fast, subject.generate)

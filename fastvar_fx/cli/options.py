@@ -1,10 +1,9 @@
-"""The options that several commands take, and the model that they ask for."""
+"""Options shared by several commands, and the model that they describe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,17 @@ from torch import Tensor
 
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
-from fastvar_fx.errors import ModelError, RunError, ScheduleError
-from fastvar_fx.models import packaged, var
-from fastvar_fx.schedule import Schedule
-from fastvar_fx.timing import Subject
+from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.models import checkpoints, demo_weights, var
+from fastvar_fx.models.sampling import TOP_K, TOP_P
+from fastvar_fx.schedule import VAR_512, Schedule
 
 _RATIOS: Final = (0.5, 0.75)
-DEMO: Final = packaged.NAME
-"""The demo's own model, which is trained."""
+DEMO: Final = demo_weights.NAME
+"""The packaged model, which is trained."""
 RANDOM: Final = "random"
-"""A wider one that is not: large enough for pruning to pay, small enough for two cores."""
+"""A wider, untrained model: large enough for pruning to pay off, small enough for two cores."""
 _RANDOM_SIZES: Final[dict[str, Any]] = {
     "depth": 6,
     "width": 512,
@@ -63,7 +63,7 @@ Ratios = Annotated[
 ]
 Blocks = Annotated[
     str | None,
-    typer.Option("--blocks", help="Module path of the transformer blocks; else found."),
+    typer.Option("--blocks", help="Module path of the transformer blocks; found if not given."),
 ]
 OnFullName = Annotated[
     OnFull,
@@ -81,9 +81,9 @@ Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images at onc
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options that say which model, which schedule and how to run it."""
+    """The options that choose the model, the schedule and how to run it."""
 
     model: str
     preset: str | None
@@ -114,12 +114,11 @@ class Asked:
 
     def _named_scales(self) -> tuple[int, ...]:
         if self.model == RANDOM:
-            return var.VAR_512
+            return VAR_512
         if self.model not in var.CONFIGS:
-            close = get_close_matches(self.model, _KNOWN) or _KNOWN
             raise ModelError(
-                f"no model is named {self.model!r}; did you mean {' or '.join(close)}? A model of "
-                f"your own is given as package.module:factory"
+                f"no model is named {self.model!r}; {did_you_mean(self.model, _KNOWN)} Give your "
+                f"own model as package.module:factory"
             )
         return var.CONFIGS[self.model].scales
 
@@ -143,7 +142,7 @@ class Asked:
 def chosen_schedule(
     model: str, preset: str | None, file: Path | None, ratios: str | None, own: Schedule | None
 ) -> Schedule:
-    """Returns the schedule asked for, else the model's own, with other ratios if they are given."""
+    """Returns the chosen schedule, or the model's own, with other ratios if some are given."""
     if preset is not None and file is not None:
         usage("--preset and --schedule exclude each other")
     if preset is not None:
@@ -158,7 +157,7 @@ def chosen_schedule(
 
 
 def _with_ratios(schedule: Schedule, text: str) -> Schedule:
-    """Returns a schedule with other ratios; their number moves the cache step along."""
+    """Returns a schedule with other ratios; the cache step moves if their number changes."""
     try:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
@@ -177,7 +176,7 @@ def _square_sides(schedule: Schedule) -> tuple[int, ...]:
 
 
 def _trained(sides: tuple[int, ...]) -> var.VAR:
-    model = var.load(DEMO)
+    model = checkpoints.load(DEMO)
     if sides != model.scales:
         raise ScheduleError(
             f"{DEMO} was trained on maps of sides {model.scales}; found {sides}. --model {RANDOM} "
@@ -194,4 +193,4 @@ def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
 
 def _run_var(model: var.VAR, *, batch: int, seed: int) -> Tensor:
     classes = torch.arange(batch) % model.num_classes
-    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=100, top_p=0.95)
+    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P)

@@ -18,8 +18,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from fastvar_fx.cli import say
+from fastvar_fx.measure.runs import Budget, Progress
+from fastvar_fx.measure.subject import Subject
 from fastvar_fx.ops import Scale
-from fastvar_fx.timing import Budget, Progress, Subject
 
 _WIDTH: Final = 100
 """Columns of a table that goes to a file or a pipe."""

@@ -1,25 +1,22 @@
-"""Code of the user's own, given as `package.module:name`."""
+"""Loads the user's functions, given as `package.module:name`, and reports what they raise."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastvar_fx.cli.terminal import usage
-from fastvar_fx.errors import FastVARError, ModelError
+from fastvar_fx.errors import FastVARError, ModelError, did_you_mean, user_line
 
 
 def call_factory(path: str) -> nn.Module:
-    """Returns the model that the function at `package.module:name` makes."""
+    """Returns the model that the function at `package.module:name` returns."""
     factory = load(path, "MODEL")
     with users_code(path, ModelError):
         model = factory()
@@ -39,35 +36,27 @@ def load(path: str, what: str) -> Callable[..., Any]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        close = get_close_matches(name, names) or names[:8]
-        hint = f"did you mean {' or '.join(close)}?" if close else "it defines no function"
+        hint = did_you_mean(name, names) if names else "it defines no functions"
         raise ModelError(f"{what} {path}: {module_name} has no callable {name!r}; {hint}")
     return found  # type: ignore[no-any-return]
 
 
 @contextmanager
 def users_code(what: str, kind: type[FastVARError]) -> Iterator[None]:
-    """Turns what the user's own code raises into one message that says where."""
+    """Raises what the user's code raises as one error that names the place."""
     try:
         yield
     except (FastVARError, KeyboardInterrupt):
         raise
     except Exception as error:
-        message = f"{what} failed: {type(error).__name__}: {error}"
-        raise kind(message + _place(error)) from error
-
-
-def _place(error: Exception) -> str:
-    """Returns where the user's code, or what it called, raised; nothing if it was not reached."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = (__file__, contextlib.__file__, importlib.__file__)
-    reached = [f for f in frames if f.filename not in ours and not f.filename.startswith("<")]
-    return f" ({reached[-1].filename}:{reached[-1].lineno})" if reached else ""
+        line = user_line(error)
+        at = f" ({line})" if line else ""
+        raise kind(f"{what} failed: {type(error).__name__}: {error}{at}") from error
 
 
 @contextmanager
 def current_directory_importable() -> Iterator[None]:
-    """Lets `package.module` be found where the command runs."""
+    """Makes modules in the current directory importable."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

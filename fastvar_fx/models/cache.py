@@ -24,17 +24,17 @@ class KVCache(nn.Module):
         self.kv_caching(False)
 
     def kv_caching(self, enable: bool) -> None:
-        """Turn the cache on or off; either way it is emptied."""
+        """Switches the cache on or off, and empties it."""
         self.caching = enable
         self.cached_k = None
         self.cached_v = None
 
     def with_cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values to attend to, 2 of (B, H, L so far, c), and keep them.
+        """Returns all keys and values to attend to, 2 of (B, H, L so far, c), and keeps them.
 
         Args:
-            k: keys of this call, (B, H, L, c).
-            v: values of this call, (B, H, L, c).
+            k: Keys of this call, (B, H, L, c).
+            v: Values of this call, (B, H, L, c).
         """
         if self.caching:
             if self.cached_k is not None and self.cached_v is not None:
@@ -46,7 +46,7 @@ class KVCache(nn.Module):
 
 @contextmanager
 def kv_caching(model: nn.Module) -> Iterator[None]:
-    """Caching in all attention modules of a model, starting and ending empty."""
+    """Switches the caches of a model's attention modules on, and off again; both empty them."""
     caches = [module for module in model.modules() if isinstance(module, KVCache)]
     for cache in caches:
         cache.kv_caching(True)

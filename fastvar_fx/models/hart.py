@@ -2,7 +2,7 @@
 
 The text features are the tokens of step 0, and its last token predicts the first, 1 x 1, map. From
 then on a step predicts the (h, w) token map of its scale at once, as in VAR; its input is the image
-so far, area-averaged to the size of its map::
+so far, area-averaged to the size of its map:
 
     300 text tokens  --> step 0  -->    1 token  --> f_hat
     f_hat at  2 x  2 --> step 1  -->    4 tokens --> f_hat
@@ -11,8 +11,8 @@ so far, area-averaged to the size of its map::
 
 A block is self-attention with rotary positions, over all earlier tokens through a cache of keys and
 values, and a SwiGLU feed-forward branch, both behind RMS norms. The text encoder, the decoder from
-``f_hat`` to pixels and the diffusion head that refines the last map are not here: features come in,
-``f_hat`` goes out, and the last map is drawn like the others.
+`f_hat` to pixels and the diffusion head that refines the last map are not here: features come in,
+`f_hat` goes out, and the last map is drawn like the others.
 
 Letters in shapes: B batch, L tokens, C width, H heads, c = C / H, T text tokens, Ct text width,
 V codebook entries, Cvae code vector width, K steps.
@@ -32,23 +32,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx import schedule
+from fastvar_fx.errors import ArgumentError
 from fastvar_fx.models.cache import KVCache, kv_caching
-from fastvar_fx.models.maps import Map, check_maps
-from fastvar_fx.models.named import (
+from fastvar_fx.models.configs import (
     check_heads,
     check_sizes,
     configured,
     draw_weights,
     with_random_weights,
 )
+from fastvar_fx.models.maps import Map, check_maps
 from fastvar_fx.models.rope import half_table, rotate_halves, text_table
+from fastvar_fx.models.sampling import sample_top_k_top_p
 from fastvar_fx.models.text import check_text
-from fastvar_fx.models.var import sample_top_k_top_p
 from fastvar_fx.models.vqvae import PhiBank
 
-HART_1024: tuple[Map, ...] = tuple(
-    (side, side) for side in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
-)
+HART_1024: tuple[Map, ...] = tuple((side, side) for side in schedule.HART_1024)
 """The 14 token maps of a 1024 x 1024 image."""
 
 _NORM_EPS = 1e-6
@@ -62,14 +62,14 @@ class RMSNorm(nn.RMSNorm):
     """An RMS norm that works in the type of its input.
 
     Args:
-        width: number of features.
+        width: Number of features.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` over its root mean square, times the weight."""
+        """Returns `x` over its root mean square, times the weight."""
         y: Tensor = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         return y
 
@@ -78,8 +78,8 @@ class SelfAttention(KVCache):
     """Multi-head self-attention with rotary positions and a cache of keys and values.
 
     Args:
-        width: width C in and out.
-        heads: number of heads H.
+        width: Width C in and out.
+        heads: Number of heads H.
     """
 
     zero_k_bias: Tensor
@@ -96,7 +96,7 @@ class SelfAttention(KVCache):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C) and the table of its positions, (2, B, 1, L, c)."""
+        """Returns (B, L, C) for `x` (B, L, C) and the table of its positions, (2, B, 1, L, c)."""
         B, L, C = x.shape
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.qkv_proj.weight, bias).view(B, L, 3, self.heads, -1)
@@ -112,7 +112,7 @@ class MLP(nn.Module):
     """A SwiGLU feed-forward branch.
 
     Args:
-        width: width C in and out.
+        width: Width C in and out.
     """
 
     def __init__(self, width: int) -> None:
@@ -123,7 +123,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C)."""
+        """Returns (B, L, C) for `x` (B, L, C)."""
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
@@ -132,8 +132,8 @@ class Block(nn.Module):
     """Self-attention and feed-forward branch behind one RMS norm, each with a residual add.
 
     Args:
-        width: width C.
-        heads: number of heads H.
+        width: Width C.
+        heads: Number of heads H.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -143,11 +143,11 @@ class Block(nn.Module):
         self.ln_wo_grad = RMSNorm(width)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Return the residual stream after both branches, (B, L, C).
+        """Returns the residual stream after both branches, (B, L, C).
 
         Args:
-            x: residual stream, (B, L, C).
-            rope: table of the tokens' positions, (2, B, 1, L, c).
+            x: Residual stream, (B, L, C).
+            rope: Table of the tokens' positions, (2, B, 1, L, c).
         """
         x = x + self.attn(self.ln_wo_grad(x), rope)
         y: Tensor = x + self.ffn(self.ln_wo_grad(x))
@@ -158,8 +158,8 @@ class LevelEmbedding(nn.Module):
     """An embedding of the step's index: a layer of sinusoids, then two linear layers.
 
     Args:
-        width: width C.
-        frequencies: number of sinusoids, even.
+        width: Width C.
+        frequencies: Number of sinusoids, even.
     """
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
@@ -168,7 +168,7 @@ class LevelEmbedding(nn.Module):
         self.frequencies = frequencies
 
     def forward(self, step: int) -> Tensor:
-        """Return the embedding of a step, (C,)."""
+        """Returns the embedding of a step, (C,)."""
         weight = self.get_parameter("mlp.0.weight")
         rising = torch.arange(0, self.frequencies, 2, device=weight.device) / self.frequencies
         angles = step * 1e4**-rising
@@ -180,7 +180,7 @@ class HeadNorm(nn.Module):
     """The RMS norm before the classifier, with scale and shift from the text.
 
     Args:
-        width: width C.
+        width: Width C.
     """
 
     def __init__(self, width: int) -> None:
@@ -189,7 +189,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C) and the pooled text (B, C)."""
+        """Returns (B, L, C) for `x` (B, L, C) and the pooled text (B, C)."""
         scale, shift = self.ada_lin(pooled).unsqueeze(1).chunk(2, dim=-1)  # 2 of (B, 1, C)
         y: Tensor = self.ln_wo_grad(x).mul(scale.add(1)).add(shift)
         return y
@@ -199,8 +199,8 @@ class Quantizer(nn.Module):
     """The codebook, and what a drawn map does to the image so far.
 
     Args:
-        vocab_size: codebook entries V.
-        channels: code vector width Cvae.
+        vocab_size: Codebook entries V.
+        channels: Code vector width Cvae.
     """
 
     def __init__(self, vocab_size: int, channels: int) -> None:
@@ -211,16 +211,16 @@ class Quantizer(nn.Module):
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor, patch_nums: Sequence[Map]
     ) -> tuple[Tensor, Tensor]:
-        """Return the image with one more map, (B, Cvae, H, W), and it at the next map's size.
+        """Returns the image with one more map, (B, Cvae, H, W), and it at the next map's size.
 
         The last map is added as it is, the others after upsampling and a convolution of the
-        :class:`~fastvar_fx.models.vqvae.PhiBank`; after the last, both results are the image.
+        `PhiBank`. After the last, both results are the image.
 
         Args:
-            si: step, 0 to ``SN`` - 1.
-            SN: number of steps K, at least 2.
-            f_hat: the image so far, (B, Cvae, H, W).
-            h_BChw: code vectors of the step's map, (B, Cvae, h, w).
+            si: Step, 0 to `SN` - 1.
+            SN: Number of steps K, at least 2.
+            f_hat: The image so far, (B, Cvae, H, W).
+            h_BChw: Code vectors of the step's map, (B, Cvae, h, w).
             patch_nums: (h, w) of the K maps.
         """
         if si == SN - 1:
@@ -241,17 +241,17 @@ class HARTConfig:
     """Sizes of a HART.
 
     Attributes:
-        depth: number of blocks.
-        width: width C.
-        heads: number of heads H; C / H is a multiple of 4.
-        text_width: width Ct of the text features.
-        text_length: most text tokens T of a prompt.
-        vocab_size: codebook entries V.
-        z_channels: code vector width Cvae.
+        depth: Number of blocks.
+        width: Width C.
+        heads: Number of heads H; C / H is a multiple of 4.
+        text_width: Width Ct of the text features.
+        text_length: Most text tokens T of a prompt.
+        vocab_size: Codebook entries V.
+        z_channels: Code vector width Cvae.
 
     Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1, or the heads do not fit the width.
+        TypeError: If a size is not an int.
+        ArgumentError: If a size is below 1, or the heads do not fit the width.
     """
 
     depth: int
@@ -268,17 +268,17 @@ class HARTConfig:
 
 
 class HART(nn.Module):
-    """Text-conditional next-scale image generator, from text features to ``f_hat``.
+    """Text-conditional next-scale image generator, from text features to `f_hat`.
 
     Parameters have the names and shapes of the official model's transformer. Its checkpoint holds
-    more, and the quantizer's are in that of its tokenizer, so load it with ``strict=False``: only
-    ``quantizer.*`` may be missing, and only ``diffloss.*``, ``decoder_norm.weight`` and the buffers
-    ``lvl_1L`` and ``attn_bias_for_masking`` left over.
+    more, and the quantizer's are in that of its tokenizer, so load it with `strict=False`: only
+    `quantizer.*` may be missing, and only `diffloss.*`, `decoder_norm.weight` and the buffers
+    `lvl_1L` and `attn_bias_for_masking` left over.
 
     Generation keeps keys and values on the attention modules: one call at a time per model.
 
     Args:
-        config: the sizes.
+        config: The sizes.
 
     Example:
         >>> model = build("tiny")
@@ -316,25 +316,25 @@ class HART(nn.Module):
         top_k: int = 0,
         top_p: float = 0.0,
     ) -> Tensor:
-        """Return the feature maps that HART's decoder turns into images, (B, Cvae, H, W).
+        """Returns the feature maps that HART's decoder turns into images, (B, Cvae, H, W).
 
         Guidance runs each image twice, with its text and without: the batch inside is 2B.
 
         Args:
-            text: features of the prompts, padding included: all their tokens are attended to,
+            text: Features of the prompts, padding included: all their tokens are attended to,
                 (B, T, Ct).
             scales: (h, w) of the K >= 2 token maps, the first (1, 1); the last is that of the
                 result.
-            positions: positions of the text tokens, (B, T); None counts them from 0.
-            negative: features of negative prompts, (B, T, Ct); None for zeros, as trained.
-            g_seed: seed of the draws; None uses torch's global generator of the device.
-            cfg: guidance strength, at least 0; step s takes the share s / (K - 1) of it, the last
+            positions: Positions of the text tokens, (B, T); None counts them from 0.
+            negative: Features of negative prompts, (B, T, Ct); None for zeros, as trained.
+            g_seed: Seed of the draws; None uses torch's global generator of the device.
+            cfg: Guidance strength, at least 0; step s takes the share s / (K - 1) of it, the last
                 step no more than the one before, as in the official code.
-            top_k: draw among the k likeliest entries, 0 for all; the official code takes 600.
-            top_p: draw among the likeliest entries that reach this probability, 0 for all.
+            top_k: Draw among the k likeliest entries, 0 for all; the official code takes 600.
+            top_p: Draw among the likeliest entries that reach this probability, 0 for all.
 
         Raises:
-            ValueError: a prompt or a scale does not fit.
+            ArgumentError: If a prompt or a scale does not fit.
 
         Source: HART, arXiv 2410.10812, section 3.2; guidance as in the official code.
         """
@@ -345,10 +345,10 @@ class HART(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=text.device).expand(B, T)
         if negative.shape != text.shape or positions.shape != text.shape[:2]:
-            raise ValueError(
-                f"asked: negative {tuple(negative.shape)}, positions {tuple(positions.shape)}\n"
-                f"found: text {tuple(text.shape)}\n"
-                f"do: pad prompts and negative prompts to one length, as the text encoder does"
+            raise ArgumentError(
+                f"negative prompts and positions have the length of the text; found negative "
+                f"{tuple(negative.shape)}, positions {tuple(positions.shape)} and text "
+                f"{tuple(text.shape)}. Pad them to one length, as the text encoder does"
             )
         places = torch.cat((positions, torch.zeros_like(positions)))  # (2B, T)
         ropes = self._ropes(places, scales)
@@ -379,11 +379,11 @@ class HART(nn.Module):
         return f_hat
 
     def get_logits(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """Return float32 logits, (B, L, V), float64 in a float64 model.
+        """Returns float32 logits, (B, L, V), float64 in a float64 model.
 
         Args:
-            x: residual stream after the last block, (B, L, C).
-            pooled: pooled text, (B, C).
+            x: Residual stream after the last block, (B, L, C).
+            pooled: Pooled text, (B, C).
         """
         dtype = self.head.weight.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -392,13 +392,13 @@ class HART(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill all parameters and buffers with values that keep every branch alive.
+        """Fills all parameters and buffers with values that keep every branch alive.
 
-        As :func:`~fastvar_fx.models.named.draw_weights`, but queries and keys are twice as large,
-        and the output layers of the branches are smaller the deeper the model.
+        As `draw_weights`, but queries and keys are twice as large, and the output layers of the
+        branches are smaller the deeper the model.
 
         Args:
-            generator: source of the values, on the device of the parameters.
+            generator: Source of the values, on the device of the parameters.
         """
         draw_weights(self, generator)
         for module in self.modules():
@@ -409,7 +409,7 @@ class HART(nn.Module):
                 module.down_proj.weight.mul_(2 / math.sqrt(self.config.depth))
 
     def _ropes(self, places: Tensor, scales: Sequence[Map]) -> list[Tensor]:
-        """Return the rotary table of every step, for text positions (2B, T)."""
+        """Returns the rotary table of every step, for text positions (2B, T)."""
         head_dim = self.config.width // self.config.heads
         maps = [half_table(scale, scales[-1], head_dim, places[:, -1]) for scale in scales[1:]]
         return [text_table(places, head_dim), *maps]
@@ -423,20 +423,20 @@ CONFIGS: Mapping[str, HARTConfig] = MappingProxyType(
         ),
     }
 )
-"""The published model by name, and ``tiny`` for tests and demonstrations."""
+"""The published model by name, and `tiny` for tests and demonstrations."""
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> HART:
-    """Return a named model with random weights, in eval mode, without gradients, on the CPU.
+    """Returns a named model with random weights, in eval mode, without gradients, on the CPU.
 
     Args:
-        name: a key of ``CONFIGS``.
-        seed: seed of the weights.
-        **overrides: fields of :class:`HARTConfig` in place of the named model's.
+        name: A key of `CONFIGS`.
+        seed: Seed of the weights.
+        **overrides: Fields of `HARTConfig` in place of the named model's.
 
     Raises:
-        TypeError: an override is no field of :class:`HARTConfig`, or a size is not an int.
-        ValueError: ``name`` is unknown, or the sizes do not fit each other.
+        TypeError: If an override is no field of `HARTConfig`, or a size is not an int.
+        ArgumentError: If `name` is unknown, or the sizes do not fit each other.
 
     Example:
         >>> len(build("tiny", depth=2).blocks)

@@ -2,7 +2,7 @@
 
 A step predicts the (h, w) token map of its scale at once, d bits per token. The bits are a code of
 d values +-1 / sqrt(d); the codes of all scales, each resized to the last map, add up to the latent,
-and the latent so far, resized to the next map, is the input of the next step::
+and the latent so far, resized to the next map, is the input of the next step:
 
     text --attentive pool--> step 0 -->    1 token  --bits, codes--> latent
     latent at  2 x  2    --> step 1 -->    4 tokens --bits, codes--> latent
@@ -32,20 +32,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx.errors import ArgumentError
 from fastvar_fx.models.cache import KVCache, kv_caching
-from fastvar_fx.models.maps import Map, check_maps
-from fastvar_fx.models.named import (
+from fastvar_fx.models.configs import (
     check_heads,
     check_sizes,
     configured,
     draw_weights,
     with_random_weights,
 )
+from fastvar_fx.models.layers import FFN, MAX_LOG_SCALE, AdaLNBeforeHead, SharedAdaLin
+from fastvar_fx.models.maps import Map, check_maps
 from fastvar_fx.models.rope import pair_table, rotate_pairs
+from fastvar_fx.models.sampling import sample_top_k_top_p
 from fastvar_fx.models.text import AttentivePool, CrossAttention, check_text, joined, mask_of
-from fastvar_fx.models.var import FFN, AdaLNBeforeHead, SharedAdaLin, sample_top_k_top_p
 
-_MAX_LOG_SCALE = math.log(100)
 _NORM_EPS = 1e-6
 
 # --------------------------------------------------------------------------------------------------
@@ -57,8 +58,8 @@ class SelfAttention(KVCache):
     """Multi-head self-attention on unit queries and keys, with rotary positions and a cache.
 
     Args:
-        width: width C in and out.
-        heads: number of heads H.
+        width: Width C in and out.
+        heads: Number of heads H.
     """
 
     zero_k_bias: Tensor
@@ -75,14 +76,14 @@ class SelfAttention(KVCache):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C) and the table of its positions, (2, L, c / 2)."""
+        """Returns (B, L, C) for `x` (B, L, C) and the table of its positions, (2, L, c / 2)."""
         B, L, C = x.shape
         x = x.to(self.mat_qkv.weight.dtype)
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias)  # (B, L, 3C)
         qkv = qkv.view(B, L, 3, self.heads, -1)  # (B, L, 3, H, c)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, H, L, c)
-        scale = self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
+        scale = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
         q = rotate_pairs(F.normalize(q, dim=-1).mul(scale), rope).type_as(v)
         k = rotate_pairs(F.normalize(k, dim=-1), rope).type_as(v)
         k, v = self.with_cached(k, v)
@@ -97,8 +98,8 @@ class Block(nn.Module):
     The residual stream stays in float32 (float64 in a float64 model), whatever the branches run in.
 
     Args:
-        width: width C.
-        heads: number of heads H.
+        width: Width C.
+        heads: Number of heads H.
 
     Source: Infinity, arXiv 2412.04431, section 3.2, with one AdaLN layer shared by all blocks.
     """
@@ -113,14 +114,14 @@ class Block(nn.Module):
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
 
     def forward(self, x: Tensor, ada: Tensor, text: Tensor, mask: Tensor, rope: Tensor) -> Tensor:
-        """Return the residual stream after the three branches, (B, L, C).
+        """Returns the residual stream after the three branches, (B, L, C).
 
         Args:
-            x: residual stream, (B, L, C).
-            ada: the shared AdaLN values, (B, 1, 6, C).
-            text: projected text, (B, T, C).
-            mask: which text tokens there are, bool (B, 1, 1, T).
-            rope: table of the step's positions, (2, L, c / 2).
+            x: Residual stream, (B, L, C).
+            ada: The shared AdaLN values, (B, 1, 6, C).
+            text: Projected text, (B, T, C).
+            mask: Which text tokens there are, bool (B, 1, 1, T).
+            rope: Table of the step's positions, (2, L, c / 2).
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (self.ada_gss + ada).unbind(2)
         h = self.ln_wo_grad(x).mul(scale1.add(1)).add(shift1)
@@ -141,19 +142,19 @@ class InfinityConfig:
     """Sizes of an Infinity.
 
     Attributes:
-        depth: number of blocks.
-        width: width C.
-        heads: number of heads H; C / H is a multiple of 4.
-        bits: channels of the latent.
-        patch: side of the square of latent pixels that make a token; a token has
+        depth: Number of blocks.
+        width: Width C.
+        heads: Number of heads H; C / H is a multiple of 4.
+        bits: Channels of the latent.
+        patch: Side of the square of latent pixels that make a token; a token has
             d = bits * patch^2 bits.
-        text_width: width Ct of the text features.
-        text_length: most text tokens T of a prompt.
-        levels: most steps K of a generation.
+        text_width: Width Ct of the text features.
+        text_length: Most text tokens T of a prompt.
+        levels: Most steps K of a generation.
 
     Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1, or heads do not divide their width.
+        TypeError: If a size is not an int.
+        ArgumentError: If a size is below 1, or heads do not divide their width.
     """
 
     depth: int
@@ -180,13 +181,13 @@ class Infinity(nn.Module):
     """Text-conditional next-scale image generator, from text features to a latent.
 
     Parameters and buffers have the names and shapes of the official model, except that its
-    checkpoints hold the blocks in chunks, ``block_chunks.i.module.j``; here they are ``blocks.n``,
-    and :meth:`load_state_dict` takes both.
+    checkpoints hold the blocks in chunks, `block_chunks.i.module.j`; here they are `blocks.n`.
+    `load_state_dict` takes both.
 
     Generation keeps keys and values on the attention modules: one call at a time per model.
 
     Args:
-        config: the sizes.
+        config: The sizes.
 
     Example:
         >>> from fastvar_fx.models.maps import template
@@ -236,27 +237,27 @@ class Infinity(nn.Module):
         finest: Map | None = None,
         trunk_scale: int = 1000,
     ) -> Tensor:
-        """Return latents, (B, bits, patch * h, patch * w) with (h, w) the last scale.
+        """Returns latents, (B, bits, patch * h, patch * w) with (h, w) the last scale.
 
         Args:
-            text: features of the prompts, (B, T, Ct).
-            scales: (h, w) of the K token maps, the first (1, 1); ``maps.template`` has the trained.
+            text: Features of the prompts, (B, T, Ct).
+            scales: (h, w) of the K token maps, the first (1, 1); `maps.template` has the trained.
             text_mask: bool (B, T), True where the prompt has a token; None for everywhere.
-            negative: features of negative prompts, (B, Tn, Ct); None for the learned ones of no
+            negative: Features of negative prompts, (B, Tn, Ct); None for the learned ones of no
                 prompt.
             negative_mask: bool (B, Tn).
-            g_seed: seed of the draws; None uses torch's global generator of the device.
-            cfg: guidance, at least 0, for all steps or one per step; where it is 1 at every step,
+            g_seed: Seed of the draws; None uses torch's global generator of the device.
+            cfg: Guidance, at least 0, for all steps or one per step; where it is 1 at every step,
                 the batch inside is B, else 2B.
-            tau: temperature of the logits, above 0, for all steps or one per step.
+            tau: Temperature of the logits, above 0, for all steps or one per step.
             top_k: 1 takes the likelier value of every bit, 0 or 2 draws it.
-            top_p: draw among the values that together reach this probability, in [0, 1].
+            top_p: Draw among the values that together reach this probability, in [0, 1].
             finest: (h, w) of the map that rotary positions are counted on; None for the last of
-                ``scales``. Trained is the last of ``template(h_div_w)``.
-            trunk_scale: number of steps to run; the latent of the steps before is returned.
+                `scales`. Trained is the last of `template(h_div_w)`.
+            trunk_scale: Number of steps to run; the latent of the steps before is returned.
 
         Raises:
-            ValueError: a prompt, a scale or a number per step does not fit.
+            ArgumentError: If a prompt, a scale or a number per step does not fit.
 
         Source: Infinity, arXiv 2412.04431, algorithm 2; guidance as in the official code.
         """
@@ -294,11 +295,11 @@ class Infinity(nn.Module):
         return latent
 
     def get_logits(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Return logits of each bit being 0 and 1, (B, L, 2d), in the stream's type.
+        """Returns logits of each bit being 0 and 1, (B, L, 2d), in the stream's type.
 
         Args:
-            x: residual stream after the last block, (B, L, C).
-            cond: pooled text, (B, C).
+            x: Residual stream after the last block, (B, L, C).
+            cond: Pooled text, (B, C).
         """
         dtype = self.head.weight.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -307,14 +308,14 @@ class Infinity(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill all parameters and buffers with values that keep every branch alive.
+        """Fills all parameters and buffers with values that keep every branch alive.
 
-        As :func:`~fastvar_fx.models.named.draw_weights`, but attention starts at scale 4, a block's
-        gammas lie near 1 / sqrt(depth), AdaLN varies little with the text, and logits are large
-        enough that most bits have a likelier value.
+        As `draw_weights`, but attention starts at scale 4, a block's gammas lie near
+        1 / sqrt(depth), AdaLN varies little with the text, and logits are large enough that most
+        bits have a likelier value.
 
         Args:
-            generator: source of the values, on the device of the parameters.
+            generator: Source of the values, on the device of the parameters.
         """
         draw_weights(self, generator)
         self.head.weight.mul_(2)
@@ -330,22 +331,22 @@ class Infinity(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load what :meth:`state_dict` gave, or an official checkpoint with its block chunks.
+        """Loads what `state_dict` gave, or an official checkpoint with its block chunks.
 
         Args:
-            state_dict: tensors by name.
-            strict: whether missing and unexpected keys are errors.
-            assign: keep the given tensors instead of copying their values.
+            state_dict: Tensors by name.
+            strict: Whether missing and unexpected keys are errors.
+            assign: Keep the given tensors instead of copying their values.
 
         Raises:
-            RuntimeError: keys or shapes do not fit.
+            RuntimeError: If keys or shapes do not fit.
         """
         return super().load_state_dict(_without_chunks(state_dict), strict=strict, assign=assign)
 
     def _prompts(
         self, text: Tensor, mask: Tensor | None, batch: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return checked features of prompts (B, T, Ct) and their mask, bool (B, T)."""
+        """Returns checked features of prompts (B, T, Ct) and their mask, bool (B, T)."""
         config = self.config
         check_text(text, config.text_width, config.text_length, mask=mask, batch=batch)
         return text.to(self.cfg_uncond.dtype), mask_of(text, mask)
@@ -353,14 +354,14 @@ class Infinity(nn.Module):
     def _with_negative(
         self, text: Tensor, mask: Tensor, negative: Tensor | None, negative_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return features and mask of prompts and negative prompts as one batch, 2B."""
+        """Returns features and mask of prompts and negative prompts as one batch, 2B."""
         if negative is None:
             negative, negative_mask = self.cfg_uncond[: text.shape[1]].expand_as(text), mask
         negative, negative_mask = self._prompts(negative, negative_mask, len(text))
         return joined((text, negative), (mask, negative_mask))
 
     def _conditions(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pooled text (B, C), AdaLN values (B, 1, 6, C) and projected text (B, T, C).
+        """Returns the pooled text (B, C), AdaLN values (B, 1, 6, C) and projected text (B, T, C).
 
         The first two are in the type of the residual stream, float32 or float64.
         """
@@ -372,13 +373,13 @@ class Infinity(nn.Module):
         return pooled.to(stream), ada.to(stream), self.text_proj_for_ca(text)
 
     def _codes(self, bits: Tensor, scale: Map) -> Tensor:
-        """Return the codes of a token map's bits (B, L * d), (B, bits, patch * h, patch * w)."""
+        """Returns the codes of a token map's bits (B, L * d), (B, bits, patch * h, patch * w)."""
         values = (2 * bits - 1) / math.sqrt(self.config.bits)
         codes = values.view(len(bits), *scale, -1).permute(0, 3, 1, 2)  # (B, d, h, w)
         return F.pixel_shuffle(codes, self.config.patch)
 
     def _embed(self, latent: Tensor, scale: Map) -> Tensor:
-        """Return the input of a step, (B, L, C): the latent so far at the size of its map."""
+        """Returns the input of a step, (B, L, C): the latent so far at the size of its map."""
         size = [side * self.config.patch for side in scale]
         resized = F.interpolate(latent, size=size, mode="bilinear")
         tokens = F.pixel_unshuffle(resized, self.config.patch).flatten(2).mT  # (B, L, d)
@@ -387,18 +388,18 @@ class Infinity(nn.Module):
 
 
 def _per_step(name: str, value: float | Sequence[float], scales: Sequence[Map]) -> list[float]:
-    """Return one number per step."""
+    """Returns one number per step."""
     values = [float(value)] * len(scales) if isinstance(value, (int, float)) else list(value)
     if len(values) != len(scales):
-        raise ValueError(
-            f"asked: {len(values)} values of {name}\nfound: {len(scales)} scales\n"
-            f"do: give one number per scale, or one for all"
+        raise ArgumentError(
+            f"{name} is one number for all steps or one per scale, {len(scales)} here; found "
+            f"{len(values)}"
         )
     return values
 
 
 def _without_chunks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with ``block_chunks.i.module.j`` renamed to ``blocks.n``."""
+    """Returns a state dict with `block_chunks.i.module.j` renamed to `blocks.n`."""
     chunked = {key: key.split(".") for key in state if key.startswith("block_chunks.")}
     places = sorted({(int(parts[1]), int(parts[3])) for parts in chunked.values()})
     number = {place: n for n, place in enumerate(places)}
@@ -419,20 +420,20 @@ CONFIGS: Mapping[str, InfinityConfig] = MappingProxyType(
         "tiny": InfinityConfig(depth=4, width=64, heads=2, bits=8, text_width=64, text_length=32),
     }
 )
-"""The published models by name, and ``tiny`` for tests and demonstrations."""
+"""The published models by name, and `tiny` for tests and demonstrations."""
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> Infinity:
-    """Return a named model with random weights, in eval mode, without gradients, on the CPU.
+    """Returns a named model with random weights, in eval mode, without gradients, on the CPU.
 
     Args:
-        name: a key of ``CONFIGS``.
-        seed: seed of the weights.
-        **overrides: fields of :class:`InfinityConfig` in place of the named model's.
+        name: A key of `CONFIGS`.
+        seed: Seed of the weights.
+        **overrides: Fields of `InfinityConfig` in place of the named model's.
 
     Raises:
-        TypeError: an override is no field of :class:`InfinityConfig`, or a size is not an int.
-        ValueError: ``name`` is unknown, or the sizes do not fit each other.
+        TypeError: If an override is no field of `InfinityConfig`, or a size is not an int.
+        ArgumentError: If `name` is unknown, or the sizes do not fit each other.
 
     Example:
         >>> len(build("tiny", depth=2).blocks)

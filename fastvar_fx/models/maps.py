@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from fastvar_fx.errors import ArgumentError
+from fastvar_fx.schedule import INFINITY_1024
+
 Map = tuple[int, int]
 """(h, w) of a token map."""
 
 _TALL: Mapping[float, tuple[Map, ...]] = {
-    1.0: tuple((side, side) for side in (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)),
+    1.0: tuple((side, side) for side in INFINITY_1024),
     1.25: ((1, 1), (2, 2), (3, 3), (5, 4), (10, 8), (15, 12), (20, 16), (25, 20), (30, 24),
            (35, 28), (45, 36), (55, 44), (70, 56)),
     1.333: ((1, 1), (2, 2), (4, 3), (8, 6), (12, 9), (16, 12), (20, 15), (24, 18), (28, 21),
@@ -36,49 +39,49 @@ _STEPS = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
 
 
 def template(h_div_w: float = 1.0, pixels: str = "1M") -> tuple[Map, ...]:
-    """Return the token maps that Infinity was trained on, (h, w) coarse to fine.
+    """Returns the token maps that Infinity was trained on, (h, w) coarse to fine.
 
     Args:
-        h_div_w: a key of ``TEMPLATES``.
+        h_div_w: A key of `TEMPLATES`.
         pixels: "0.06M", "0.25M", "0.60M" or "1M"; smaller images leave out the last maps.
 
     Raises:
-        ValueError: there is no such template.
+        ArgumentError: If there is no such template.
 
     Example:
         >>> template(0.5, "0.06M")[-1]
         (11, 22)
     """
     if h_div_w not in TEMPLATES or pixels not in _STEPS:
-        raise ValueError(
-            f"asked: the template of h / w = {h_div_w!r} at {pixels!r}\n"
-            f"found: h / w of {', '.join(map(str, sorted(TEMPLATES)))} at {', '.join(_STEPS)}\n"
-            f"do: take the nearest of them, or give your own list of (h, w)"
+        raise ArgumentError(
+            f"there is no template of h / w = {h_div_w!r} at {pixels!r}, but of h / w = "
+            f"{', '.join(map(str, sorted(TEMPLATES)))} at {', '.join(_STEPS)}; take the nearest of "
+            f"them, or give your own list of (h, w)"
         )
     return TEMPLATES[h_div_w][: _STEPS[pixels]]
 
 
 def check_maps(scales: Sequence[object], most: int | None = None) -> None:
-    """Raise unless ``scales`` are two or more (h, w) token maps, the first a single token.
+    """Checks that `scales` are two or more (h, w) token maps, the first a single token.
 
     Args:
-        scales: what was given as token maps.
-        most: how many a model has embeddings for; None for any number.
+        scales: What was given as token maps.
+        most: How many a model has embeddings for; None for any number.
 
     Raises:
-        ValueError: they are not.
+        ArgumentError: If they are not.
     """
     if len(scales) < 2 or not all(map(_is_map, scales)):
         found = "not a list of two or more (h, w)"
     elif scales[0] != (1, 1):
-        found = "a first map other than (1, 1), but step 0 draws a single token"
+        found = "a list whose first map is not (1, 1), but step 0 draws a single token"
     elif most is not None and len(scales) > most:
-        found = f"{len(scales)} maps, but the model has embeddings for {most} steps"
+        found = f"a list of {len(scales)} maps, but the model has embeddings for {most} steps"
     else:
         return
-    raise ValueError(
-        f"asked: scales={tuple(scales)}\nfound: {found}\n"
-        f"do: give maps like ((1, 1), (2, 2), (4, 4)), coarse to fine"
+    raise ArgumentError(
+        f"scales are token maps, coarse to fine, such as ((1, 1), (2, 2), (4, 4)); {tuple(scales)} "
+        f"is {found}"
     )
 
 

@@ -13,7 +13,7 @@ from fastvar_fx.models.maps import Map
 
 
 def pair_table(scale: Map, finest: Map, head_dim: int, device: torch.device) -> Tensor:
-    """Return the table of a map for :func:`rotate_pairs`, float32 (2, L, c / 2).
+    """Returns the table of a map for `rotate_pairs`, float32 (2, L, c / 2).
 
     Rows and columns are rounded to those of the finest map. The first half of the pairs turns with
     the row, the second with the column.
@@ -22,7 +22,7 @@ def pair_table(scale: Map, finest: Map, head_dim: int, device: torch.device) -> 
         scale: (h, w) of the map.
         finest: (h, w) of the map that positions are counted on.
         head_dim: c, a multiple of 4.
-        device: where the table is made.
+        device: Where the table is made.
 
     Source: Infinity, arXiv 2412.04431, section 3.2, normalized as in the official code.
     """
@@ -37,20 +37,20 @@ def pair_table(scale: Map, finest: Map, head_dim: int, device: torch.device) -> 
 
 
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Return ``x`` (B, H, L, c), its pairs of neighbouring features turned by the table."""
+    """Returns `x` (B, H, L, c), its pairs of neighbouring features turned by the table."""
     cos, sin = table.unbind(0)  # 2 of (L, c / 2)
     a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # 2 of (B, H, L, c / 2)
     return torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1).flatten(-2)
 
 
 def half_table(scale: Map, finest: Map, head_dim: int, offset: Tensor) -> Tensor:
-    """Return the table of a map for :func:`rotate_halves`, float32 (2, B, 1, L, c).
+    """Returns the table of a map for `rotate_halves`, float32 (2, B, 1, L, c).
 
     Args:
         scale: (h, w) of the map.
         finest: (h, w) of the map that positions are counted on.
         head_dim: c, a multiple of 4.
-        offset: what rows and columns count from, (B,).
+        offset: What rows and columns count from, (B,).
 
     Source: HART's official code; the first half of the features takes the row's angles, the second
     the column's, though each rotation mixes both halves.
@@ -67,26 +67,26 @@ def half_table(scale: Map, finest: Map, head_dim: int, offset: Tensor) -> Tensor
 
 
 def text_table(positions: Tensor, head_dim: int) -> Tensor:
-    """Return the table of text positions (B, T) for :func:`rotate_halves`, (2, B, 1, T, c)."""
+    """Returns the table of text positions (B, T) for `rotate_halves`, (2, B, 1, T, c)."""
     angles = positions[..., None] * _frequencies(head_dim, 2, positions.device)  # (B, T, c / 2)
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
 
 
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Return ``x`` (B, H, L, c), its two halves turned against each other by the table."""
+    """Returns `x` (B, H, L, c), its two halves turned against each other by the table."""
     cos, sin = table.unbind(0)  # 2 of (B, 1, L, c)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 def _frequencies(width: int, step: int, device: torch.device) -> Tensor:
-    """Return angular frequencies from 1 down to nearly 1e-4, (width / step,)."""
+    """Returns angular frequencies from 1 down to nearly 1e-4, (width / step,)."""
     return 1e4 ** -(torch.arange(0, width, step, device=device) / width)
 
 
 def _places(scale: Map, finest: Map, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where the rows (h,) and columns (w,) of a map lie on the finest map."""
+    """Returns where the rows (h,) and columns (w,) of a map lie on the finest map."""
     rows, columns = (
         torch.arange(n, device=device) * (finest_n / n)
         for n, finest_n in zip(scale, finest, strict=True)

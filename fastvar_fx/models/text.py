@@ -11,58 +11,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx.errors import ArgumentError
+
 
 def check_text(
     text: Tensor, width: int, length: int, *, mask: Tensor | None = None, batch: int | None = None
 ) -> None:
-    """Raise unless features of prompts fit a model, their mask and a batch.
+    """Checks that features of prompts fit a model, their mask and a batch.
 
-    What a mask on a GPU says is not checked, for that would make the loop wait for it.
+    The values of a mask on a GPU are not checked, since reading them would wait for the GPU.
 
     Args:
-        text: the features.
-        width: features per token that the model reads.
-        length: most tokens of a prompt.
+        text: The features.
+        width: Features per token that the model reads.
+        length: Most tokens of a prompt.
         mask: bool mask of the tokens.
-        batch: how many prompts there must be; None for any number.
+        batch: How many prompts there must be; None for any number.
 
     Raises:
-        ValueError: they do not fit.
+        ArgumentError: If they do not fit.
     """
     asked = ("B" if batch is None else batch, "T", width)
     if text.ndim != 3 or text.shape[2] != width or text.shape[0] != (batch or text.shape[0]):
-        raise ValueError(
-            f"asked: text of shape {tuple(text.shape)}\nfound: a model that reads "
-            f"({', '.join(map(str, asked))}) features\n"
-            f"do: give one row of text encoder features per prompt token"
+        raise ArgumentError(
+            f"the model reads text features ({', '.join(map(str, asked))}), one row per token of a "
+            f"prompt; found shape {tuple(text.shape)}"
         )
     if not 1 <= text.shape[1] <= length:
-        raise ValueError(
-            f"asked: a prompt of {text.shape[1]} tokens\nfound: a text length of {length}\n"
-            f"do: truncate the prompt, or build the model with text_length={text.shape[1]}"
+        raise ArgumentError(
+            f"a prompt has 1 to {length} tokens; found {text.shape[1]}. Truncate it, or build the "
+            f"model with text_length={text.shape[1]}"
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != text.shape[:2]):
-        raise ValueError(
-            f"asked: a mask of {mask.dtype} and shape {tuple(mask.shape)}\nfound: text of shape "
-            f"{tuple(text.shape)}\ndo: give a bool mask {tuple(text.shape[:2])}, True where there "
-            f"is a token"
+        raise ArgumentError(
+            f"the mask of text {tuple(text.shape)} is bool {tuple(text.shape[:2])}, True where "
+            f"there is a token; found {mask.dtype} {tuple(mask.shape)}"
         )
     if mask is not None and not mask.is_cuda and not bool(mask.any(dim=1).all()):
-        raise ValueError(
-            f"asked: prompts of {mask.sum(dim=1).tolist()} tokens\nfound: one without any\n"
-            f"do: give an empty prompt the tokens that the text encoder makes of it"
+        raise ArgumentError(
+            f"a prompt has at least one token; found {mask.sum(dim=1).tolist()} tokens. Give an "
+            f"empty prompt the tokens that the text encoder makes of it"
         )
 
 
 def mask_of(text: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the given mask of a text (B, T, Ct), or one of all its tokens, bool (B, T)."""
+    """Returns the given mask of a text (B, T, Ct), or one of all its tokens, bool (B, T)."""
     if mask is None:
         return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     return mask
 
 
 def joined(texts: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return texts and masks of any lengths as one batch, padded at the end."""
+    """Returns texts and masks of any lengths as one batch, padded at the end."""
     longest = max(text.shape[1] for text in texts)
     text = torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
     return text, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])
@@ -72,9 +72,9 @@ class TextAttention(nn.Module):
     """What both attentions to the text share: keys and values of it, and the output layer.
 
     Args:
-        width: width C of the output.
-        text_width: width of the text features.
-        heads: number of heads H.
+        width: Width C of the output.
+        text_width: Width of the text features.
+        heads: Number of heads H.
     """
 
     zero_k_bias: Tensor
@@ -88,7 +88,7 @@ class TextAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def attend(self, q: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Return (B, L, C) for queries (B, H, L, c), text (B, T, .) and its mask (B, 1, 1, T)."""
+        """Returns (B, L, C) for queries (B, H, L, c), text (B, T, .) and its mask (B, 1, 1, T)."""
         bias = torch.cat((self.zero_k_bias, self.v_bias))
         kv = F.linear(text, self.mat_kv.weight, bias)  # (B, T, 2C)
         kv = kv.view(*text.shape[:2], 2, self.heads, -1)  # (B, T, 2, H, c)
@@ -99,26 +99,26 @@ class TextAttention(nn.Module):
 
 
 class CrossAttention(TextAttention):
-    """Attention of the tokens to the text; see :class:`TextAttention`."""
+    """Attention of the tokens to the text; see `TextAttention`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, width, heads)
         self.mat_q = nn.Linear(width, width)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Return (B, L, C) for ``x`` (B, L, C), text (B, T, C) and its mask (B, 1, 1, T)."""
+        """Returns (B, L, C) for `x` (B, L, C), text (B, T, C) and its mask (B, 1, 1, T)."""
         q = self.mat_q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, L, c)
         return self.attend(q, text, mask)
 
 
 class AttentivePool(TextAttention):
-    """Attention of one learned query to the text; see :class:`TextAttention`."""
+    """Attention of one learned query to the text; see `TextAttention`."""
 
     def __init__(self, width: int, text_width: int, heads: int) -> None:
         super().__init__(width, text_width, heads)
         self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads))
 
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Return the pooled text, (B, C), for text (B, T, Ct) and its mask (B, 1, 1, T)."""
+        """Returns the pooled text, (B, C), for text (B, T, Ct) and its mask (B, 1, 1, T)."""
         q = self.mat_q.unsqueeze(2).expand(text.shape[0], -1, -1, -1)  # (B, H, 1, c)
         return self.attend(q, text, mask).squeeze(1)

@@ -1,26 +1,30 @@
 """VAR's multi-scale VQ-VAE: from token maps to an image, and from an image to token maps.
 
-VAR draws an image as K square token maps of growing side. The decoder side turns them into pixels::
+VAR draws an image as K square token maps of growing side. The decoder side turns them into pixels:
 
     token ids --codebook--> vectors --upsample, phi--> residual of one scale
     f_hat = sum of the K residuals          (B, Cvae, H, W), H = W = side of the last token map
     image = decoder(post_quant_conv(f_hat)) (B, 3, r * H, r * W), r = 16 as published
 
-It also turns a partial ``f_hat`` into the input of the next scale. Generation needs no more;
-:class:`VQVAE` adds the encoder, for training and for measuring on photographs.
+It also turns a partial `f_hat` into the input of the next scale. Generation needs no more;
+`VQVAE` adds the encoder, for training and for measuring on photographs.
 
 Source: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastvar_fx.errors import ArgumentError, ModelError
+from fastvar_fx.models.configs import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +32,14 @@ class Pyramid:
     """How encoder and decoder go from an image to the last token map; by default as published.
 
     Attributes:
-        multipliers: width per resolution, in units of the base width, from the image down.
-        res_blocks: residual blocks per resolution of the encoder; the decoder has one more.
-        groups: groups of every group norm, a divisor of the base width.
-        attention: whether the lowest resolution attends to itself.
-        patch: side of the squares of pixels that are the channels of the highest resolution.
+        multipliers: Width per resolution, in units of the base width, from the image down.
+        res_blocks: Residual blocks per resolution of the encoder; the decoder has one more.
+        groups: Groups of every group norm, a divisor of the base width.
+        attention: Whether the lowest resolution attends to itself.
+        patch: Side of the squares of pixels that are the channels of the highest resolution.
 
     Raises:
-        ValueError: a number is below 1, or there is no multiplier.
+        ArgumentError: If a number is below 1, or there is no multiplier.
     """
 
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -47,16 +51,22 @@ class Pyramid:
     def __post_init__(self) -> None:
         numbers = (*self.multipliers, self.res_blocks, self.groups, self.patch)
         if not self.multipliers or min(numbers) < 1:
-            raise ValueError(f"{self}: there are multipliers, and every number is at least 1")
+            raise ArgumentError(
+                f"a pyramid has a multiplier or more, and every number is at least 1; found {self}"
+            )
 
     @property
     def factor(self) -> int:
         """Pixels per side of a token of the last map."""
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
+    def widths(self, ch: int) -> list[int]:
+        """Returns the channels of each resolution for the base width `ch`, from the image down."""
+        return [ch * multiplier for multiplier in self.multipliers]
+
 
 PUBLISHED = Pyramid()
-"""The shape of ``vae_ch160v4096z32.pth``."""
+"""The shape of `vae_ch160v4096z32.pth`."""
 
 _ENCODER_PREFIXES = ("encoder.", "quant_conv.")
 _ENCODER_KEYS = ("quantize.ema_vocab_hit_SV",)
@@ -66,8 +76,8 @@ class Phi(nn.Conv2d):
     """A residual 3x3 convolution that repairs what upsampling blurred.
 
     Args:
-        channels: channels Cvae in and out.
-        mix: share of the convolution in the result, in [0, 1].
+        channels: Channels Cvae in and out.
+        mix: Share of the convolution in the result, in [0, 1].
     """
 
     def __init__(self, channels: int, mix: float = 0.5) -> None:
@@ -75,34 +85,37 @@ class Phi(nn.Conv2d):
         self.mix = mix
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return ``(1 - mix) * h + mix * conv(h)``, (B, Cvae, H, W)."""
+        """Returns `(1 - mix) * h + mix * conv(h)`, (B, Cvae, H, W)."""
         return h.mul(1 - self.mix) + super().forward(h).mul_(self.mix)
 
 
 class PhiBank(nn.Module):
-    """A few :class:`Phi` shared by the K scales, chosen by how far generation has come.
+    """A few `Phi` shared by the K scales, chosen by how far generation has come.
 
     Args:
-        channels: channels Cvae.
-        count: number of convolutions, at least 1.
+        channels: Channels Cvae.
+        count: Number of convolutions, at least 1.
     """
 
     def __init__(self, channels: int, count: int = 4) -> None:
         super().__init__()
         self.qresi_ls = nn.ModuleList([Phi(channels) for _ in range(count)])
         # With ten scales and four convolutions step 2 lies exactly between two ticks, so the
-        # choice hangs on the last bit: trained weights need numpy's rounding.
-        edge = 1 / 3 / count if count == 4 else 1 / 2 / count
-        self.ticks = np.linspace(edge, 1 - edge, count)
+        # choice depends on the last bit: these operations round as numpy.linspace does, with which
+        # the published weights were trained.
+        first = 1 / 3 / count if count == 4 else 1 / 2 / count
+        last = 1 - first
+        gap = (last - first) / max(count - 1, 1)
+        self.ticks = (*(i * gap + first for i in range(count - 1)), last if count > 1 else first)
 
     def forward(self, h: Tensor, progress: float) -> Tensor:
-        """Return ``h`` through the convolution whose tick is nearest to ``progress``.
+        """Returns `h` through the convolution whose tick is nearest to `progress`.
 
         Args:
-            h: residual map, (B, Cvae, H, W).
+            h: Residual map, (B, Cvae, H, W).
             progress: step / (K - 1), in [0, 1].
         """
-        nearest = int(np.argmin(np.abs(self.ticks - progress)))
+        nearest = min(range(len(self.ticks)), key=lambda i: abs(self.ticks[i] - progress))
         refined: Tensor = self.qresi_ls[nearest](h)
         return refined
 
@@ -111,9 +124,9 @@ class QuantizedMap(NamedTuple):
     """One token map of an image.
 
     Attributes:
-        z: the vectors that were quantized, (B, Cvae, h, w).
-        tokens: their ids, int64 (B, h * w).
-        added: what the map adds to ``f_hat``, (B, Cvae, H, W).
+        z: The vectors that were quantized, (B, Cvae, h, w).
+        tokens: Their ids, int64 (B, h * w).
+        added: What the map adds to `f_hat`, (B, Cvae, H, W).
     """
 
     z: Tensor
@@ -125,9 +138,9 @@ class Quantizer(nn.Module):
     """The codebook and the two moves of generation: add a scale, look at the sum at another size.
 
     Args:
-        vocab_size: codebook entries V.
-        channels: code vector width Cvae.
-        phis: number of shared :class:`Phi`.
+        vocab_size: Codebook entries V.
+        channels: Code vector width Cvae.
+        phis: Number of shared `Phi`.
     """
 
     def __init__(self, vocab_size: int, channels: int, phis: int = 4) -> None:
@@ -136,13 +149,13 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, channels)
 
     def residual(self, tokens: Tensor, step: int, steps: int, side: int) -> Tensor:
-        """Return what one token map adds to ``f_hat``, (B, Cvae, side, side).
+        """Returns what one token map adds to `f_hat`, (B, Cvae, side, side).
 
         Args:
             tokens: int64 ids of a square token map in row-major order, (B, h * h).
-            step: index of the scale, 0 to ``steps`` - 1.
-            steps: number of scales K, at least 2.
-            side: side of ``f_hat``, equal to h at the last step.
+            step: Index of the scale, 0 to `steps` - 1.
+            steps: Number of scales K, at least 2.
+            side: Side of `f_hat`, equal to h at the last step.
         """
         B, L = tokens.shape
         h = math.isqrt(L)
@@ -156,17 +169,17 @@ class Quantizer(nn.Module):
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: Tensor, tokens: Tensor, scales: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return ``f_hat`` with a token map added, and area-averaged to the next token map.
+        """Returns `f_hat` with a token map added, and area-averaged to the next token map.
 
         The name and the first arguments are those of the published code; step skipping finds it
         by them.
 
         Args:
-            si: index of the scale, 0 to ``SN`` - 1.
-            SN: number of scales K.
-            f_hat: sum of the residuals so far, (B, Cvae, H, W); it is not overwritten.
-            tokens: see :meth:`residual`.
-            scales: sides of the token maps.
+            si: Index of the scale, 0 to `SN` - 1.
+            SN: Number of scales K.
+            f_hat: Sum of the residuals so far, (B, Cvae, H, W); it is not overwritten.
+            tokens: See `residual`.
+            scales: Sides of the token maps.
 
         Returns:
             The new sum, and its average (B, Cvae, h, h); at the last step the sum itself.
@@ -178,20 +191,20 @@ class Quantizer(nn.Module):
         return f_hat, F.interpolate(f_hat, size=(side, side), mode="area")
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Return the ids of the code vectors nearest to ``z`` (B, Cvae, h, w), int64 (B, h * w)."""
+        """Returns the ids of the code vectors nearest to `z` (B, Cvae, h, w), int64 (B, h * w)."""
         vectors = z.flatten(2).transpose(1, 2)  # (B, h * w, Cvae)
         codes = self.embedding.weight  # (V, Cvae)
         # |z - c|^2 without |z|^2, which moves no minimum
         return (codes.square().sum(1) - 2 * vectors @ codes.T).argmin(-1)
 
     def quantized(self, f: Tensor, scales: Sequence[int]) -> Iterator[QuantizedMap]:
-        """Yield what each token map takes of the features; their sum over the maps is ``f_hat``.
+        """Yields what each token map takes of the features; their sum over the maps is `f_hat`.
 
-        Gradients reach codebook and phi through ``added``; none reach ``f``.
+        Gradients reach codebook and phi through `added`; none reach `f`.
 
         Args:
-            f: features of an image, (B, Cvae, H, W), H = W = ``scales[-1]``.
-            scales: sides of the token maps.
+            f: Features of an image, (B, Cvae, H, W), H = W = `scales[-1]`.
+            scales: Sides of the token maps.
 
         Source: VAR, arXiv 2404.02905, algorithm 1.
         """
@@ -205,14 +218,14 @@ class Quantizer(nn.Module):
             yield QuantizedMap(z, tokens, added)
 
     def inputs(self, tokens: Sequence[Tensor], scales: Sequence[int]) -> Tensor:
-        """Return the inputs of steps 1 to n for the token maps of the n steps before.
+        """Returns the inputs of steps 1 to n for the token maps of the n steps before.
 
         Args:
             tokens: int64 ids of the first n token maps, each (B, h * h), n at least 1.
-            scales: sides of all K token maps, n < K.
+            scales: Sides of all K token maps, n < K.
 
         Returns:
-            Side by side, each ``f_hat`` averaged to the size of its step, (B, L, Cvae).
+            Side by side, each `f_hat` averaged to the size of its step, (B, L, Cvae).
         """
         side = scales[-1]
         f_hat = self.embedding.weight.new_zeros(len(tokens[0]), 1, side, side)
@@ -233,9 +246,9 @@ class ResBlock(nn.Module):
     """Two normalized 3x3 convolutions and a residual add.
 
     Args:
-        channels_in: input channels.
-        channels_out: output channels; where they differ a 1x1 convolution carries the shortcut.
-        groups: groups of the norms.
+        channels_in: Input channels.
+        channels_out: Output channels; where they differ a 1x1 convolution carries the shortcut.
+        groups: Groups of the norms.
     """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
@@ -251,7 +264,7 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, channels_out, H, W) for ``x`` (B, channels_in, H, W)."""
+        """Returns (B, channels_out, H, W) for `x` (B, channels_in, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         y: Tensor = self.nin_shortcut(x) + h
@@ -262,8 +275,8 @@ class SpatialAttention(nn.Module):
     """Single-head self-attention over the H * W positions of a feature map, plus a residual add.
 
     Args:
-        channels: channels C in and out.
-        groups: groups of the norm.
+        channels: Channels C in and out.
+        groups: Groups of the norm.
     """
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -273,7 +286,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W) for ``x`` (B, C, H, W)."""
+        """Returns (B, C, H, W) for `x` (B, C, H, W)."""
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)  # 3 of (B, C, H * W)
         q = q.transpose(1, 2).contiguous()  # (B, H * W, C)
@@ -287,7 +300,7 @@ class Upsample(nn.Module):
     """Nearest-neighbour upsampling by two, then a 3x3 convolution.
 
     Args:
-        channels: channels in and out.
+        channels: Channels in and out.
     """
 
     def __init__(self, channels: int) -> None:
@@ -295,7 +308,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, 2H, 2W) for ``x`` (B, C, H, W)."""
+        """Returns (B, C, 2H, 2W) for `x` (B, C, H, W)."""
         doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         return doubled
 
@@ -304,7 +317,7 @@ class Downsample(nn.Module):
     """A 3x3 convolution with stride two, padded at the right and the bottom.
 
     Args:
-        channels: channels in and out.
+        channels: Channels in and out.
     """
 
     def __init__(self, channels: int) -> None:
@@ -312,7 +325,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, H / 2, W / 2) for ``x`` (B, C, H, W)."""
+        """Returns (B, C, H / 2, W / 2) for `x` (B, C, H, W)."""
         halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return halved
 
@@ -321,8 +334,8 @@ class Middle(nn.Module):
     """The bottleneck: residual block, attention where the pyramid has it, residual block.
 
     Args:
-        channels: channels in and out.
-        pyramid: says the groups, and whether there is attention.
+        channels: Channels in and out.
+        pyramid: Says the groups, and whether there is attention.
     """
 
     def __init__(self, channels: int, pyramid: Pyramid) -> None:
@@ -334,7 +347,7 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels, pyramid.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W) for ``x`` (B, C, H, W)."""
+        """Returns (B, C, H, W) for `x` (B, C, H, W)."""
         h: Tensor = self.block_2(self.attn_1(self.block_1(x)))
         return h
 
@@ -343,12 +356,12 @@ class Level(nn.Module):
     """One resolution of the encoder or decoder.
 
     Args:
-        channels_in: input channels.
-        channels_out: output channels.
-        blocks: number of residual blocks.
-        groups: groups of the norms.
-        attention: whether self-attention follows every residual block.
-        resample: how the level ends, if not at the resolution it began with.
+        channels_in: Input channels.
+        channels_out: Output channels.
+        blocks: Number of residual blocks.
+        groups: Groups of the norms.
+        attention: Whether self-attention follows every residual block.
+        resample: How the level ends, if not at the resolution it began with.
     """
 
     def __init__(
@@ -373,7 +386,7 @@ class Level(nn.Module):
             self.add_module(self.resample, resample(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, channels_out, H', W') with H' = 2H, H / 2 or H as the level resamples."""
+        """Returns (B, channels_out, H', W') with H' = 2H, H / 2 or H as the level resamples."""
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
@@ -381,40 +394,65 @@ class Level(nn.Module):
         return self.get_submodule(self.resample)(x) if self.resample else x
 
 
+def _levels(
+    pyramid: Pyramid,
+    channels: Sequence[tuple[int, int]],
+    *,
+    blocks: int,
+    resample: type[Upsample | Downsample],
+    unchanged: int,
+) -> nn.ModuleList:
+    """Returns the levels of an encoder or decoder, from the image down.
+
+    Args:
+        pyramid: Its resolutions.
+        channels: Input and output channels of each level.
+        blocks: Number of residual blocks of each level.
+        resample: How a level ends.
+        unchanged: The level that keeps its resolution.
+    """
+    lowest = len(channels) - 1
+    return nn.ModuleList(
+        [
+            Level(
+                *pair,
+                blocks=blocks,
+                groups=pyramid.groups,
+                attention=pyramid.attention and i == lowest,
+                resample=None if i == unchanged else resample,
+            )
+            for i, pair in enumerate(channels)
+        ]
+    )
+
+
 class Encoder(nn.Module):
     """A convolutional encoder from an image to a feature map.
 
     Args:
-        channels: channels Cvae of the output.
-        ch: base width, a multiple of the pyramid's groups.
-        pyramid: its resolutions.
+        channels: Channels Cvae of the output.
+        ch: Base width, a multiple of the pyramid's groups.
+        pyramid: Its resolutions.
     """
 
     def __init__(self, channels: int, ch: int, pyramid: Pyramid) -> None:
         super().__init__()
-        widths = [ch * multiplier for multiplier in pyramid.multipliers]
-        lowest = len(widths) - 1
+        widths = pyramid.widths(ch)
         self.patch = pyramid.patch
         self.conv_in = nn.Conv2d(3 * pyramid.patch**2, ch, kernel_size=3, padding=1)
-        self.down = nn.ModuleList(
-            [
-                Level(
-                    widths[i - 1] if i else ch,
-                    widths[i],
-                    blocks=pyramid.res_blocks,
-                    groups=pyramid.groups,
-                    attention=pyramid.attention and i == lowest,
-                    resample=Downsample if i != lowest else None,
-                )
-                for i in range(len(widths))
-            ]
+        self.down = _levels(
+            pyramid,
+            list(zip((ch, *widths[:-1]), widths, strict=True)),
+            blocks=pyramid.res_blocks,
+            resample=Downsample,
+            unchanged=len(widths) - 1,
         )
-        self.mid = Middle(widths[lowest], pyramid)
-        self.norm_out = _group_norm(widths[lowest], pyramid.groups)
-        self.conv_out = nn.Conv2d(widths[lowest], channels, kernel_size=3, padding=1)
+        self.mid = Middle(widths[-1], pyramid)
+        self.norm_out = _group_norm(widths[-1], pyramid.groups)
+        self.conv_out = nn.Conv2d(widths[-1], channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features (B, Cvae, H / r, W / r) of an image (B, 3, H, W)."""
+        """Returns features (B, Cvae, H / r, W / r) of an image (B, 3, H, W)."""
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for level in self.down:
             h = level(h)
@@ -427,37 +465,30 @@ class Decoder(nn.Module):
     """A convolutional decoder from a feature map to an image.
 
     Args:
-        channels: channels Cvae of the input.
-        ch: base width, a multiple of the pyramid's groups.
-        pyramid: its resolutions.
+        channels: Channels Cvae of the input.
+        ch: Base width, a multiple of the pyramid's groups.
+        pyramid: Its resolutions.
     """
 
     def __init__(self, channels: int, ch: int, pyramid: Pyramid) -> None:
         super().__init__()
-        widths = [ch * multiplier for multiplier in pyramid.multipliers]
-        lowest = len(widths) - 1
-        self.conv_in = nn.Conv2d(channels, widths[lowest], kernel_size=3, padding=1)
-        self.mid = Middle(widths[lowest], pyramid)
+        widths = pyramid.widths(ch)
+        self.conv_in = nn.Conv2d(channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = Middle(widths[-1], pyramid)
         # Stored from the image down, run from the token map up.
-        self.up = nn.ModuleList(
-            [
-                Level(
-                    widths[min(i + 1, lowest)],
-                    widths[i],
-                    blocks=pyramid.res_blocks + 1,
-                    groups=pyramid.groups,
-                    attention=pyramid.attention and i == lowest,
-                    resample=Upsample if i != 0 else None,
-                )
-                for i in range(len(widths))
-            ]
+        self.up = _levels(
+            pyramid,
+            list(zip((*widths[1:], widths[-1]), widths, strict=True)),
+            blocks=pyramid.res_blocks + 1,
+            resample=Upsample,
+            unchanged=0,
         )
         self.norm_out = _group_norm(widths[0], pyramid.groups)
         self.patch = pyramid.patch
         self.conv_out = nn.Conv2d(widths[0], 3 * pyramid.patch**2, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return an image of unbounded values (B, 3, rH, rW) for ``z`` (B, Cvae, H, W)."""
+        """Returns an image of unbounded values (B, 3, rH, rW) for `z` (B, Cvae, H, W)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
@@ -467,18 +498,18 @@ class Decoder(nn.Module):
 class VQVAEDecoder(nn.Module):
     """Codebook, phi convolutions and decoder of VAR's multi-scale VQ-VAE.
 
-    Names and shapes of the parameters are those of the published ``vae_ch160v4096z32.pth``; its
+    Names and shapes of the parameters are those of the published `vae_ch160v4096z32.pth`; its
     encoder is left out. The module knows no schedule: sides come from its callers.
 
     Args:
-        vocab_size: codebook entries V.
-        z_channels: code vector width Cvae.
-        ch: base width, a multiple of the pyramid's groups.
-        phis: number of phi convolutions the scales share.
-        pyramid: the resolutions.
+        vocab_size: Codebook entries V.
+        z_channels: Code vector width Cvae.
+        ch: Base width, a multiple of the pyramid's groups.
+        phis: Number of phi convolutions the scales share.
+        pyramid: The resolutions.
 
     Raises:
-        ValueError: a size is below 1, or ``ch`` is not a multiple of the groups.
+        ArgumentError: If a size is below 1, or `ch` is not a multiple of the groups.
 
     Example:
         >>> vae = VQVAEDecoder(vocab_size=16, z_channels=8, ch=32)
@@ -498,14 +529,10 @@ class VQVAEDecoder(nn.Module):
         pyramid: Pyramid = PUBLISHED,
     ) -> None:
         super().__init__()
-        sizes = {"vocab_size": vocab_size, "z_channels": z_channels, "ch": ch, "phis": phis}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be at least 1")
+        check_sizes(vocab_size=vocab_size, z_channels=z_channels, ch=ch, phis=phis)
         if ch % pyramid.groups:
-            raise ValueError(
-                f"ch={ch}: the decoder normalizes in {pyramid.groups} groups; use a multiple of "
-                f"{pyramid.groups}"
+            raise ArgumentError(
+                f"ch is a multiple of {pyramid.groups}, the groups of the norms; found {ch}"
             )
         self.vocab_size, self.z_channels, self.ch = vocab_size, z_channels, ch
         self.pyramid = pyramid
@@ -514,24 +541,24 @@ class VQVAEDecoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
 
     def decode(self, f_hat: Tensor) -> Tensor:
-        """Return images in [0, 1], (B, 3, rH, rW).
+        """Returns images in [0, 1], (B, 3, rH, rW).
 
         Args:
-            f_hat: sum of the residuals of all scales, (B, Cvae, H, W).
+            f_hat: Sum of the residuals of all scales, (B, Cvae, H, W).
         """
         image: Tensor = self.decoder(self.post_quant_conv(f_hat))
         return image.clamp_(-1, 1).add_(1).mul_(0.5)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill all parameters with random values that decode to full-contrast pictures.
+        """Fills all parameters with random values that decode to full-contrast pictures.
 
         Standard deviations, with n the inputs of a unit: codebook 1; convolutions 1 / sqrt(n), the
         last one 0.8 / sqrt(n) so that most pixels lie in (-1, 1) and few are clipped; norms are the
         identity, biases zero.
 
         Args:
-            generator: source of the values, on the device of the parameters.
+            generator: Source of the values, on the device of the parameters.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -547,53 +574,52 @@ class VQVAEDecoder(nn.Module):
                 module.bias.zero_()
 
     def load_full_state_dict(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
-        """Load the decoder side of a whole VQ-VAE checkpoint.
+        """Loads the decoder side of a whole VQ-VAE checkpoint.
 
-        Ignored are exactly the encoder side's keys: ``encoder.*``, ``quant_conv.*`` and
-        ``quantize.ema_vocab_hit_SV``. A state dict that lacks them loads as well.
+        Ignored are exactly the encoder side's keys: `encoder.*`, `quant_conv.*` and
+        `quantize.ema_vocab_hit_SV`. A state dict that lacks them loads as well.
 
         Args:
-            state: state dict of the whole VQ-VAE, or of this module.
-            assign: keep the tensors of ``state`` instead of copying their values.
+            state: State dict of the whole VQ-VAE, or of this module.
+            assign: Keep the tensors of `state` instead of copying their values.
 
         Raises:
-            ValueError: a key of the decoder side is missing or of another shape, or an unknown key
-                is there.
+            ModelError: If a key of the decoder side is missing, has another shape, or is unknown.
         """
         found = {key: value for key, value in state.items() if not _is_encoder_side(key)}
         problems = list(_mismatches(self.state_dict(), found))
         if problems:
             shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))
-            raise ValueError(
-                f"asked: a VQ-VAE of vocab_size={self.vocab_size}, z_channels={self.z_channels}, "
-                f"ch={self.ch}\nfound: {len(problems)} keys that do not fit\n  {shown}\n"
-                "do: pass the state dict of VAR's VQ-VAE (vae_ch160v4096z32.pth), or build with "
-                "the sizes it was trained with"
+            raise ModelError(
+                f"{len(problems)} keys do not fit a VQ-VAE of vocab_size={self.vocab_size}, "
+                f"z_channels={self.z_channels}, ch={self.ch}; pass the state dict of VAR's VQ-VAE "
+                f"(vae_ch160v4096z32.pth), or build with the sizes that it was trained with:\n"
+                f"  {shown}"
             )
         self.load_state_dict(found, strict=True, assign=assign)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
-        """Return a decoder side in eval mode, sized after a whole VQ-VAE checkpoint and holding it.
+        """Returns the decoder side of a whole VQ-VAE checkpoint, in eval mode and of its sizes.
 
-        The tensors of ``state`` become the parameters; they do not require gradients.
+        The tensors of `state` become the parameters; they do not require gradients.
 
         Args:
-            state: state dict of the whole VQ-VAE, or of this module.
+            state: State dict of the whole VQ-VAE, or of this module.
 
         Raises:
-            ValueError: ``state`` is not the state dict of such a VQ-VAE; what is missing,
+            ModelError: If `state` is not the state dict of such a VQ-VAE; what is missing,
                 unexpected or of another shape is named.
         """
         try:
             vocab_size, z_channels = state["quantize.embedding.weight"].shape
             (ch,) = state["decoder.norm_out.weight"].shape
         except (KeyError, ValueError) as error:
-            raise ValueError(
-                "asked: the state dict of VAR's VQ-VAE\nfound: no codebook "
-                "(quantize.embedding.weight, two axes) or no decoder (decoder.norm_out.weight, one "
-                f"axis) among {len(state)} keys: {', '.join(list(state)[:4])}\n"
-                "do: pass the contents of vae_ch160v4096z32.pth"
+            raise ModelError(
+                f"the state dict of VAR's VQ-VAE has a codebook, quantize.embedding.weight (V, "
+                f"Cvae), and a decoder, decoder.norm_out.weight (C,); found {len(state)} keys "
+                f"without them: {', '.join(list(state)[:4])}. Pass the contents of "
+                f"vae_ch160v4096z32.pth"
             ) from error
         phis = sum(
             key.startswith("quantize.quant_resi.qresi_ls.") and key.endswith(".weight")
@@ -608,7 +634,10 @@ class VQVAEDecoder(nn.Module):
 class VQVAE(VQVAEDecoder):
     """The whole multi-scale VQ-VAE, with the encoder from an image to features.
 
-    Names and shapes are those of the published checkpoint. It is built like :class:`VQVAEDecoder`.
+    Names and shapes are those of the published checkpoint.
+
+    Args:
+        **sizes: Those of `VQVAEDecoder`.
 
     Example:
         >>> vae = VQVAE(vocab_size=16, z_channels=8, ch=32)
@@ -618,50 +647,40 @@ class VQVAE(VQVAEDecoder):
     Source: VAR, arXiv 2404.02905, section 3.2 and algorithm 1.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 4096,
-        z_channels: int = 32,
-        ch: int = 160,
-        phis: int = 4,
-        pyramid: Pyramid = PUBLISHED,
-    ) -> None:
-        super().__init__(
-            vocab_size=vocab_size, z_channels=z_channels, ch=ch, phis=phis, pyramid=pyramid
-        )
-        self.encoder = Encoder(z_channels, ch, pyramid)
-        self.quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.encoder = Encoder(self.z_channels, self.ch, self.pyramid)
+        self.quant_conv = nn.Conv2d(self.z_channels, self.z_channels, kernel_size=3, padding=1)
 
     def features(self, images: Tensor, scales: Sequence[int]) -> Tensor:
-        """Return unquantized features, (B, Cvae, H, W) with H = W the side of the last map.
+        """Returns unquantized features, (B, Cvae, H, W) with H = W the side of the last map.
 
         Args:
             images: (B, 3, rH, rW) in [-1, 1].
-            scales: sides of the token maps.
+            scales: Sides of the token maps.
 
         Raises:
-            ValueError: the images are not square, or not of the size the last token map draws.
+            ArgumentError: If the images do not have the size that the last token map draws.
         """
         side = self.pyramid.factor * scales[-1]
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise ValueError(
-                f"asked: images (B, 3, {side}, {side}), as token maps of sides {tuple(scales)} "
-                f"draw\nfound: {tuple(images.shape)}\ndo: resize or crop them"
+            raise ArgumentError(
+                f"token maps of sides {tuple(scales)} take images (B, 3, {side}, {side}); found "
+                f"{tuple(images.shape)}. Resize or crop them"
             )
         f: Tensor = self.quant_conv(self.encoder(images))
         return f
 
     @torch.no_grad()
     def encode(self, images: Tensor, scales: Sequence[int]) -> list[Tensor]:
-        """Return the K token maps of images, each int64 (B, h * h).
+        """Returns the K token maps of images, each int64 (B, h * h).
 
         Args:
             images: (B, 3, rH, rW) in [-1, 1].
-            scales: sides of the token maps.
+            scales: Sides of the token maps.
 
         Raises:
-            ValueError: the images are of another size.
+            ArgumentError: If the images are of another size.
         """
         f = self.features(images, scales)
         return [token_map.tokens for token_map in self.quantize.quantized(f, scales)]
@@ -672,7 +691,7 @@ def _is_encoder_side(key: str) -> bool:
 
 
 def _mismatches(asked: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield a line for each key that keeps ``found`` from being loaded into ``asked``."""
+    """Yields a line for each key for which `found` cannot be loaded into `asked`."""
     for key, tensor in asked.items():
         if key not in found:
             yield f"missing     {key} {tuple(tensor.shape)}"

@@ -1,1 +1,0 @@
-"""The benchmark: what `fastvar-fx bench` measures and draws."""

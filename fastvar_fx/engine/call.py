@@ -1,0 +1,104 @@
+"""One call of a transformed block, made once and handed to everything that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from passes import Call
+from passes.trace.state import Path
+
+if TYPE_CHECKING:
+    from fastvar_fx.engine.program import Match
+    from fastvar_fx.engine.token_map import TokenMaps
+
+Forward = Callable[..., Any]
+"""A block's own forward, as a function of the block and the call's arguments."""
+Form = tuple[int, tuple[str, ...]]
+"""How a call is written: the number of positional arguments and the names of the others."""
+
+
+class BlockSite:
+    """A transformed block: where it is in the model, and the programs that are bound to it.
+
+    Attributes:
+        layer: Its index among the blocks.
+        name: Its module path in the model.
+        forward: Its own forward.
+        prunes: Whether the schedule prunes it.
+        programs: Its programs by step.
+    """
+
+    def __init__(
+        self, layer: int, name: str, forward: Forward, maps: TokenMaps, *, prunes: bool
+    ) -> None:
+        self.layer = layer
+        self.name = name
+        self.forward = forward
+        self.prunes = prunes
+        self.programs: dict[int, list[Any]] = {}
+        self._maps = maps
+        self._paths: dict[Form, Path] = {}
+
+    def token_map_path(
+        self, form: Form, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Path:
+        """Returns where the (B, L, C) token map is in calls of this form."""
+        path = self._paths.get(form)
+        if path is None:
+            path = self._paths[form] = self._maps.find(self.forward, block, args, kwargs)
+        return path
+
+
+class BlockCall:
+    """One call of a transformed block.
+
+    Attributes:
+        site: The block's place in the model.
+        block: The live block.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        form: How the call is written.
+        path: Where the token map is among the arguments.
+        x: The token map (B, L, C).
+        tokens: Its token count L.
+        compiling: Whether `torch.compile` traces the call: then nothing may be noted or made.
+    """
+
+    def __init__(
+        self, site: BlockSite, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.site = site
+        self.block = block
+        self.args = args
+        self.kwargs = kwargs
+        self.form: Form = (len(args), tuple(kwargs))
+        self.path = path = site.token_map_path(self.form, block, args, kwargs)
+        (_, root), (_, key) = path
+        self.x: Tensor = args[key] if root == "args" else kwargs[key]
+        self.tokens: int = self.x.shape[1]
+        self.compiling: bool = torch.compiler.is_compiling()
+        self._match: Match | None = None
+
+    def match(self, step: int) -> Match | None:
+        """Returns the program of a step that holds for this call, and its inputs, if there is one.
+
+        Args:
+            step: The step that the call is at; one call is at one step.
+        """
+        if self._match is None:
+            for program in self.site.programs.get(step, ()):
+                inputs = program.inputs_of(self)
+                if inputs is not None:
+                    self._match = (program, inputs)
+                    break
+        return self._match
+
+    def as_captured(self) -> Call:
+        """Returns the call as the compiler takes it."""
+        run = partial(self.site.forward, self.block)
+        return Call(run, self.block, self.args, self.kwargs, self.path)

@@ -1,0 +1,70 @@
+"""What runs a graph on its inputs, and a block's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from torch.fx import GraphModule
+
+from fastvar_fx.engine.call import BlockCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What `fastvar_fx.compile` has compiled so far.
+
+    Attributes:
+        graphs: How many graphs, by the token count of the calls: 1 is one for all blocks of a step.
+        failures: Which calls run eagerly because they could not be compiled, and why.
+        linears: Which library large linear layers on a CPU run in, and why; None if that is left to
+            the user's options.
+    """
+
+    graphs: dict[int, int]
+    failures: tuple[str, ...]
+    linears: str | None = None
+
+
+class Executor(Protocol):
+    """Runs what the blocks run: eagerly, compiled, or with a clock."""
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What was compiled so far; None if nothing is to be compiled."""
+
+    @property
+    def makes_cuda_graphs(self) -> bool:
+        """Whether programs are recorded as CUDA graphs, each by itself."""
+
+    def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
+        """Returns the outputs of a program's graph."""
+
+    def run_dense(self, call: BlockCall) -> Any:
+        """Returns what a block's own forward returns."""
+
+    def anew(self) -> Executor:
+        """Returns one for a copy of the model."""
+
+
+class Eager:
+    """Runs everything as it is."""
+
+    compiled: Final = None
+    makes_cuda_graphs: Final = False
+
+    def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
+        """Returns the outputs of a program's graph."""
+        return graph.forward(*inputs)
+
+    def run_dense(self, call: BlockCall) -> Any:
+        """Returns what a block's own forward returns."""
+        return call.site.forward(call.block, *call.args, **call.kwargs)
+
+    def anew(self) -> Eager:
+        """Returns itself: it holds nothing."""
+        return self
+
+
+EAGER: Final = Eager()

@@ -1,0 +1,80 @@
+"""What is fixed for all blocks of a transformed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from torch import nn
+
+from fastvar_fx.methods import Method
+from fastvar_fx.schedule import Schedule
+from passes.analyse.branches import Kind
+from passes.analyse.caches import LaterRows
+
+StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
+"""Returns the step of a block call, (block, args, kwargs) -> index, or None if it is no step."""
+
+LiveRows = Literal["first", "last"]
+"""Which samples of a batch stay where a loop drops the others."""
+LIVE_ROWS: Final[tuple[LiveRows, ...]] = ("first", "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is fixed for all blocks of a transformed model.
+
+    Attributes:
+        schedule: The scales and pruning ratios.
+        skipped_steps: The last steps, if the loop leaves them out.
+        blocks: The module paths of the blocks, in order.
+        kinds: Kinds of branches that prune.
+        step_of: Returns the step of a call; None if the token count does.
+        strict: Whether it is an error if nothing could be pruned.
+        dump_dir: Folder for the graphs of each pass.
+        method: Selection and restoration.
+        live_rows: Which samples stay where the loop drops some; None to find out.
+        buffers_caches: Whether KV caches grow in buffers.
+    """
+
+    schedule: Schedule
+    skipped_steps: tuple[int, ...]
+    blocks: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    step_of: StepOf | None
+    strict: bool
+    dump_dir: Path | None
+    method: Method
+    live_rows: LiveRows | None
+    buffers_caches: bool
+
+    @cached_property
+    def pruned_steps(self) -> tuple[int, ...]:
+        """The steps that the loop draws and the schedule prunes."""
+        return tuple(s for s in self.schedule.pruned_steps if s not in self.skipped_steps)
+
+    @property
+    def drawn_steps(self) -> int:
+        """How many steps the loop draws."""
+        return self.schedule.steps - len(self.skipped_steps)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the loop draws."""
+        return self.drawn_steps - 1
+
+    def later_rows(self, step: int) -> LaterRows | None:
+        """What branches append to their caches at the steps after `step`; None without buffers.
+
+        A step without a program runs the user's own forward, whose caches are in no buffer.
+        """
+        if not self.buffers_caches:
+            return None
+        after = range(step + 1, self.schedule.steps)
+        steps = list(takewhile(self.pruned_steps.__contains__, after))
+        pruned, dense = (sum(map(of, steps)) for of in (self.schedule.kept, self.schedule.tokens))
+        return LaterRows(pruned, dense)

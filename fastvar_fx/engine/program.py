@@ -1,0 +1,425 @@
+"""Programs bound to live blocks: what a program reads and writes, and which calls it holds for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.kv_buffers import KVBuffers
+from passes import StepProgram
+from passes.trace.capture import BlockProgram
+from passes.trace.state import Path, Write, apply, get, roots
+from passes.trace.symbols import Place, Varying
+
+if TYPE_CHECKING:
+    from fastvar_fx.engine.executor import Executor
+
+Match = tuple["Program | StaysDense", list[Any]]
+"""A program that holds for a call, and its graph's inputs."""
+
+_ARGUMENTS: Final = ("args", "kwargs")
+
+
+class Program:
+    """A program bound to the live tensors of one block.
+
+    It holds for calls like the one it was made for: of the same form, with inputs of the same
+    shapes, dtypes and devices, the same plain values and the same autocast.
+
+    Attributes:
+        captured: The branches whose outputs it captures (cache step) or is handed (pruned step).
+        prunes: The branches that prune.
+    """
+
+    def __init__(self, made: StepProgram, call: BlockCall, buffers: KVBuffers | None) -> None:
+        program = made.captured
+        block = call.block
+        self.captured = made.features
+        self.prunes = made.prunes
+        self._graph = made.graph_module
+        self._buffered = made.buffered
+        self._buffers = buffers
+        self._readers = [_reader(block, path) for path in made.inputs]
+        values = self.inputs(call)
+        self._conditions = program.conditions
+        self._places = [(_reader(block, path), dim) for path, dim in program.conditions.places]
+        self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
+        open_dims = [program.conditions.dims(path) for path in made.inputs]
+        self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
+        self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
+        self._form = call.form
+        origin = roots(block, call.args, call.kwargs)
+        self._plain = {path: _find(origin, path) for path in program.constants}
+        guards = _constant_guards(program, call)
+        self._settings = [
+            (module, path[-1][1], expected)
+            for path, expected in guards.items()
+            if (module := _module_of(block, path)) is not None
+        ]
+        self._constants = [
+            (_reader(block, path).read, expected)
+            for path, expected in guards.items()
+            if _module_of(block, path) is None
+        ]
+        self._single = program.result.is_leaf()
+        self._result = program.result
+        self._result_leaves = program.result_leaves
+        self._writes = [_writer(block, write) for write in program.writes]
+        self._result_count = program.result_count
+        written = sum(leaf is ... for write in program.writes for leaf in write.leaves)
+        self._output_count = program.result_count + written
+        self._autocast = _autocast()
+
+    # --- which calls it holds for ----------------------------------------------------------------
+
+    def inputs_of(self, call: BlockCall) -> list[Any] | None:
+        """Returns the graph's inputs for a call; None if the program does not hold for it."""
+        if call.form != self._form or _autocast() != self._autocast:
+            return None
+        for module, name, expected in self._settings:
+            value = getattr(module, name, None)
+            if value is not expected and value != expected:
+                return None
+        for read, expected in self._constants:
+            value = read(call)
+            if value is not expected and value != expected:
+                return None
+        inputs = []
+        for read, (kind, shape, dtype, device, closed) in self._expected:
+            value = read(call)
+            if type(value) is not kind:
+                return None
+            if dtype is not None and (
+                value.dtype is not dtype
+                or value.device != device
+                or not (value.shape == shape if closed else _fits(value.shape, shape))
+            ):
+                return None
+            inputs.append(value)
+        return None if self._places and not self._sizes_fit(call) else inputs
+
+    def inputs(self, call: BlockCall) -> list[Any]:
+        """Returns the graph's inputs for the call that the program was made for."""
+        return [reader.read(call) for reader in self._readers]
+
+    def _sizes_fit(self, call: BlockCall) -> bool:
+        sizes = [_size(reader.read(call), dim) for reader, dim in self._places]
+        return None not in sizes and self._conditions.hold(*sizes)
+
+    def differs(self, call: BlockCall) -> Varying | None:
+        """Returns the sizes in which a call differs from its own, if it differs in nothing else.
+
+        Sizes that it leaves open already are among them.
+        """
+        if call.form != self._form or _autocast() != self._autocast:
+            return None
+        origin = roots(call.block, call.args, call.kwargs)
+        earlier: dict[Place, int] = {}
+        for path, was in self._plain.items():
+            now = _find(origin, path)
+            if type(now) is int and type(was) is int:
+                if now != was or (path, None) in self._conditions.places:
+                    earlier[path, None] = was
+            elif isinstance(now, Tensor) or now != was:
+                return None
+        for path, meta in self._made_at.items():
+            dims = _changed_dims(meta, meta_of(_find(origin, path)))
+            if dims is None or (dims and path == call.path):
+                return None
+            for dim in dims | self._conditions.dims(path):
+                earlier[path, dim] = meta[0][dim]
+        return Varying(earlier) if earlier else None
+
+    def misses_caches(self, call: BlockCall) -> bool:
+        """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
+        return any(
+            reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
+            for reader, meta in zip(self._readers, self._metas, strict=True)
+        )
+
+    def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
+        """Returns which of `batch` samples comes first now, by the inputs cut to `live` samples.
+
+        An input of `batch` samples that was sliced lies in memory that still holds all of them, and
+        its offset says where. One that was computed anew says nothing.
+        """
+        tensors = self.inputs(call)
+        return {
+            tensor.storage_offset() // tensor.stride(0)
+            for tensor, meta in zip(tensors, self._metas, strict=True)
+            if isinstance(tensor, Tensor)
+            and (meta.shape[:1], tensor.shape[:1]) == ((batch,), (live,))
+            and 0 < batch * tensor.stride(0) * tensor.element_size() == _bytes_held(tensor)
+        }
+
+    # --- running it ------------------------------------------------------------------------------
+
+    def run(
+        self, call: BlockCall, inputs: list[Any], outputs: dict[int, Tensor], executor: Executor
+    ) -> tuple[Any, dict[int, Tensor]]:
+        """Runs the graph on the live tensors and writes the block's state.
+
+        Args:
+            call: The call.
+            inputs: What `inputs_of` returned for it.
+            outputs: What the cache step captured, by branch, at a pruned step.
+            executor: Runs the graph.
+
+        Returns:
+            What the block returns, and the branch outputs that this captures, at the cache step.
+        """
+        graph = self._graph
+        if self._buffered is not None and self._grows_in_place(call):
+            graph = self._buffered.graph_module
+            for growth in self._buffered.growths:
+                inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)  # type: ignore[union-attr]
+        if outputs:
+            inputs += [outputs[branch] for branch in self.captured]
+        made = executor.run_program(graph, inputs, call)
+        place = self._result_count
+        for writer in self._writes:
+            place = writer(made, place, call)
+        result = made[0] if self._single else self._structured(made)
+        captured = {} if outputs else self._captured_in(made)
+        return result, captured
+
+    def _captured_in(self, made: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(zip(self.captured, made[self._output_count :], strict=True))
+
+    def _grows_in_place(self, call: BlockCall) -> bool:
+        """Whether caches may grow in buffers.
+
+        Autograd may need the caches of all steps as they were, under the user's own `torch.compile`
+        no tensor has an identity, and a CUDA graph cannot write into a tensor that it is handed.
+        """
+        if self._buffers is None or self._buffers.replayed:
+            return False
+        return not (torch.is_grad_enabled() or call.compiling)
+
+    def _structured(self, made: Sequence[Tensor]) -> Any:
+        leaves = _fill_tensors(self._result_leaves, made, 0)
+        return pytree.tree_unflatten(leaves, self._result)
+
+
+class StaysDense:
+    """Takes the place of a program where a call was refused: the block runs dense.
+
+    Attributes:
+        key: The form of the call, and the shape, dtype and device of its token map.
+    """
+
+    def __init__(self, call: BlockCall) -> None:
+        self.key = (call.form, *meta_of(call.x))
+
+    def inputs_of(self, call: BlockCall) -> list[Any] | None:
+        """Returns an empty list if the call was refused; else None."""
+        return [] if (call.form, *meta_of(call.x)) == self.key else None
+
+    def inputs(self, call: BlockCall) -> list[Any]:
+        """Returns no inputs."""
+        return []
+
+    def misses_caches(self, call: BlockCall) -> bool:
+        """Nothing is known of the block's caches."""
+        return False
+
+    def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
+        """Nothing is known of the block's inputs."""
+        return set()
+
+    def run(
+        self, call: BlockCall, inputs: list[Any], outputs: dict[int, Tensor], executor: Executor
+    ) -> tuple[Any, dict[int, Tensor]]:
+        """Runs the block's own forward."""
+        return executor.run_dense(call), {}
+
+
+# --- reading inputs ------------------------------------------------------------------------------
+
+
+class _Reader(NamedTuple):
+    """How a value is read at a call; it reads None where there is none.
+
+    Attributes:
+        read: Returns the value at a call.
+        of_state: Whether a block keeps it from call to call, in itself or in a cache. An argument
+            such as a mask is not there at every step, and a weight always is.
+    """
+
+    read: Callable[[BlockCall], Any]
+    of_state: bool
+
+
+def _reader(block: nn.Module, path: Path) -> _Reader:
+    (_, root), *rest = path
+    key = rest[0][1]
+    if root in _ARGUMENTS and len(rest) == 1:
+        if root == "kwargs":
+            return _Reader(lambda call: call.kwargs.get(key), of_state=False)
+        return _Reader(lambda call: call.args[key] if key < len(call.args) else None, False)
+    module = _module_of(block, path)
+    if module is None:
+        return _Reader(partial(_read_inside, block, root, tuple(rest)), of_state=True)
+    name = rest[-1][1]
+    for registry in ("_parameters", "_buffers"):  # a module's own `__getattr__` is slow
+        entries: dict[str, Any] = getattr(module, registry)
+        if name in entries:
+            return _Reader(partial(_read_entry, entries, name), registry == "_buffers")
+    return _Reader(lambda call: getattr(module, name, None), of_state=True)
+
+
+def _module_of(block: nn.Module, path: Path) -> nn.Module | None:
+    """Returns the module that a value of the block is an attribute of, if it is one."""
+    (_, root), *rest = path
+    if root in _ARGUMENTS or not _is_module_path(rest):
+        return None
+    module = get(block, tuple(rest[:-1]))
+    return module if isinstance(module, nn.Module) else None
+
+
+def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
+    return entries.get(name)
+
+
+def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
+    origin: Any = block if root not in _ARGUMENTS else call.args if root == "args" else call.kwargs
+    return _find(origin, path)
+
+
+class _Meta(NamedTuple):
+    """What a program needs of an input.
+
+    Attributes:
+        kind: Its type.
+        shape: Its shape, with None for a size that is left open.
+        dtype: Its dtype; None for what is no tensor.
+        device: Its device.
+        closed: Whether no size is left open.
+    """
+
+    kind: Any
+    shape: tuple[int | None, ...] = ()
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    closed: bool = True
+
+    @classmethod
+    def of(cls, value: Any, open_dims: Collection[int]) -> _Meta:
+        if not isinstance(value, Tensor):
+            return cls(type(value))
+        shape = tuple(None if d in open_dims else size for d, size in enumerate(value.shape))
+        return cls(type(value), shape, value.dtype, value.device, not open_dims)
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    """Whether a shape differs in open sizes alone."""
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(b is None or a == b for a, b in pairs)
+
+
+def meta_of(value: Any) -> tuple[Any, ...]:
+    """Returns the shape, dtype and device of a tensor; else the type."""
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else (type(value),)
+
+
+def _changed_dims(was: tuple[Any, ...], now: tuple[Any, ...]) -> set[int] | None:
+    """Returns the dims in which two inputs differ; None if they differ in more than that."""
+    if was[1:] != now[1:] or len(was) == 1:
+        return set() if was == now else None
+    if len(was[0]) != len(now[0]):
+        return None
+    return {d for d, (a, b) in enumerate(zip(was[0], now[0], strict=True)) if a != b}
+
+
+def _size(value: Any, dim: int | None) -> int | None:
+    if dim is None:
+        return value if type(value) is int else None
+    return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
+
+
+def _bytes_held(tensor: Tensor) -> int:
+    """The size of the memory that a tensor, perhaps a view, lies in."""
+    return tensor.untyped_storage().nbytes()
+
+
+def _find(origin: Any, path: Path) -> Any:
+    try:
+        return get(origin, path)
+    except (AttributeError, LookupError, TypeError):
+        return None
+
+
+def _constant_guards(program: BlockProgram, call: BlockCall) -> dict[Path, Any]:
+    """Returns the plain values a call could read; a container of plain values counts as one.
+
+    They are what this block's own call holds: blocks that share a program may differ in them.
+    """
+    origin = {"module": call.block, "args": list(call.args), "kwargs": call.kwargs}
+    guards: dict[Path, Any] = {}
+    open_numbers = {path for path, dim in program.conditions.places if dim is None}
+    mixed = {path[:2] for path in open_numbers}
+    for path in program.constants.keys() - open_numbers:
+        top = path[:2]
+        if path[0][1] in _ARGUMENTS and top not in mixed and _is_plain(_find(origin, top)):
+            # A copy: the loop may change the container.
+            guards[top] = pytree.tree_map(lambda leaf: leaf, _find(origin, top))
+        else:
+            guards[path] = _find(origin, path)
+    return guards
+
+
+def _is_plain(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return not any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves)
+
+
+def _autocast() -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The surrounding autocast, which the ops of a graph obey and its dtypes depend on."""
+    on_cpu, on_gpu = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    if not (on_cpu or on_gpu):
+        return (None, None)
+    return (
+        torch.get_autocast_dtype("cpu") if on_cpu else None,
+        torch.get_autocast_dtype("cuda") if on_gpu else None,
+    )
+
+
+# --- writing state -------------------------------------------------------------------------------
+
+
+def _fill_tensors(leaves: Sequence[Any], made: Sequence[Tensor], place: int) -> list[Any]:
+    filled = []
+    for leaf in leaves:
+        filled.append(made[place] if leaf is ... else leaf)
+        place += leaf is ...
+    return filled
+
+
+def _writer(block: nn.Module, write: Write) -> Callable[[Sequence[Tensor], int, BlockCall], int]:
+    """Returns a function that writes from a graph's outputs, and returns where the next begin."""
+    (_, root), *rest = write.path
+    count = sum(leaf is ... for leaf in write.leaves)
+    owner = get(block, tuple(rest)) if root == "module" and _is_module_path(rest) else None
+    fixed = owner if isinstance(owner, nn.Module) and not write.deleted else None
+    single = fixed is not None and count == 1 and len(write.leaves) == 1
+
+    def replay(made: Sequence[Tensor], place: int, call: BlockCall) -> int:
+        if single:
+            setattr(fixed, write.step[1], made[place])
+            return place + 1
+        origin = block if root == "module" else call.args if root == "args" else call.kwargs
+        container = get(origin, tuple(rest))
+        apply(write, container, _fill_tensors(write.leaves, made, place))
+        return place + count
+
+    return replay
+
+
+def _is_module_path(path: Sequence[Any]) -> bool:
+    return all(kind == "attr" for kind, _ in path)

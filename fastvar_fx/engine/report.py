@@ -1,0 +1,502 @@
+"""What a transformed model does and why, as data that prints as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from fastvar_fx.engine.executor import Compiled
+from passes.refusal import Refusal
+
+if TYPE_CHECKING:
+    from fastvar_fx.engine.engine import Engine
+    from fastvar_fx.engine.plan import Plan
+    from fastvar_fx.engine.store import StepRecord
+    from fastvar_fx.measure.compare import Comparison
+    from fastvar_fx.schedule import Schedule
+    from passes.analyse.costs import BranchReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One branch of one block at one step.
+
+    Attributes:
+        step: 0-based step.
+        layer: Index of the block.
+        block: Its module path.
+        branch: The branch's module path in it; empty if the whole block stays dense.
+        kind: "attention", "cross_attention" or "ffn"; empty if the whole block stays dense.
+        tokens: Tokens of the step, L.
+        kept: Tokens the branch runs on.
+        flops: FLOPs of matrix products and attention, dense, for the whole batch, with the keys
+            cached by then: pruned steps before this one have left fewer than a dense run would.
+        pruned_flops: The same as it runs.
+        program: Number of the program; blocks with equal numbers share it. None if there is none.
+        refusal: Why it stays dense, if it was refused.
+    """
+
+    step: int
+    layer: int
+    block: str
+    branch: str
+    kind: str
+    tokens: int
+    kept: int
+    flops: int
+    pruned_flops: int
+    program: int | None
+    refusal: Refusal | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the row as plain data."""
+        data = {k: v for k, v in vars(self).items() if k != "refusal"}
+        return data | {"refusal": _refusal_dict(self.refusal)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipping:
+    """What is saved by leaving steps out of the loop.
+
+    Attributes:
+        steps: The skipped steps.
+        tokens: Their tokens, of one image.
+        all_tokens: The tokens of all steps.
+        flops: FLOPs of matrix products and attention, for the whole batch, that the steps would
+            take with every step dense. A skipped step is never traced, so these are scaled from
+            the cache step: by tokens, and in self-attention by tokens times keys, where keys
+            beyond the step's own are taken for a cache that grows by every step. None if the
+            cache step was not traced.
+        blocks: How many blocks `flops` is of: those that prune and could be traced.
+        all_blocks: How many there are.
+    """
+
+    steps: tuple[int, ...]
+    tokens: int
+    all_tokens: int
+    flops: int | None
+    blocks: int
+    all_blocks: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Skipping:
+        """Returns what a model skips."""
+        plan, found = engine.plan, engine.store.records.values()
+        schedule, steps = plan.schedule, plan.skipped_steps
+        tokens = [schedule.tokens(step) for step in range(schedule.steps)]
+        records = [r for r in found if r.step == schedule.cache_step and r.branches]
+        caching = {
+            (r.layer, b.index)
+            for r in found
+            for b in r.branches
+            if b.keys is not None and b.keys > r.tokens
+        }
+        flops = sum(
+            _dense_flops(schedule, step, record, branch, (record.layer, branch.index) in caching)
+            for step in steps
+            for record in records
+            for branch in record.branches
+        )
+        return cls(
+            steps=steps,
+            tokens=sum(tokens[step] for step in steps),
+            all_tokens=sum(tokens),
+            flops=flops if records else None,
+            blocks=len(records),
+            all_blocks=len(plan.blocks),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What is saved by dropping tokens from steps that the loop draws.
+
+    Attributes:
+        steps: The pruned steps.
+        tokens: Their tokens, of one image.
+        dropped: How many of them a branch that prunes leaves out.
+        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`.
+        pruned_flops: The same as they run.
+    """
+
+    steps: tuple[int, ...]
+    tokens: int
+    dropped: int
+    flops: int
+    pruned_flops: int
+
+    @classmethod
+    def of(cls, plan: Plan, rows: Iterable[Row]) -> Pruning:
+        """Returns what a model prunes."""
+        schedule, steps = plan.schedule, plan.pruned_steps
+        late = [row for row in rows if row.step in steps]
+        tokens = sum(schedule.tokens(step) for step in steps)
+        return cls(
+            steps=steps,
+            tokens=tokens,
+            dropped=tokens - sum(schedule.kept(step) for step in steps),
+            flops=sum(row.flops for row in late),
+            pruned_flops=sum(row.pruned_flops for row in late),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caches:
+    """KV caches that blocks grow by `cat`, of the blocks that were traced.
+
+    Attributes:
+        buffered: How many grow in place, in buffers of their final length.
+        copied: Why others are copied as they grow, by module path and place in the block.
+        appended: How often a cache has grown in place so far.
+        moved: How often one was copied to a new buffer, which is once per generation unless the
+            loop replaces the cache.
+    """
+
+    buffered: int
+    copied: dict[str, str]
+    appended: int
+    moved: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Caches | None:
+        """Returns what a model does with caches, unless it is to leave them as they are."""
+        buffers = engine.buffers
+        if buffers is None:
+            return None
+        found: dict[str, str | None] = {}
+        for record in engine.store.records.values():
+            for cache in record.caches:
+                name = f"{record.block}.{cache.name}"
+                found[name] = found.get(name) or cache.copied
+        copied = {name: reason for name, reason in found.items() if reason is not None}
+        return cls(
+            buffered=len(found) - len(copied),
+            copied=copied,
+            appended=buffers.appended,
+            moved=buffers.moved,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every block and branch does at the cache step and the pruned steps met so far.
+
+    Attributes:
+        rows: One per block, step and branch.
+        cache_step: The step whose branch outputs are captured.
+        prunes: Whether the schedule prunes any step.
+        unmet: Token counts of pruned steps that no run came to yet, by step.
+        dense_calls: Calls of blocks by token count that were none of these steps.
+        early_calls: Calls with a pruned step's token count that came before the capture of their
+            generation, such as source tokens of an editing model; they ran dense.
+        trace_seconds: Time spent on tracing, analysis, rewriting and checking.
+        skipping: What is saved by leaving steps out.
+        pruning: What is saved by dropping tokens.
+        captured_bytes: Bytes of captured features held now.
+        peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
+        caches: What becomes of the KV caches; None with `kv_buffer=False`.
+        compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
+        step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
+    """
+
+    rows: tuple[Row, ...]
+    cache_step: int
+    prunes: bool
+    unmet: dict[int, int]
+    dense_calls: dict[int, int]
+    early_calls: dict[int, int]
+    trace_seconds: float
+    skipping: Skipping
+    pruning: Pruning
+    captured_bytes: int
+    peak_captured_bytes: int
+    caches: Caches | None = None
+    compiled: Compiled | None = None
+    step_times: dict[int, Comparison] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, engine: Engine) -> Report:
+        """Returns the report on a model so far."""
+        plan, generation, store = engine.plan, engine.generation, engine.store
+        records = sorted(store.records.values(), key=lambda r: (r.step, r.layer))
+        met = {r.step for r in records}
+        rows = tuple(row for record in records for row in _rows(record))
+        return cls(
+            rows=rows,
+            cache_step=plan.schedule.cache_step,
+            prunes=bool(plan.pruned_steps),
+            unmet={s: plan.schedule.tokens(s) for s in plan.pruned_steps if s not in met},
+            dense_calls=dict(sorted(generation.dense_calls.items())),
+            early_calls=dict(sorted(generation.early_calls.items())),
+            trace_seconds=store.trace_seconds,
+            skipping=Skipping.of(engine),
+            pruning=Pruning.of(plan, rows),
+            captured_bytes=generation.captured_bytes,
+            peak_captured_bytes=generation.peak_captured_bytes,
+            caches=Caches.of(engine),
+            compiled=engine.executor.compiled,
+            step_times=engine.step_times,
+        )
+
+    @property
+    def refusals(self) -> tuple[Row, ...]:
+        """The rows that were refused."""
+        return tuple(row for row in self.rows if row.refusal is not None)
+
+    @property
+    def slower_steps(self) -> tuple[int, ...]:
+        """The steps that pruning makes no faster, of those that `fastvar_fx.measure` timed."""
+        return tuple(step for step, times in self.step_times.items() if not times.pays)
+
+    def flops(self, step: int) -> tuple[int, int]:
+        """Returns the branches' FLOPs at a step, (dense, as it runs)."""
+        rows = [row for row in self.rows if row.step == step]
+        return sum(row.flops for row in rows), sum(row.pruned_flops for row in rows)
+
+    def to_json(self) -> str:
+        """Returns the report as a JSON object with the keys of its attributes."""
+        data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
+        data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
+        data |= {"caches": self.caches and vars(self.caches)}
+        data |= {"compiled": self.compiled and vars(self.compiled)}
+        data |= {"step_times": {step: t.as_dict() for step, t in self.step_times.items()}}
+        return json.dumps(data)
+
+    def __str__(self) -> str:
+        """A table; blocks that do the same share a line."""
+        if not self.rows:
+            return "\n".join([_empty(self), *_savings(self), *_compiled_notes(self)])
+        lines = [_HEADER, *(_line(group) for group in _grouped(self.rows))]
+        for step in sorted({row.step for row in self.rows}):
+            dense, pruned = self.flops(step)
+            if dense != pruned:
+                lines.append(f"step {step}: {_change(dense, pruned)}")
+        lines += [*_savings(self), *_notes(self), *_payoff(self)]
+        return "\n".join(lines)
+
+
+def _rows(record: StepRecord) -> list[Row]:
+    whole = Row(
+        step=record.step,
+        layer=record.layer,
+        block=record.block,
+        branch="",
+        kind="",
+        tokens=record.tokens,
+        kept=record.tokens,
+        flops=0,
+        pruned_flops=0,
+        program=record.program,
+        refusal=record.refusal,
+    )
+    branches = [
+        replace(
+            whole,
+            branch=branch.name,
+            kind=branch.kind,
+            kept=record.tokens if branch.kept is None else branch.kept,
+            flops=branch.flops,
+            pruned_flops=branch.pruned_flops,
+            refusal=branch.refusal,
+        )
+        for branch in record.branches
+    ]
+    return branches if record.refusal is None else [whole, *branches]
+
+
+_HEADER = (
+    f"{'step':>4}  {'blocks':<16} {'branch':<12} {'kind':<16} {'tokens':>6} {'kept':>6} "
+    f"{'FLOPs':>8} {'as run':>8} {'program':>7}"
+)
+
+
+def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Groups rows of neighbouring blocks that do the same."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        same = (row.branch, row.kind, row.tokens, row.kept, row.flops, row.pruned_flops)
+        return (row.step, *same, row.program if row.program is not None else -1, str(row.refusal))
+
+    ordered = sorted(rows, key=lambda row: (*_first(key(row)), row.layer))
+    return sorted(
+        (list(group) for _, group in groupby(ordered, key)),
+        key=lambda group: (group[0].step, group[0].layer),
+    )
+
+
+def _first(key: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(f"{part:>12}" if isinstance(part, int) else str(part) for part in key)
+
+
+def _line(group: list[Row]) -> str:
+    row = group[0]
+    ran = row.kept < row.tokens
+    text = (
+        f"{row.step:>4}  {_blocks(group):<16} {row.branch or '-':<12} {row.kind or '-':<16} "
+        f"{row.tokens:>6} {row.kept if ran else 'dense':>6} {_flops(row.flops):>8} "
+        f"{_flops(row.pruned_flops):>8} {'-' if row.program is None else row.program:>7}"
+    )
+    return text if row.refusal is None else f"{text}\n{_explain(row.refusal)}"
+
+
+def _blocks(group: list[Row]) -> str:
+    first, last = group[0], group[-1]
+    if len(group) == 1:
+        return first.block
+    layers = [row.layer for row in group]
+    if layers != list(range(layers[0], layers[-1] + 1)):
+        return f"{first.block} (+{len(group) - 1})"
+    owner, _, number = last.block.rpartition(".")
+    return f"{first.block}..{number if first.block.rpartition('.')[0] == owner else last.block}"
+
+
+def _explain(refusal: Refusal) -> str:
+    where = f"  {refusal.where}" if refusal.where else ""
+    op = f" [{refusal.op}]" if refusal.op else ""
+    near = f"        near  {refusal.nearest}\n" if refusal.nearest else ""
+    return (
+        f"      {refusal.code}  {refusal.title}{where}\n"
+        f"        why   {refusal.reason}{op}\n{near}"
+        f"        hint  {refusal.hint}"
+    )
+
+
+def _notes(report: Report) -> list[str]:
+    notes = [
+        f"step {step} ({tokens} tokens) was not met yet; dense calls so far had "
+        f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
+        for step, tokens in report.unmet.items()
+    ]
+    if report.peak_captured_bytes:
+        held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
+        notes.append(f"captured features: {held} held now, {peak} at most")
+    notes += _cache_lines(report.caches)
+    if report.early_calls:
+        counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
+        notes.append(f"dense, before their generation's capture: {counts}")
+    notes.append(f"tracing took {report.trace_seconds:.2f} s")
+    return [*notes, *_compiled_notes(report)]
+
+
+def _cache_lines(caches: Caches | None) -> list[str]:
+    if caches is None or not (caches.buffered or caches.copied):
+        return []
+    text = (
+        f"KV caches: {caches.buffered} in buffers, grown in place {caches.appended} times and "
+        f"moved {caches.moved} times"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in caches.copied.items():
+        by_reason.setdefault(reason, []).append(name)
+    more = {reason: f" (+{len(n) - 1})" * (len(n) > 1) for reason, n in by_reason.items()}
+    return [text, *(f"copied as it grows: {n[0]}{more[r]}, for {r}" for r, n in by_reason.items())]
+
+
+def _compiled_notes(report: Report) -> list[str]:
+    compiled = report.compiled
+    if compiled is None:
+        return []
+    total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
+    text = f"torch.compile: {total} graphs for calls of {counts} token counts"
+    failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
+    return [text, *filter(None, [compiled.linears]), *failures]
+
+
+def _payoff(report: Report) -> list[str]:
+    lines = []
+    for step, times in report.step_times.items():
+        dense, pruned = (f"{1e3 * spread.median:.3g} ms" for spread in (times.dense, times.pruned))
+        verdict = (
+            f"{times.speedup:.2f}x"
+            if times.pays
+            else f"pruning does not pay here; schedule.without({step}) leaves the step dense"
+        )
+        lines.append(f"step {step}: {dense} dense, {pruned} pruned: {verdict}")
+    return lines
+
+
+def _savings(report: Report) -> list[str]:
+    return [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+
+
+def _skipping_line(skipping: Skipping) -> str:
+    if not skipping.steps:
+        return "step skipping: none"
+    share = 100 * skipping.tokens / skipping.all_tokens
+    text = (
+        f"step skipping: {_steps(skipping.steps)} left out, {skipping.tokens} of "
+        f"{skipping.all_tokens} tokens ({share:.1f} %)"
+    )
+    if skipping.flops is None:
+        return f"{text}, FLOPs not traced"
+    text += f", {_flops(skipping.flops)} FLOPs"
+    whole = skipping.blocks == skipping.all_blocks
+    return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
+
+
+def _pruning_line(pruning: Pruning) -> str:
+    if not pruning.steps:
+        return "token pruning: none"
+    text = (
+        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
+        f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
+    )
+    return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
+
+
+def _change(dense: int, pruned: int) -> str:
+    limit = f", limit {dense / pruned:.2f}x" if pruned else ""
+    return f"{_flops(dense)} -> {_flops(pruned)} FLOPs{limit}"
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def _dense_flops(
+    schedule: Schedule, step: int, traced: StepRecord, branch: BranchReport, caches: bool
+) -> int:
+    """Returns a branch's FLOPs at a step, dense, scaled from a traced one where all was dense."""
+    now, then = traced.tokens, schedule.tokens(step)
+    keys = max(branch.keys or 0, now)
+    since = sum(schedule.tokens(s) for s in range(traced.step + 1, step + 1))
+    later = keys + since if caches else then
+    alone = (branch.flops - branch.attended_flops) * then // now
+    return alone + branch.attended_flops * then * later // (now * keys)
+
+
+def _empty(report: Report) -> str:
+    if not report.prunes:
+        skips = "only skips steps" if report.skipping.steps else "prunes nothing"
+        return f"the schedule {skips}: what is drawn runs as it is"
+    if not report.dense_calls:
+        return "no step of the schedule was run yet; run a generation, or fastvar_fx.trace"
+    seen = ", ".join(map(str, report.dense_calls))
+    return f"no step that captures or prunes was met; blocks saw token counts {seen}"
+
+
+def _flops(count: int) -> str:
+    value = float(count)
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def _refusal_dict(refusal: Refusal | None) -> dict[str, str] | None:
+    if refusal is None:
+        return None
+    return refusal.as_dict()

@@ -1,0 +1,241 @@
+"""Programs of live blocks: made once per structure and step, shared by equal blocks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import passes
+from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.generation import Role
+from fastvar_fx.engine.kv_buffers import KVBuffers
+from fastvar_fx.engine.plan import Plan
+from fastvar_fx.engine.program import Match, Program, StaysDense, meta_of
+from fastvar_fx.errors import FastVARError, ModelError, RunError
+from passes.analyse.caches import CacheReport
+from passes.analyse.costs import BranchReport
+from passes.refusal import Refusal, RefusedError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one block does at one step, for the report.
+
+    Attributes:
+        layer: The block's index.
+        block: Its module path.
+        step: The step.
+        tokens: The step's tokens.
+        branches: What became of each branch.
+        program: The program's number; None if there is none.
+        refusal: Why the whole block stays dense.
+        caches: The caches that it grows.
+    """
+
+    layer: int
+    block: str
+    step: int
+    tokens: int
+    branches: tuple[BranchReport, ...] = ()
+    program: int | None = None
+    refusal: Refusal | None = None
+    caches: tuple[CacheReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A program in the store, and the fingerprint of the calls that it holds for."""
+
+    number: int
+    step: int
+    fingerprint: tuple[Any, ...]
+    program: passes.StepProgram | Refusal
+
+
+class Store:
+    """The programs of a transformed model: one per structure and step, shared by equal blocks.
+
+    Attributes:
+        records: What each block does at each step met so far, by layer and step.
+        trace_seconds: Time spent on tracing, analysis, rewriting and checking.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        buffers: KVBuffers | None = None,
+        made: Callable[[BlockCall, int], None] = lambda call, step: None,
+    ) -> None:
+        """Makes an empty store.
+
+        Args:
+            plan: What programs are to do.
+            buffers: What caches grow in.
+            made: Called with the call and the step each time a program was made.
+        """
+        self.records: dict[tuple[int, int], StepRecord] = {}
+        self.trace_seconds = 0.0
+        self._plan = plan
+        self._buffers = buffers
+        self._made = made
+        self._entries: list[_Entry] = []
+        self._met: set[tuple[Any, ...]] = set()
+        self._fixed: set[tuple[Any, ...]] = set()
+        self._making = threading.RLock()
+
+    @property
+    def pruned_anything(self) -> bool:
+        """Whether any branch of any block prunes at a step that was met."""
+        return any(b.kept is not None for r in self.records.values() for b in r.branches)
+
+    def program_for(self, call: BlockCall, role: Role) -> Match:
+        """Returns the program of the role's step that holds for a call, and its inputs."""
+        assert role.step is not None
+        return call.match(role.step) or self._make_for(call, role.step, role)
+
+    def _make_for(self, call: BlockCall, step: int, role: Role) -> Match:
+        if call.compiling:
+            raise RunError(
+                f"{call.site.name} has no program for this call of step {step}; run "
+                f"fastvar_fx.trace(model, run) with these shapes before torch.compile"
+            )
+        with self._making:
+            started = time.perf_counter()
+            try:
+                entry = self._find_or_make(call, step, role)
+            except (RuntimeError, ValueError) as error:
+                if step in self._plan.pruned_steps[1:] and not isinstance(error, FastVARError):
+                    self._note_kept_keys(call, error)
+                raise
+            self.trace_seconds += time.perf_counter() - started
+            bound = self._bind(call, step, entry)
+        self._made(call, step)
+        return bound, bound.inputs(call)
+
+    def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
+        """Binds a program to the block of a call, and records what it does."""
+        site, made = call.site, entry.program
+        at = StepRecord(
+            layer=site.layer, block=site.name, step=step, tokens=self._plan.schedule.tokens(step)
+        )
+        bound: Program | StaysDense
+        if isinstance(made, Refusal):
+            log.info("%s stays dense at step %d: %s", site.name, step, made)
+            self.records[site.layer, step] = replace(at, refusal=made)
+            bound = StaysDense(call)
+        else:
+            self.records[site.layer, step] = replace(
+                at, branches=made.branches, program=entry.number, caches=made.caches
+            )
+            bound = Program(made, call, self._buffers)
+        site.programs.setdefault(step, []).append(bound)
+        return bound
+
+    def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
+        """Adds to an error of the user's code what pruning may have to do with it."""
+        error.add_note(
+            f"since step {self._plan.pruned_steps[0]} the keys cached in {call.site.name} are "
+            f"those of kept tokens: a mask over all earlier tokens no longer fits them, because "
+            f'its token axis is unknown. branches=("cross_attention", "ffn") keeps all keys'
+        )
+
+    # --- finding and making -----------------------------------------------------------------------
+
+    def _find_or_make(self, call: BlockCall, step: int, role: Role) -> _Entry:
+        try:
+            found = self._with_open_sizes(call, step, role)
+            return found or self._equal_or_new(call, step, role, call.as_captured())
+        except RefusedError as error:
+            return _Entry(-1, step, (), error.refusal)
+        except passes.LeakedTensorError as error:
+            raise ModelError(
+                f"{call.site.name} cannot be traced: {error}. Keep such state in attributes, lists "
+                f"or dicts of the block, or hand it in; then transform the model anew"
+            ) from error
+
+    def _with_open_sizes(self, call: BlockCall, step: int, role: Role) -> _Entry | None:
+        """Returns a program that holds for other sizes too and prunes as much, if there is one.
+
+        It takes the place of the block's program that differs from the call in sizes alone.
+        """
+        known = call.site.programs.get(step, [])
+        for program in reversed(known):
+            varying = program.differs(call) if isinstance(program, Program) else None
+            if varying is None:
+                continue
+            place = (call.site.forward, step, *varying.earlier)
+            if place in self._fixed:
+                return None
+            opened = replace(call.as_captured(), varying=varying)
+            try:
+                entry = self._equal_or_new(call, step, role, opened)
+            except RefusedError as error:
+                entry = _Entry(-1, step, (), error.refusal)
+            made = entry.program
+            if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
+                known.remove(program)
+                return entry
+            log.info("%s at step %d: sizes stay fixed: %s", call.site.name, step, made)
+            self._fixed.add(place)
+            return None
+        return None
+
+    def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: passes.Call) -> _Entry:
+        kind = (step, call.site.forward, *StaysDense(call).key)
+        real = None if kind in self._met else passes.reference(live)
+        self._met.add(kind)
+        metas = tuple((i, meta_of(t)) for i, t in sorted(role.captured.items()))
+        mark = (metas, *_fingerprint(live, real))
+        for entry in self._entries:
+            if entry.step == step and entry.fingerprint == mark:
+                return entry
+        number = len(self._entries)
+        name = f"{number:02}_{call.site.name}_step{step}"
+        program = self._make(live, step, role, real or passes.reference(live), name)
+        entry = _Entry(number, step, mark, program)
+        self._entries.append(entry)
+        return entry
+
+    def _make(
+        self, live: passes.Call, step: int, role: Role, real: passes.Reference, name: str
+    ) -> passes.StepProgram | Refusal:
+        plan, schedule = self._plan, self._plan.schedule
+        at = None
+        if step != schedule.cache_step:
+            scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
+            last, once = step == plan.last_step, plan.method.once == "block"
+            at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
+        context = passes.Context(
+            call=live,
+            real=real,
+            kinds=plan.kinds,
+            step=at,
+            operators=plan.method if at else None,
+            captured=role.captured,
+            later=plan.later_rows(step),
+            dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
+        )
+        try:
+            return passes.run(context)
+        except RefusedError as error:
+            return error.refusal
+        except passes.PassError as error:
+            if plan.strict:
+                raise
+            log.exception("%s stays dense", name)
+            return Refusal("FVX020", str(error))
+
+
+def _fingerprint(call: passes.Call, real: passes.Reference | None) -> tuple[Any, ...]:
+    try:
+        return passes.fingerprint(call)
+    except RefusedError:
+        if real is None:
+            passes.reference(call)  # if the real call fails too, that is the error to raise
+        raise

@@ -1,0 +1,90 @@
+"""Finds which argument of a block's call is its (B, L, C) token map."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvar_fx.engine.call import Form, Forward
+from fastvar_fx.errors import RunError
+from passes import Call, reference
+from passes.analyse.branches import find_branches
+from passes.graph import placeholder_of
+from passes.refusal import RefusedError
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, get
+
+
+class TokenMaps:
+    """Where calls have their token maps, by the forward and the form of the call."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[Forward, Form], Path] = {}
+
+    def find(
+        self, forward: Forward, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Path:
+        """Returns the path of the (B, L, C) token map from the roots of such a call.
+
+        Where several arguments could be it, the one that the residual stream leads through is.
+
+        Raises:
+            RunError: If no argument can be the token map.
+        """
+        key = (forward, (len(args), tuple(kwargs)))
+        if key not in self._paths:
+            self._paths[key] = _find(partial(forward, block), block, args, kwargs)
+        return self._paths[key]
+
+
+def _find(
+    forward: Forward, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Path:
+    places = [("args", i) for i, value in enumerate(args) if _is_map(value)]
+    named = [("kwargs", name) for name, value in kwargs.items() if _is_map(value)]
+    paths: list[Path] = [(("item", root), ("item", key)) for root, key in (*places, *named)]
+    if not paths:
+        raise RunError(
+            f"a block of {type(block).__name__} was called without a (B, L, C) token map; found "
+            f"{_describe(args, kwargs)}. Name the transformer blocks with blocks="
+        )
+    if len(paths) == 1:
+        return paths[0]
+    call = Call(forward, block, args, kwargs)
+    results, _ = reference(call)
+    shapes = {result.shape for result in results}
+    origin = {"args": list(args), "kwargs": kwargs}
+    likely = [path for path in paths if get(origin, path).shape in shapes] or paths
+    if len(likely) == 1:
+        return likely[0]
+    try:
+        program = capture(call)
+    except RefusedError:
+        return likely[0]
+    return next((path for path in likely if _carries_trunk(program, path)), likely[0])
+
+
+def _carries_trunk(program: BlockProgram, path: Path) -> bool:
+    stream = placeholder_of(program, path)
+    if stream is None:
+        return False
+    try:
+        find_branches(program.graph_module.graph, stream, program.result_count)
+    except RefusedError:
+        return False
+    return True
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    return ", ".join(f"{k}: {_shape_text(v)}" for k, v in named.items()) or "no arguments"
+
+
+def _shape_text(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

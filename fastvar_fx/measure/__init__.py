@@ -1,0 +1,1 @@
+"""Speed: what is run, alternating runs, and what they are compared with."""

@@ -1,0 +1,322 @@
+"""How a branch is pruned: the paper's way, and those that it is compared with.
+
+`transform` takes a name, or a `Method` of your own:
+
+    fast = transform(model, schedule, method="tome")
+    fast = transform(model, schedule, method=Method(select=methods.random_tokens))
+
+The functions here are the parts that the named methods consist of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvar_fx.errors import ArgumentError, did_you_mean
+from fastvar_fx.ops import (
+    Mode,
+    Restore,
+    Scale,
+    Select,
+    Take,
+    as_maps,
+    cached_token_restoration,
+    pivotal_scores,
+    pivotal_token_selection,
+    put_tokens,
+    resize_map,
+    take_tokens,
+)
+from fastvar_fx.schedule import Schedule
+
+Once = Literal[False, "block"]
+"""How long a selection holds: for one branch, or for all branches of a block."""
+
+_SPREAD: Final = (0.7548776662466927, 0.5698402909980532)
+"""Steps of the R2 sequence, whose multiples fill the unit square evenly (M. Roberts, 2018)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a branch is pruned; the defaults are FastVAR's.
+
+    Attributes:
+        select: Selects the kept tokens, (x (B, L, C), kept) -> indices (B, kept), int64, each at
+            most once. It may return a tuple that starts with them; `take` and `restore` then get
+            the tuple in place of the indices.
+        take: Makes what the branch runs on, (x (B, L, C), index (B, kept)) -> (B, kept, C).
+        restore: Makes the branch's whole output, (kept (B, kept, C), index (B, kept), cached
+            (B, Lc, C), its scale, scale) -> (B, L, C). At ratio 1, `kept` and `index` are empty.
+        once: "block" if all branches of a block keep the tokens that its first branch selects;
+            False if each branch selects its own, as in the paper.
+
+    Functions without a name, such as partials, are stored wrapped in one that has a name: the code
+    of a graph calls functions by their names.
+
+    Raises:
+        ArgumentError: If a function cannot be called, or `once` has another value.
+
+    Example:
+        >>> Method(restore=zeros).once
+        False
+    """
+
+    select: Select = pivotal_token_selection
+    take: Take = take_tokens
+    restore: Restore = cached_token_restoration
+    once: Once = False
+
+    def __post_init__(self) -> None:
+        for name in ("select", "take", "restore"):
+            function = getattr(self, name)
+            if not callable(function):
+                raise ArgumentError(
+                    f"{name} of a Method is a function; found {function!r}. A named method is "
+                    f"given to transform by its name, without Method"
+                )
+            object.__setattr__(self, name, _with_name(function))
+        if self.once is not False and self.once != "block":
+            raise ArgumentError(f'once of a Method is False or "block"; found {self.once!r}')
+
+    @property
+    def restores_anew(self) -> bool:
+        """Whether the result of `restore` is known to be new memory, which may be overwritten."""
+        return self.restore is cached_token_restoration
+
+
+def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function if hasattr(function, "__name__") else lambda *args: function(*args)
+
+
+# --- by name ----------------------------------------------------------------------------------
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of the methods that `transform` knows."""
+    return tuple(METHODS)
+
+
+def method_of(method: str | Method, schedule: Schedule) -> Method:
+    """Returns the method of a name, for the scales of a schedule; a `Method` is returned as it is.
+
+    Raises:
+        ArgumentError: If no method has this name, with close names in the message; if it is
+            neither a name nor a `Method`; or if the method cannot be used with the schedule.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise ArgumentError(
+            f"method is a Method or one of {', '.join(METHODS)}; found {type(method).__name__}"
+        )
+    if method not in METHODS:
+        raise ArgumentError(f"no method is named {method!r}; {did_you_mean(method, METHODS)}")
+    return METHODS[method](schedule)
+
+
+# --- selection --------------------------------------------------------------------------------
+
+
+def random_tokens(x: Tensor, kept: int) -> Tensor:
+    """Returns `kept` tokens (B, kept) drawn from torch's global generator, ascending, int64."""
+    return _highest(torch.rand_like(x[..., 0], dtype=torch.float32), kept)
+
+
+def lowest_scores(x: Tensor, kept: int) -> Tensor:
+    """Returns the tokens (B, kept) nearest to the mean token, ascending, int64: the smooth ones."""
+    return _highest(-pivotal_scores(x), kept)
+
+
+def uniform_grid(scales: Sequence[Scale]) -> Select:
+    """Returns a selection of tokens spread evenly over the map, whatever their values.
+
+    Args:
+        scales: Those of the schedule. The token count has to determine the shape of the map.
+
+    Raises:
+        ArgumentError: If two scales of one token count differ in shape; at a call, if no scale has
+            as many tokens.
+
+    Example:
+        >>> grid = uniform_grid([(2, 2), (4, 4)])
+        >>> grid(torch.zeros(1, 16, 8), 4).tolist()
+        [[0, 2, 9, 11]]
+    """
+    return partial(_evenly, _shapes_by_count(scales))
+
+
+def _evenly(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> Tensor:
+    if x.shape[1] not in shapes:
+        raise ArgumentError(
+            f"a uniform grid was made for maps of {sorted(shapes)} tokens; found {x.shape[1]}. "
+            f"Make it from the scales of the schedule"
+        )
+    height, width = shapes[x.shape[1]]
+    rows = torch.arange(height, device=x.device, dtype=torch.float64) * _SPREAD[0]
+    columns = torch.arange(width, device=x.device, dtype=torch.float64) * _SPREAD[1]
+    order = rows.unsqueeze(1) + columns  # (h, w), of which a threshold cuts out a lattice
+    scores = x.new_zeros(x.shape[:2], dtype=torch.float64) - (order % 1).flatten()
+    return _highest(scores, kept)
+
+
+def _shapes_by_count(scales: Sequence[Scale]) -> dict[int, tuple[int, int]]:
+    """Returns (rows, columns) by token count; the maps of a joint scale are stacked vertically."""
+    shapes: dict[int, tuple[int, int]] = {}
+    for scale in scales:
+        maps, height, width = as_maps(scale)
+        shape = (maps * height, width)
+        if shapes.setdefault(prod(scale), shape) != shape:
+            raise ArgumentError(
+                f"a uniform grid needs scales whose token count determines their shape, but maps "
+                f"of {prod(scale)} tokens are {shapes[prod(scale)]} and {shape} in {tuple(scales)}"
+            )
+    return shapes
+
+
+def _highest(scores: Tensor, kept: int) -> Tensor:
+    return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+# --- restoration ------------------------------------------------------------------------------
+
+
+def zeros(kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
+    """Returns a branch's output (B, L, C) that is 0 at the tokens that were not kept."""
+    full = cached.new_zeros(cached.shape[0], prod(scale), cached.shape[2])
+    return put_tokens(full, index, kept)
+
+
+def nearest_kept(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    """Returns a branch's output (B, L, C) in which each token has that of the nearest kept token.
+
+    Distance is measured on the map; tokens of the same map are always nearer than those of another.
+
+    Raises:
+        ArgumentError: If no token is kept.
+    """
+    _check_some_kept(kept, "nearest_kept")
+    places = _places(scale, cached.device)  # (L, 3)
+    distances = torch.cdist(places, places[index])  # (B, L, kept)
+    return take_tokens(kept, distances.argmin(dim=2))
+
+
+def interpolated(mode: Mode) -> Restore:
+    """Returns cached token restoration with another interpolation than `area`.
+
+    Raises:
+        ArgumentError: If the mode is unknown.
+    """
+    known = ("nearest", "bilinear", "area")
+    if mode not in known:
+        raise ArgumentError(f"interpolated takes a mode of {known}; found {mode!r}")
+    return partial(_resize_and_put, mode)
+
+
+def _resize_and_put(
+    mode: Mode, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    return put_tokens(resize_map(cached, cached_scale, scale, mode), index, kept)
+
+
+def _places(scale: Scale, device: torch.device) -> Tensor:
+    """Returns the place of every token, float32 (L, 3): map, row and column."""
+    maps, height, width = as_maps(scale)
+    far = height + width
+    axes = (torch.arange(n, device=device, dtype=torch.float32) for n in (maps, height, width))
+    places = torch.cartesian_prod(*axes)  # (L, 3)
+    return places * places.new_tensor([far, 1, 1])
+
+
+# --- merging ----------------------------------------------------------------------------------
+
+
+def token_merging(scales: Sequence[Scale]) -> Method:
+    """Returns ToMe, which merges tokens and uses no cache.
+
+    A quarter of the tokens, spread evenly over the map, are destinations; if fewer are kept, as
+    many as are kept. Of the others, those most similar to a destination are merged into it: the
+    branch runs on the mean of the group, and its output is copied to all tokens of the group. Side
+    inputs such as positions are those of the destination.
+
+    Args:
+        scales: Those of the schedule. The token count has to determine the shape of the map.
+
+    Raises:
+        ArgumentError: If two scales of one token count differ in shape; at a call, if no token is
+            kept.
+
+    Source: bipartite soft matching of ToMe, arXiv 2210.09461, with the destinations and the
+    unmerging of tomesd, arXiv 2303.17604. Similarity is the cosine of the residual stream. Here
+    destinations lie on an even lattice, not at random in 2 x 2 windows, and means are not weighted.
+    """
+    return Method(select=partial(_match, _shapes_by_count(scales)), take=_merge, restore=_unmerge)
+
+
+def _match(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Returns the tokens that stay (B, kept), and of every token which of them it is in (B, L)."""
+    _check_some_kept(x[:, :kept], "token_merging")
+    tokens = x.shape[1]
+    into = _evenly(shapes, x, min(kept, max(tokens // 4, 1)))  # (B, D) destinations
+    unit = F.normalize(x.float(), dim=-1)
+    similarity = unit @ take_tokens(unit, into).mT  # (B, L, D)
+    best = similarity.max(dim=2)
+    merged_last = best.values.scatter(1, into, -torch.inf)  # a destination always stays
+    stays = _highest(-merged_last, kept)  # (B, kept)
+    slots = torch.full_like(best.indices, -1)
+    order = torch.arange(kept, device=x.device).expand_as(stays)
+    slots = slots.scatter(1, stays, order)
+    theirs = slots.gather(1, into.gather(1, best.indices))  # the slot of each one's destination
+    return stays, torch.where(slots < 0, theirs, slots)
+
+
+def _merge(x: Tensor, selection: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the means (B, kept, C) of the groups."""
+    stays, slots = selection
+    place = slots.unsqueeze(-1).expand_as(x)
+    means = x.new_zeros(*stays.shape, x.shape[2])
+    return means.scatter_reduce(1, place, x, "mean", include_self=False)
+
+
+def _unmerge(
+    kept: Tensor,
+    selection: tuple[Tensor, Tensor],
+    cached: Tensor,
+    cached_scale: Scale,
+    scale: Scale,
+) -> Tensor:
+    """Returns a branch's output (B, L, C): each token has that of its group."""
+    _check_some_kept(kept, "token_merging")
+    return take_tokens(kept, selection[1])
+
+
+def _check_some_kept(kept: Tensor, rule: str) -> None:
+    if not kept.shape[1]:
+        raise ArgumentError(f"{rule} needs at least one kept token; use a ratio below 1")
+
+
+METHODS: Final[Mapping[str, Callable[[Schedule], Method]]] = MappingProxyType(
+    {
+        "fastvar": lambda _: Method(),
+        "once-per-block": lambda _: Method(once="block"),
+        "random": lambda _: Method(select=random_tokens),
+        "uniform-grid": lambda schedule: Method(select=uniform_grid(schedule.scales)),
+        "lowest-scores": lambda _: Method(select=lowest_scores),
+        "zeros": lambda _: Method(restore=zeros),
+        "nearest-kept": lambda _: Method(restore=nearest_kept),
+        "bilinear": lambda _: Method(restore=interpolated("bilinear")),
+        "nearest": lambda _: Method(restore=interpolated("nearest")),
+        "tome": lambda schedule: token_merging(schedule.scales),
+    }
+)
+"""The named methods, each made for a schedule."""

@@ -1,0 +1,41 @@
+"""How the models draw token ids from logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+TOP_K: Final = 100
+TOP_P: Final = 0.95
+"""How the commands of the package sample from VAR."""
+
+
+def sample_top_k_top_p(
+    logits: Tensor,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Returns one id drawn per token, int64 (B, L).
+
+    Args:
+        logits: Unnormalized log-probabilities, (B, L, V).
+        top_k: Draw among the k likeliest ids (ties with the k-th included); 0 for all.
+        top_p: Draw among the likeliest ids that together reach this probability; 0 for all.
+        generator: Source of randomness; None for torch's global one of the device.
+    """
+    B, L, V = logits.shape
+    if top_k > 0:
+        kth = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)
+        drop[..., -1].fill_(False)  # the likeliest id always stays
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    probabilities = logits.softmax(dim=-1).view(-1, V)  # (B * L, V)
+    drawn = torch.multinomial(probabilities, 1, replacement=True, generator=generator)
+    return drawn.view(B, L)  # (B * L, 1) -> (B, L)

@@ -1,0 +1,1 @@
+"""Quality: what pruning changes in images and likelihoods."""

@@ -1,0 +1,417 @@
+"""Finds the residual branches of a block program. Analysis only: no graph is edited.
+
+The trunk is followed backwards from the block's result to its (B, L, C) input: through adds of the
+stream and a branch, and through other ops on the stream itself (casts, a post-norm). The nodes
+between the trunk and such an add are a branch. The axis rule of every op of a branch then decides
+whether tokens may be dropped through it; a branch with an op through which they may not is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch.fx import Graph, Node
+
+from passes.analyse.axes import Axes, has_batch, has_tokens, stream_axes
+from passes.analyse.rules.attention import is_attention, key_operand
+from passes.analyse.rules.site import Edit, Slot, apply_rule
+from passes.graph import (
+    bind,
+    inputs_within,
+    memory_owner,
+    op_name,
+    outputs_of,
+    placeholder_of,
+    written,
+)
+from passes.refusal import Refusal, RefusedError, refuse
+from passes.user_frames import where
+
+if TYPE_CHECKING:
+    from passes.base import Context, Draft
+    from passes.trace.capture import BlockProgram
+    from passes.trace.state import Path
+
+AxesByNode = dict[Node, Axes | list[Axes]]
+"""The axes of each value; a list for several results."""
+Kind = Literal["attention", "cross_attention", "ffn"]
+KINDS: Final[tuple[Kind, ...]] = ("attention", "cross_attention", "ffn")
+
+_ADDS: Final = frozenset({"aten::add", "aten::sub"})
+_PRODUCTS: Final = frozenset(
+    {
+        "aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm",
+        "aten::einsum", "aten::conv1d", "aten::conv2d", "aten::convolution",
+        "aten::scaled_dot_product_attention",
+    }
+)  # fmt: skip
+_SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FoundBranch:
+    """A residual branch.
+
+    Attributes:
+        index: Its place along the trunk, from the block's input on.
+        kind: What it is.
+        name: The module path that its weights share, such as `attn`; its kind if there is none.
+        out: What it adds: the branch's whole contribution.
+        region: Its nodes in graph order, `out` included, and those that only make its new state.
+    """
+
+    index: int
+    kind: Kind
+    name: str
+    out: Node = field(repr=False)
+    region: tuple[Node, ...] = field(repr=False)
+
+    @property
+    def label(self) -> dict[str, Any]:
+        """What its nodes are marked with, under `meta["fastvar"]`."""
+        return {"branch": self.index, "kind": self.kind}
+
+    def refused(self, refusal: Refusal) -> RefusedBranch:
+        """Returns the branch as one that stays dense."""
+        shared = {each.name: getattr(self, each.name) for each in fields(FoundBranch)}
+        return RefusedBranch(**shared, refusal=refusal)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Branch(FoundBranch):
+    """A residual branch that may drop tokens.
+
+    Attributes:
+        add: The residual add.
+        entries: The trunk values it reads, in graph order.
+        axes: The axes of every value of the region and of the entries.
+        edits: What changes in a node when tokens are dropped.
+    """
+
+    add: Node = field(repr=False)
+    entries: tuple[Node, ...] = field(repr=False)
+    axes: AxesByNode = field(repr=False)
+    edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RefusedBranch(FoundBranch):
+    """A residual branch that stays dense, and why."""
+
+    refusal: Refusal
+
+
+class FindBranches:
+    """Finds the branches, and marks their nodes under `meta["fastvar"]`, which copies inherit."""
+
+    name = "find_branches"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with its branches."""
+        stream, results = context.call.stream, draft.captured.result_count
+        graph = draft.graph_module.graph
+        found = find_branches(graph, stream_node(draft, stream), results)
+        for branch in found:
+            for node in branch.region:
+                node.meta["fastvar"] = dict(branch.label)
+        return replace(draft, source=draft.graph_module, found=tuple(found))
+
+
+def stream_node(program: BlockProgram | Draft, stream: Path) -> Node:
+    """Returns the placeholder of a program's (B, L, C) input.
+
+    Raises:
+        RefusedError: FVX003, if the program does not read it.
+    """
+    node = placeholder_of(program, stream)
+    if node is None:
+        refuse("FVX003", "its (B, L, C) input is not read")
+    return node
+
+
+def counts_flops(node: Node) -> bool:
+    """Whether a call is a matrix product or an attention, whose FLOPs are counted."""
+    return op_name(node) in _PRODUCTS or is_attention(node)
+
+
+def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]:
+    """Finds the residual branches of a captured graph.
+
+    Args:
+        graph: A block program's graph.
+        stream: The placeholder of its (B, L, C) input.
+        results: How many outputs are the call's result; those after them are written state.
+
+    Raises:
+        RefusedError: FVX003 if no result is reached by a residual stream; FVX004 if the trunk
+            holds no branch.
+    """
+    trunk = _Trunk(graph, stream, results)
+    return [_examine(trunk, index) for index in range(len(trunk.adds))]
+
+
+class _Trunk:
+    """The trunk of a block, and the nodes between it and its residual adds.
+
+    Attributes:
+        inside: The stream and all that is computed from it.
+        values: The values of the trunk.
+        adds: Its (add, branch output) pairs from the input on.
+        states: Outputs of the graph that become state.
+        regions: The nodes of each branch.
+    """
+
+    def __init__(self, graph: Graph, stream: Node, results: int) -> None:
+        self.inside = {stream}
+        self._heavy: set[Node] = set()  # holds a matrix product or an attention since the trunk
+        self._residuals: dict[Node, tuple[Node, Node]] = {}  # add -> (trunk, branch output)
+        self._roots: dict[Node, Node] = {}  # where the trunk of a residual add began
+        self._nearest = ""
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == "call_function" and any(source in self.inside for source in sources):
+                self.inside.add(node)
+                self._survey(node)
+        outputs = outputs_of(graph)
+        self.values, self.adds = self._walk(stream, outputs[:results])
+        if not self.adds:
+            reason = "its result is not a sum of its input and something computed from it"
+            refuse("FVX004", reason, nearest=self._nearest)
+        self.states = set(outputs[results:])
+        between = self.inside - self.values
+        self.regions = [inputs_within([out], between) for _, out in self.adds]
+        for state in outputs[results:]:
+            if state in between and not any(state in region for region in self.regions):
+                self._claim(inputs_within([state], between))
+
+    def _claim(self, cone: set[Node]) -> None:
+        """Gives values that only become new state to the branch they are computed from."""
+        nearest = max(self.regions, key=lambda region: len(region & cone))
+        nearest |= cone
+
+    def _survey(self, node: Node) -> None:
+        pair = self._split(node)
+        sources = node.all_input_nodes
+        if pair is not None:
+            trunk, _ = self._residuals[node] = pair
+            self._roots[node] = self._roots.get(trunk, trunk)
+            sources = [trunk]
+        if counts_flops(node) or any(source in self._heavy for source in sources):
+            self._heavy.add(node)
+
+    def _split(self, node: Node) -> tuple[Node, Node] | None:
+        """Splits a residual add into (trunk, branch output); returns None for any other node."""
+        if op_name(node) not in _ADDS or len(node.args) < 2:
+            return None
+        a, b = node.args[:2]
+        if not (isinstance(a, Node) and isinstance(b, Node) and {a, b} <= self.inside):
+            return None
+        if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
+            return None
+        for trunk, out in ((a, b), (b, a)):
+            if out in self._heavy:
+                if trunk not in self._heavy or _depends(out, self._roots.get(trunk, trunk)):
+                    return trunk, out
+        at = f" at {where(node)}" if where(node) else ""
+        self._nearest = f"{node.target}{at}, to which no matrix product or attention contributes"
+        return None
+
+    def _walk(
+        self, stream: Node, results: Sequence[Node]
+    ) -> tuple[set[Node], list[tuple[Node, Node]]]:
+        for result in results:
+            values: set[Node] = {stream}
+            adds: list[tuple[Node, Node]] = []
+            node: Node | None = result if _shape(result) == _shape(stream) else None
+            while node is not None and node is not stream:
+                values.add(node)
+                if node in self._residuals:
+                    before, out = self._residuals[node]
+                    adds.append((node, out))
+                    node = before
+                else:
+                    node = self._predecessor(node)
+            if node is stream:
+                return values, adds[::-1]
+        reason = f"no result of shape {_shape(stream)} is its input plus something"
+        return refuse("FVX003", reason, nearest=self._nearest)
+
+    def _predecessor(self, node: Node) -> Node | None:
+        """Follows the trunk through an op that is no residual add: a cast, a norm, a projection."""
+        if node in self._heavy and op_name(node) != "aten::linear" and counts_flops(node):
+            return None
+        sources = [arg for arg in node.all_input_nodes if arg in self.inside]
+        alike = (arg for arg in sources if _shape(arg) == _shape(node))
+        return next(alike, next(iter(sources), None))
+
+
+def _shape(node: Node) -> tuple[int, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _depends(node: Node, on: Node) -> bool:
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current is on:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _examine(trunk: _Trunk, index: int) -> FoundBranch:
+    add, out = trunk.adds[index]
+    region = tuple(node for node in add.graph.nodes if node in trunk.regions[index])
+    axes: AxesByNode = {}
+    refusal = None
+    try:
+        entries = _entries(region, trunk)
+        axes |= {entry: stream_axes(entry.meta["val"].shape) for entry in entries}
+        _check_owned(region, add, trunk)
+        edits = _propagate(region, axes)
+        _check_output(out, axes)
+        _check_returned(region, axes, trunk.states)
+    except RefusedError as error:
+        refusal = error.refusal
+    kind = _kind(region, axes, trunk.inside)
+    name = _name(region, trunk.inside) or kind
+    found = FoundBranch(index=index, kind=kind, name=name, out=out, region=region)
+    if refusal is not None:
+        return found.refused(refusal)
+    return Branch(**vars(found), add=add, entries=entries, axes=axes, edits=edits)
+
+
+def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:
+    entries = {arg for node in region for arg in node.all_input_nodes if arg in trunk.values}
+    for entry in entries:
+        if len(_shape(entry) or ()) != 3:
+            refuse("FVX003", f"it reads the trunk as {_shape(entry)}, not as (B, L, C)", entry)
+    return tuple(node for node in region[0].graph.nodes if node in entries)
+
+
+def _check_owned(region: tuple[Node, ...], add: Node, trunk: _Trunk) -> None:
+    """Refuses a branch used from outside, or that writes into what it does not own."""
+    known = set().union(*trunk.regions)
+    for node in region:
+        for user in node.users:
+            if user.op == "output" or user is add or user in known:
+                continue
+            if not _fills_a_cache(user, known | trunk.values):
+                refuse("FVX014", f"it is used by {user.target} outside the branch", node)
+        if any(memory_owner(target) not in region for target in written(node)):
+            refuse("FVX015", f"{node.target} overwrites a value from outside", node)
+
+
+def _fills_a_cache(node: Node, known: set[Node]) -> bool:
+    """Whether a value is written into an input of the block by an in-place op.
+
+    A preallocated cache is filled with all tokens, pruned or not: where a step's tokens are in it
+    is a number in the model's code. So keys and values are computed densely, and queries pruned.
+    """
+    stack, seen = [node], set(known)
+    while stack:
+        current = stack.pop()
+        if any(memory_owner(target).op == "placeholder" for target in written(current)):
+            return True
+        seen.add(current)
+        stack += [user for user in current.users if user not in seen]
+    return False
+
+
+def _propagate(region: tuple[Node, ...], axes: AxesByNode) -> dict[Node, dict[Slot, Edit]]:
+    edits: dict[Node, dict[Slot, Edit]] = {}
+    for done, node in enumerate(region):
+        try:
+            axes[node], changes = apply_rule(node, axes)
+        except RefusedError as error:
+            nearest = f"{done} of the branch's {len(region)} ops keep the token axis"
+            raise RefusedError(replace(error.refusal, nearest=nearest)) from error
+        if changes:
+            edits[node] = changes
+    return edits
+
+
+def _dims(axes: Axes | list[Axes] | None) -> Axes:
+    """The axes of one tensor; none for several or for an unknown value."""
+    return axes if isinstance(axes, tuple) else ()
+
+
+def _check_output(out: Node, axes: AxesByNode) -> None:
+    found, expected = _dims(axes[out]), stream_axes(_shape(out) or ())
+    if found[:2] != expected[:2] or has_tokens(found[2]) or has_batch(found[2]):
+        refuse("FVX011", "its output is not laid out as (B, L, C) like the stream", out)
+
+
+def _check_returned(region: tuple[Node, ...], axes: AxesByNode, states: set[Node]) -> None:
+    """A block may return its keys and values, earlier ones included; nothing else of a branch."""
+    for node in region:
+        if node in states or not any(user.op == "output" for user in node.users):
+            continue
+        dims = [dim for dim in _dims(axes[node]) if has_tokens(dim)]
+        if len(dims) != 1 or not any(factor.before for factor in dims[0]):
+            refuse("FVX014", "the block returns it", node)
+
+
+def _kind(region: tuple[Node, ...], axes: AxesByNode, inside: set[Node]) -> Kind:
+    """Attention attends to tokens of the map, cross-attention to something else."""
+    keys = [key for node in region for key in _attended(node, axes, region)]
+    if not keys:
+        return "ffn"
+    return "attention" if any(keys) or _reads_filled(region, inside) else "cross_attention"
+
+
+def _reads_filled(region: tuple[Node, ...], inside: set[Node]) -> bool:
+    """Whether it reads an input of the block that tokens were written into, such as a cache."""
+    filled = {memory_owner(target) for node in inside for target in written(node)} - inside
+    read = {arg for node in region for arg in node.all_input_nodes} - inside
+    return not filled.isdisjoint(map(memory_owner, read))
+
+
+def _attended(
+    node: Node, axes: Mapping[Node, Axes | list[Axes]], region: tuple[Node, ...]
+) -> Iterator[bool]:
+    """Yields whether the keys of an attention op are tokens; unknown axes count as tokens."""
+    if is_attention(node):
+        keys = axes.get(key_operand(node))
+        yield (keys is None and node not in axes) or any(map(has_tokens, _dims(keys)))
+    elif op_name(node) in _SOFTMAXES and _weighs_values(node, region):
+        scores = axes.get(node)
+        yield scores is None or has_tokens(_dims(scores)[int(bind(node)["dim"])])
+
+
+def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:
+    """Whether a softmax goes into a product with values: then it is an attention's."""
+    stack = [user for user in softmax.users if user in region]
+    while stack:
+        node = stack.pop()
+        if op_name(node) in _PRODUCTS:
+            return op_name(node) != "aten::linear"
+        stack += [user for user in node.users if user in region]
+    return False
+
+
+def _name(region: tuple[Node, ...], inside: set[Node]) -> str:
+    """Returns the module path that the weights of the branch's matrix products share."""
+    paths = []
+    for node in region:
+        if op_name(node) in _PRODUCTS:
+            paths += [
+                arg.meta["fastvar"]["input"].split(".")[:-1]
+                for arg in node.all_input_nodes
+                if arg.op == "placeholder" and arg not in inside
+            ]
+    if not paths:
+        return ""
+    shared = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)

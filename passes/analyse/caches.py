@@ -1,0 +1,176 @@
+"""Finds the caches that a block grows by `cat`, and how they grow. Analysis only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.base import Context, Draft
+from passes.graph import bind, memory_owner, op_name, outputs_of, written
+
+_CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
+SIZE: Final = torch.ops.aten.sym_size.int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A cache that a graph grows by `cat`.
+
+    Attributes:
+        input: Its position among the graph's inputs.
+        output: The position of the grown one among the outputs.
+        dim: The dim that grows.
+        rows: By how many entries.
+        spare: How many more later steps will append.
+    """
+
+    input: int
+    output: int
+    dim: int
+    rows: int
+    spare: int = 0
+
+    def final(self, past: Tensor) -> int:
+        """Returns how many entries `past` has after the last step."""
+        return past.shape[self.dim] + self.rows + self.spare
+
+    def front(self, buffer: Tensor, past: Tensor) -> Tensor:
+        """Returns the view of a buffer that is `past` grown by this step."""
+        return buffer.narrow(self.dim, 0, past.shape[self.dim] + self.rows)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A cache that is copied as it grows, and why."""
+
+    input: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LaterRows:
+    """What a branch appends to its cache at the steps to come.
+
+    Attributes:
+        pruned: The tokens it keeps, if it prunes.
+        dense: All tokens of these steps.
+    """
+
+    pruned: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """A program that appends to buffers.
+
+    Attributes:
+        graph_module: Takes the grown caches in the place of the caches; see `append_in_place`.
+        growths: What it appends to.
+    """
+
+    graph_module: GraphModule
+    growths: tuple[Growth, ...]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A cache that a program grows: where it is, and why it is copied, if it is."""
+
+    name: str
+    copied: str | None
+
+
+class FindCaches:
+    """Finds the caches that the graph grows, and what later steps append to each."""
+
+    name = "find_caches"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with its caches."""
+        later = context.later
+        if later is None:
+            return draft
+        paths = list(enumerate(draft.inputs))
+        stored = [(*write.path, write.step) for write in draft.captured.writes]
+        rewritten = [i for i, path in paths if any(path[: len(s)] == s for s in stored)]
+        given = [i for i, p in paths if p[0][1] != "module" and p != context.call.stream]
+        found = find_growing(draft.graph_module, rewritten, given)
+        earlier = draft.at_earlier_sizes
+        if earlier is not None and find_growing(earlier, rewritten, given) != found:
+            found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
+        pruned = {node for b in draft.prunable(context.kinds) for node in b.region}
+        outputs = outputs_of(draft.source.graph)
+
+        def spare(cache: Growth) -> int:
+            return later.pruned if outputs[cache.output] in pruned else later.dense
+
+        caches = (replace(c, spare=spare(c)) if isinstance(c, Growth) else c for c in found)
+        return replace(draft, caches=tuple(caches))
+
+
+def find_growing(
+    graph_module: GraphModule, rewritten: Collection[int], given: Collection[int]
+) -> list[Growth | Copied]:
+    """Finds the caches that a graph grows by `cat`.
+
+    Args:
+        graph_module: A captured graph, rewritten by other passes or not.
+        rewritten: Positions of the inputs in whose place the call stores something.
+        given: Positions of the caller's inputs, which are caches if the call returns them grown.
+    """
+    nodes = graph_module.graph.nodes
+    outputs = outputs_of(graph_module.graph)
+    places = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
+    found: dict[int, Growth | Copied] = {}
+    for cat in [node for node in nodes if op_name(node) in _CATS]:
+        caches = {*rewritten, *(given if cat in outputs else ())}
+        for past in {memory_owner(operand) for operand in joined(cat)}:
+            if places.get(past) in caches:
+                found[places[past]] = _growth(places[past], cat, past, outputs)
+    return [found[place] for place in sorted(found)]
+
+
+def new_buffer(past: Tensor, growth: Growth) -> Tensor:
+    """Returns a buffer of the final length that starts with the entries of `past`."""
+    shape = list(past.shape)
+    shape[growth.dim] = growth.final(past)
+    buffer = past.new_empty(shape)
+    buffer.narrow(growth.dim, 0, past.shape[growth.dim]).copy_(past)
+    return buffer
+
+
+def _growth(place: int, cat: Node, past: Node, outputs: Sequence[Node]) -> Growth | Copied:
+    reason = _obstacle(cat, past, outputs)
+    if reason is not None:
+        return Copied(place, reason)
+    _, new = joined(cat)
+    shape = new.meta["val"].shape
+    dim = bind(cat)["dim"] % len(shape)
+    return Growth(place, outputs.index(cat), dim, shape[dim])
+
+
+def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
+    """Returns why a `cat` cannot append to a buffer, if it cannot."""
+    operands = joined(cat)
+    if len(operands) != 2 or operands[0] is not past:
+        return "its new entries are not joined to the end of what was stored"
+    if any({memory_owner(t) for t in written(n)} & {past, cat} for n in cat.graph.nodes):
+        return "the block overwrites it"
+    if cat not in outputs:
+        return "what is joined is stored in another form"
+    if len({node.meta["val"].dtype for node in (*operands, cat)}) > 1:
+        return "joining changes its dtype"
+    if any(user is not cat and user.target is not SIZE for user in past.users):
+        return "its old entries are also read apart from the new ones"
+    return None
+
+
+def joined(cat: Node) -> list[Node]:
+    """Returns what a `cat` joins."""
+    return list(bind(cat)["tensors"])

@@ -1,0 +1,251 @@
+"""Axis rules: what an op does to the axes, and that tokens may be dropped through it.
+
+A rule gets one call of its op with at least one operand from inside the branch. It returns the axes
+of the result and records what must change when tokens are dropped: size arguments (`Site.resize`)
+and side inputs that have an entry per token (`Site.meet`). An op without a rule is refused; so is
+every call for which its rule cannot say that dropping tokens is sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch.fx import Node
+
+from passes.analyse.axes import (
+    Axes,
+    AxesError,
+    broadcast,
+    has_batch,
+    has_tokens,
+    meets_tokens,
+    plain_dim,
+    token_dims,
+)
+from passes.graph import bind
+from passes.refusal import refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Rule = Callable[["Site"], "Axes | list[Axes]"]
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A side input is gathered at the kept tokens of the axes it meets, aligned from the right."""
+
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A size argument takes the shape of these axes with the kept token count."""
+
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Replace:
+    """An argument takes another value."""
+
+    value: object
+
+
+@dataclass(frozen=True)
+class Recount:
+    """An argument that depends on the token count is computed anew, as compute(value, count).
+
+    The count is that of the kept tokens and of `around` entries that stay.
+    """
+
+    compute: Callable[[Any, int], Any]
+    around: int = 0
+
+
+Edit = Gather | Resize | Replace | Recount
+Slot = tuple[str, int | None]
+"""An argument by name, and the element if it is a list."""
+
+
+class Site:
+    """One call of an op inside a branch, as its rule sees it.
+
+    Attributes:
+        node: The call.
+        args: Its arguments by name, defaults filled in; tensors are FX nodes.
+        edits: What must change when tokens are dropped, as the rule recorded it.
+    """
+
+    def __init__(self, node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
+        self.node = node
+        self.args = {name: _plain(value) for name, value in bind(node).items()}
+        self.edits: dict[Slot, Edit] = {}
+        self._axes = axes
+
+    def axes(self, value: object) -> Axes | None:
+        """Returns the axes of a tensor from inside the branch, or None for a side input."""
+        if not isinstance(value, Node):
+            return None
+        found = self._axes.get(value)
+        if isinstance(found, list):
+            self.refuse("FVX010", "a tuple of tensors is used as a tensor")
+        return found
+
+    def tuple_axes(self, value: object) -> list[Axes] | None:
+        """Returns the axes of a tuple of tensors from inside the branch."""
+        found = self._axes.get(value) if isinstance(value, Node) else None
+        return found if isinstance(found, list) else None
+
+    def stream(self, name: str) -> Axes:
+        """Returns the axes of an argument that must come from inside the branch."""
+        axes = self.axes(self.args[name])
+        if axes is None:
+            self.refuse("FVX010", f"`{name}` is not computed from the tokens, another operand is")
+        return axes
+
+    @property
+    def out_shape(self) -> list[int]:
+        """The shape of the (single) result."""
+        return list(self.node.meta["val"].shape)
+
+    def dim(self, name: str, rank: int) -> int:
+        """Returns the argument `name` as a dim in [0, rank)."""
+        return int(self.args[name]) % rank
+
+    def dims(self, name: str, rank: int) -> list[int]:
+        """Returns the argument `name` as dims in [0, rank); None and [] mean all."""
+        value = self.args[name]
+        listed = [value] if isinstance(value, int) else list(value or range(rank))
+        return [d % rank for d in listed]
+
+    def meet(self, name: str, axes: Axes, index: int | None = None) -> None:
+        """Records that a side input meets `axes`, aligned from the right."""
+        value = self.args[name] if index is None else self.args[name][index]
+        if not isinstance(value, Node) or self.axes(value) is not None:
+            return
+        if meets_tokens(value.meta["val"].shape, axes):
+            self.edits[name, index] = Gather(axes)
+
+    def resize(self, name: str, axes: Axes) -> None:
+        """Records that the size argument `name` is the shape of `axes`."""
+        if token_dims(axes):
+            self.edits[name, None] = Resize(axes)
+
+    def replace(self, name: str, value: object) -> None:
+        """Records that the argument `name` takes another value when tokens are dropped."""
+        self.edits[name, None] = Replace(value)
+
+    def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
+        """Records that `compute(value, kept)` replaces an argument when tokens are dropped.
+
+        For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
+        packed attention. A tensor is computed in the graph, by a named function; a number now.
+        Entries `around` the tokens, such as cached keys, are counted with the kept ones.
+        """
+        self.edits[name, None] = Recount(compute, around)
+
+    def keep_tokens_whole(self, axes: Axes, dims: Sequence[int], what: str) -> None:
+        """Refuses if `dims` hold the samples or the tokens."""
+        for d in dims:
+            if has_tokens(axes[d]):
+                self.refuse("FVX012", f"it {what} the token axis")
+            if has_batch(axes[d]):
+                self.refuse("FVX013", f"it {what} the batch axis")
+
+    def refuse(self, code: str, reason: str) -> NoReturn:
+        """Refuses this call."""
+        refuse(code, reason, self.node)
+
+
+def _plain(value: Any) -> Any:
+    """Puts the value of a size that is computed in the graph in its place."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
+        return value.meta["val"]
+    return value
+
+
+# --- the table of rules ------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """What is known of an op: its axis rule, and whether it is an attention."""
+
+    rule: Rule
+    attends: bool = False
+
+
+_TABLE: dict[object, Entry] = {}
+
+
+def rule(*targets: object, attends: bool = False) -> Callable[[Rule], Rule]:
+    """Registers an axis rule.
+
+    Args:
+        targets: Ops as `"namespace::name"`, which covers all overloads and the in-place form, or
+            functions that appear as call targets in a graph.
+        attends: Whether these ops are attentions, whose keys are their second tensor.
+    """
+
+    def register(function: Rule) -> Rule:
+        _TABLE.update(dict.fromkeys(targets, Entry(function, attends)))
+        return function
+
+    return register
+
+
+def find_entry(node: Node) -> Entry | None:
+    """Returns what is known of the op of a call, if anything."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return _TABLE.get(target)
+    name = target._schema.name
+    found = _TABLE.get(name) or _TABLE.get(name.removesuffix("_"))
+    if found is None and torch.Tag.pointwise in target.tags:
+        return Entry(pointwise)
+    return found
+
+
+def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any, dict[Slot, Edit]]:
+    """Returns the axes of a call's result and its edits.
+
+    Raises:
+        RefusedError: If the op has no rule, or its rule refuses the call.
+    """
+    found = find_entry(node)
+    if found is None:
+        refuse("FVX010", "no axis rule is registered for this op", node)
+    site = Site(node, axes)
+    try:
+        result = found.rule(site)
+    except AxesError as error:
+        site.refuse(error.code, str(error))
+    return result, site.edits
+
+
+# --- what rules share --------------------------------------------------------------------------
+
+
+def pointwise(site: Site) -> Axes:
+    """Broadcasts all tensor operands."""
+    return broadcast_operands(site, [n for n, v in site.args.items() if isinstance(v, Node)])
+
+
+def broadcast_operands(site: Site, names: Sequence[str]) -> Axes:
+    """Broadcasts the operands of these names."""
+    inside = [axes for n in names if (axes := site.axes(site.args[n])) is not None]
+    result = broadcast(inside)
+    for name in names:
+        site.meet(name, result)
+    return filled(result, site.out_shape)
+
+
+def filled(axes: Axes, shape: Sequence[int]) -> Axes:
+    """Adds what side inputs broadcast: dims that the operands from inside the branch lack."""
+    padded = ((),) * (len(shape) - len(axes)) + axes
+    return tuple(dim or plain_dim(size) for dim, size in zip(padded, shape, strict=True))

@@ -1,0 +1,1 @@
+"""Rewrites: what analysis found is changed. Nothing here searches a graph."""

@@ -1,0 +1,1 @@
+"""Tracing: a live call becomes a functional graph."""

@@ -1,0 +1,227 @@
+"""A live call: run for real with no effect, or on fake tensors that nothing may keep."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch.fx.traceback import set_stack_trace
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from passes.refusal import Refusal, RefusedError, refuse
+from passes.trace.canonical_ops import CanonicalOps
+from passes.trace.kernels import kernel_advice
+from passes.trace.state import Path, Roots, Snapshot, Write, get, roots
+from passes.trace.symbols import NOTHING_VARIES, Symbols, Varying
+from passes.user_frames import error_line, innermost_user_frame
+
+Forward = Callable[..., Any]
+
+_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type)
+_DEPTH: Final = 4
+"""How many containers deep a memo may hold a tensor: a dict in an object in a tuple, say."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One live call of a block, to be captured.
+
+    Attributes:
+        forward: The block's own forward, bound to it.
+        module: The block.
+        args: The call's arguments.
+        kwargs: The call's keyword arguments.
+        stream: Where its (B, L, C) input is, from the roots; to capture it, it need not be known.
+        varying: The sizes that its program leaves open.
+    """
+
+    forward: Forward
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stream: Path = ()
+    varying: Varying = NOTHING_VARIES
+
+    def roots(self) -> Roots:
+        """Returns what paths start from."""
+        return roots(self.module, self.args, self.kwargs)
+
+
+Reference = tuple[list[Tensor], list[Tensor]]
+"""What a real call returned, and what it wrote."""
+
+
+def reference(call: Call) -> Reference:
+    """Runs a call for real, with no effect.
+
+    It runs on copies of all tensors that it may overwrite, and its writes are undone. Do it before
+    anything is traced: it fills memoised helpers, such as a table of position ids, that would
+    otherwise be filled while tracing.
+
+    Returns:
+        The tensors of the result and the tensors written, in the order of a program's outputs.
+    """
+    origin = call.roots()
+    snapshot = Snapshot(origin)
+    clones = {id(t): _private(t) for t in snapshot.tensors.values()}
+
+    def private(_: Path, value: Any) -> Any:
+        return clones.get(id(value), value)
+
+    try:
+        snapshot.substitute(private)
+        with torch.compiler.set_stance("force_eager"):
+            result = call.forward(*origin["args"], **origin["kwargs"])
+        writes = list(snapshot.writes(private))
+    finally:
+        snapshot.restore()
+    written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
+
+
+def _private(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+
+def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
+    """Reads a program's inputs from a live call; those that it might overwrite are copies."""
+    origin = call.roots()
+    values = [get(origin, path) for path in paths]
+    return [_private(value) if isinstance(value, Tensor) else value for value in values]
+
+
+class FakeCall:
+    """A call that runs on fake tensors; afterwards it knows its result's and writes' structure.
+
+    Attributes:
+        snapshot: What the call can reach.
+        symbols: The stand-ins of sizes that vary.
+        result: The structure of what the call returned.
+        result_leaves: Its leaves; a tensor's place holds `...`.
+        writes: What the call changed; a tensor's place among the leaves holds `...`.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._forward = call.forward
+        self._origin = call.roots()
+        self._varying = call.varying
+        self.snapshot = Snapshot(self._origin)
+        self.symbols = Symbols(call.varying)
+        self.result: pytree.TreeSpec | None = None
+        self.result_leaves: list[Any] = []
+        self.writes: list[Write] = []
+        self._fakes: dict[int, Tensor] = {}
+        self._given: list[weakref.ref[Tensor]] = []
+
+    @contextlib.contextmanager
+    def stand_ins(self) -> Iterator[list[Any]]:
+        """Puts fakes in the place of all tensors and of the numbers that vary, for a while."""
+        symbols, snapshot = self.symbols, self.snapshot
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
+            self._fakes = {id(t): symbols.tensor(p, t) for p, t in snapshot.tensors.items()}
+        for path in self._varying.numbers:
+            symbols.number(path, snapshot.constants[path])
+        try:
+            snapshot.substitute(self._fake)
+            with symbols.mode, torch.compiler.set_stance("force_eager"), _explained():
+                yield [*self._fakes.values(), *symbols.numbers.values()]
+        finally:
+            self.snapshot.restore()
+            torch.clear_autocast_cache()
+            self.note(self._fakes.values())
+            self._fakes.clear()
+
+    def _fake(self, path: Path, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._fakes[id(value)]
+        return self.symbols.numbers.get(path, value)
+
+    def run(self, *_: Any) -> list[Tensor]:
+        """Runs the call; the fakes it is given are those already in place."""
+        with _UserCalls(self.note), CanonicalOps():
+            result = self._forward(*self._origin["args"], **self._origin["kwargs"])
+        leaves, self.result = pytree.tree_flatten(result)
+        if any(isinstance(leaf, SymInt) for leaf in leaves):
+            refuse("FVX001", "it returns a number that depends on a size that varies")
+        self.result_leaves = _mark_tensors(leaves)
+        writes = list(self.snapshot.writes(self._fake))
+        self.writes = [
+            Write(w.path, w.step, w.spec, tuple(_mark_tensors(w.leaves)), w.deleted) for w in writes
+        ]
+        written = [leaf for write in writes for leaf in write.leaves]
+        return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
+
+    def note(self, fakes: Iterable[Tensor]) -> None:
+        """Adds fakes that the user's code must not hold afterwards."""
+        self._given += map(weakref.ref, fakes)
+
+    def clear_memos(self) -> list[Tensor]:
+        """Clears the memos that hold a fake; returns the fakes that are held elsewhere."""
+        if left := self._left():
+            _clear_memos_of(left)
+            left.clear()
+        return self._left()
+
+    def _left(self) -> list[Tensor]:
+        return [fake for reference in self._given if (fake := reference()) is not None]
+
+
+def _mark_tensors(leaves: Any) -> list[Any]:
+    return [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+class _UserCalls(TorchFunctionMode):
+    """Notes the user's line of every torch call for the nodes it makes, and what it returned."""
+
+    def __init__(self, note: Callable[[Iterable[Tensor]], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        set_stack_trace([innermost_user_frame()])
+        result = func(*args, **(kwargs or {}))
+        self._note(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turns whatever tracing raises into a refusal that names the user's line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RefusedError):
+        raise
+    except Exception as error:
+        where, advice = error_line(error), kernel_advice(error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first}"
+        if advice:
+            reason = "it calls a kernel that reads the memory of its tensors"
+        raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
+
+
+def _clear_memos_of(tensors: list[Tensor]) -> None:
+    """Empties the `functools` caches that hold one of these tensors, and no others."""
+    seen = {id(tensors)}
+    held: list[Any] = list(tensors)
+    for _ in range(_DEPTH):
+        seen |= {id(held), *map(id, held)}
+        holders = [h for h in gc.get_referrers(*held) if id(h) not in seen]
+        for memo in holders:
+            if isinstance(memo, functools._lru_cache_wrapper):
+                memo.cache_clear()
+        kinds = (*_NOT_HOLDERS, functools._lru_cache_wrapper)
+        held = [holder for holder in holders if not isinstance(holder, kinds)]
+        if not held:
+            return

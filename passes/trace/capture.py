@@ -1,0 +1,163 @@
+"""Capture: one call of a live module becomes one functional FX graph, a block program.
+
+The graph's inputs are everything the call reads (parameters, buffers, state, tensor arguments),
+its outputs the call's result followed by the state it wrote. No tensor is a constant of the graph,
+so moving, casting and loading weights after the capture keep working, and blocks that run the same
+ops on the same places share one program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from passes.base import Context, Draft
+from passes.graph import has_effect
+from passes.refusal import refuse
+from passes.trace.calls import Call, FakeCall
+from passes.trace.fingerprint import layout
+from passes.trace.state import Path, Write, show
+from passes.trace.symbols import Conditions, at_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProgram:
+    """A captured call.
+
+    Attributes:
+        graph_module: Takes the tensors at `inputs`, returns result leaves, then written tensors.
+        inputs: Where each input is read, in the order of the placeholders.
+        result: The structure of what the call returns.
+        result_leaves: Its leaves; a tensor's place holds `...`, other leaves are as returned.
+        writes: What the call changed; a tensor's place among the leaves holds `...`.
+        constants: The plain values the call could read, by path; it holds only while they do.
+        conditions: For which values of the sizes that vary it holds.
+        earlier: The same program at the sizes of an earlier call, if some vary.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[Path, ...]
+    result: pytree.TreeSpec
+    result_leaves: tuple[Any, ...]
+    writes: tuple[Write, ...]
+    constants: dict[Path, Any] = field(repr=False)
+    conditions: Conditions = field(default_factory=Conditions)
+    earlier: BlockProgram | None = field(default=None, repr=False)
+
+    @property
+    def result_count(self) -> int:
+        """How many outputs of the graph are leaves of the result."""
+        return sum(leaf is ... for leaf in self.result_leaves)
+
+
+class Capture:
+    """Traces the call; the draft starts from its graph."""
+
+    name = "capture"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with the captured graph."""
+        captured = capture(context.call)
+        graph_module, inputs = captured.graph_module, captured.inputs
+        return replace(draft, captured=captured, graph_module=graph_module, inputs=inputs)
+
+
+def capture(call: Call) -> BlockProgram:
+    """Traces a call into a block program; the module and the arguments stay as they are.
+
+    Raises:
+        RefusedError: FVX001, if the call cannot be traced, naming the user's line.
+    """
+    fake = FakeCall(call)
+    try:
+        graph_module = _trace(fake)
+    finally:
+        fake.clear_memos()
+    symbols = fake.symbols
+    conditions = symbols.conditions()
+    paths = [*fake.snapshot.tensors, *symbols.numbers]
+    symbols.read_from_inputs(graph_module, paths)
+    inputs = _drop_unread_inputs(graph_module, paths)
+    graph_module.recompile()
+    assert fake.result is not None
+    program = BlockProgram(
+        graph_module=graph_module,
+        inputs=tuple(inputs),
+        result=fake.result,
+        result_leaves=tuple(fake.result_leaves),
+        writes=tuple(fake.writes),
+        constants=fake.snapshot.constants,
+        conditions=conditions,
+    )
+    if not conditions.places:
+        return program
+    if not conditions.hold(*symbols.earlier().values()):
+        refuse("FVX019", f"an earlier call took another way, for it needs {conditions.text}")
+    now, earlier = (at_sizes(graph_module, v) for v in (symbols.now(), symbols.earlier()))
+    return replace(program, graph_module=now, earlier=replace(program, graph_module=earlier))
+
+
+def _trace(call: FakeCall) -> GraphModule:
+    import torch._dynamo.config  # imported late: loading Dynamo takes seconds
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # A forward that calls compiled functions is traced through them.
+    nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    with call.stand_ins() as fakes, preserve_node_meta(), nested:
+        graph_module: GraphModule = make_fx(
+            call.run,
+            pre_dispatch=True,
+            tracing_mode="real",  # the inputs are fake already, in a mode that knows the symbols
+            _error_on_data_dependent_ops=False,
+        )(*fakes)
+    # Drops the indices of a max, say, or a mask that allows all.
+    graph_module.graph.eliminate_dead_code(is_impure_node=has_effect)
+    _resolve_constants(graph_module, fakes)
+    return graph_module
+
+
+def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
+    """Maps constants that alias an input (`weight.data`) to it; refuses those made in tracing."""
+    graph = graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    by_storage = {
+        _storage_key(fake): node
+        for fake, node in zip(fakes, placeholders, strict=True)
+        if isinstance(fake, Tensor)
+    }
+    for node in graph.find_nodes(op="get_attr"):
+        constant = getattr(graph_module, str(node.target))
+        if not isinstance(constant, Tensor):
+            continue
+        in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(constant)
+        if not (in_vmap or isinstance(constant, FakeTensor)):
+            continue
+        source = None if in_vmap else by_storage.get(_storage_key(constant))
+        if source is None:
+            refuse("FVX001", "it uses a tensor that was made while tracing", node)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        delattr(graph_module, str(node.target))
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.untyped_storage()._cdata, *layout(tensor))
+
+
+def _drop_unread_inputs(graph_module: GraphModule, paths: list[Path]) -> list[Path]:
+    graph = graph_module.graph
+    read: list[Path] = []
+    for path, node in zip(paths, graph.find_nodes(op="placeholder"), strict=True):
+        node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
+        if node.users:
+            read.append(path)
+        else:
+            graph.erase_node(node)
+    return read

@@ -1,0 +1,309 @@
+"""The tensors and values that a call of a module can reach, where they are, and what it changed.
+
+A module keeps state outside its parameters and buffers: keys and values in attributes, in lists,
+in dicts, or in an object that is passed as an argument. A `Snapshot` walks all of it from three
+roots (the module, its args, its kwargs), so that a call can be run on stand-ins and undone, and so
+that its writes can be replayed later around a graph.
+
+Objects of a package that sets `__not_state__ = True`, such as a runtime that is attached to the
+modules, are not walked.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.refusal import refuse
+
+Step = tuple[str, Any]
+"""One step of a path: ("attr", name) or ("item", key)."""
+Path = tuple[Step, ...]
+Roots = dict[str, Any]
+"""What paths start from: {"module": ..., "args": [...], "kwargs": {...}}."""
+Contents = dict[Step, Any]
+"""The entries of a container."""
+StandIn = Callable[[Path, Any], Any]
+"""(path, tensor or plain value) -> what stands in its place."""
+
+_MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+_CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+_MISSING: Final = object()
+_NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "passes"}
+
+
+def roots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Roots:
+    """Returns the roots of one call of `module`."""
+    return {"module": module, "args": list(args), "kwargs": dict(kwargs)}
+
+
+def get(origin: Any, path: Path) -> Any:
+    """Returns the value at `path`, seen from `origin`."""
+    for kind, key in path:
+        origin = getattr(origin, key) if kind == "attr" else origin[key]
+    return origin
+
+
+def show(path: Path) -> str:
+    """Returns `path` the way a user would write it, such as `attn.cache['k']`."""
+    text = "".join(f".{key}" if kind == "attr" else f"[{key!r}]" for kind, key in path)
+    return text.removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Write:
+    """One thing a call changed.
+
+    Attributes:
+        path: The container that changed, from the roots.
+        step: The entry of it that was set.
+        spec: The structure of the new value.
+        leaves: Its leaves: tensors, or constants to set as they are.
+        deleted: Whether the entry was removed instead.
+    """
+
+    path: Path
+    step: Step
+    spec: pytree.TreeSpec | None
+    leaves: tuple[Any, ...]
+    deleted: bool = False
+
+
+class Snapshot:
+    """Everything a call can reach, as it was when the snapshot was taken.
+
+    Attributes:
+        tensors: Every tensor by its first path, each tensor once.
+        constants: The plain values that the call's own modules and arguments hold, by path.
+    """
+
+    def __init__(self, origin: Roots) -> None:
+        self._containers: list[tuple[Path, Any, Contents]] = []
+        self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._seen: set[int] = set()
+        self.tensors: dict[Path, Tensor] = {}
+        self.constants: dict[Path, Any] = {}
+        for name, value in origin.items():
+            self._visit((("item", name),), value)
+
+    def _visit(self, path: Path, value: Any) -> None:
+        if _is_constant(value):
+            self.constants[path] = value
+            return
+        if id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            self._seen.add(id(value))
+            self.tensors[path] = value
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                self._visit((*path, ("item", index)), item)
+        elif is_container(value):
+            self._seen.add(id(value))
+            entries = contents(value)
+            self._containers.append((path, value, entries))
+            if isinstance(value, nn.Module):
+                self.constants[*path, ("attr", "training")] = value.training
+                self._registries += [(r, dict(r)) for r in _registries(value)]
+            for step, item in entries.items():
+                setting = isinstance(item, tuple) or _is_constant(item)
+                if not (_is_torch_layer(value) and setting):
+                    self._visit((*path, step), item)
+
+    def substitute(self, stand_in: StandIn) -> None:
+        """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
+        for path, container, entries in self._containers:
+            fill(container, _mapped(path, entries, stand_in))
+
+    def restore(self) -> None:
+        """Puts everything back as it was."""
+        for registered, entries in self._registries:
+            registered.clear()
+            registered.update(entries)
+        for _, container, held in self._containers:
+            fill(container, held)
+
+    def writes(self, since: StandIn) -> Iterator[Write]:
+        """Yields what changed since `substitute(since)`.
+
+        Raises:
+            RefusedError: FVX001, if a change is of a form that cannot be replayed.
+        """
+        for path, container, entries in self._containers:
+            before, after = _mapped(path, entries, since), contents(container)
+            if isinstance(container, (list, deque)) and len(after) < len(before):
+                refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
+            for step, value in after.items():
+                if not _same(before.get(step, _MISSING), value):
+                    yield _write(path, step, value)
+            for step in before.keys() - after.keys():
+                yield Write(path, step, None, (), deleted=True)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
+    numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return numpy_scalar or isinstance(value, _CONSTANTS)
+
+
+def is_container(value: Any) -> bool:
+    """Whether `value` is mutable and may hold tensors that a call reads or writes."""
+    if isinstance(value, (dict, list, deque, nn.Module, SimpleNamespace)):
+        return True
+    if isinstance(value, (type, torch.Generator, FunctionType, MethodType, partial)):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    if package in _NOT_STATE or getattr(sys.modules.get(package), "__not_state__", False):
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(value))
+
+
+def _is_torch_layer(value: Any) -> bool:
+    """Layers of torch itself hold settings that no public loop changes between two calls."""
+    return isinstance(value, nn.Module) and type(value).__module__.startswith("torch.")
+
+
+def apply(write: Write, container: Any, leaves: list[Any]) -> None:
+    """Replays `write` on a live container, with `leaves` for its value."""
+    kind, key = write.step
+    if write.deleted:
+        delattr(container, key) if kind == "attr" else container.pop(key)
+        return
+    assert write.spec is not None
+    value = leaves[0] if write.spec.is_leaf() else pytree.tree_unflatten(leaves, write.spec)
+    if kind == "attr":
+        setattr(container, key, value)
+    elif isinstance(container, (list, deque)) and key == len(container):
+        container.append(value)
+    else:
+        container[key] = value
+
+
+def _write(path: Path, step: Step, value: Any) -> Write:
+    leaves, spec = pytree.tree_flatten(value)
+    for leaf in leaves:
+        if not (isinstance(leaf, Tensor) or _is_constant(leaf)):
+            where = show((*path[1:], step))
+            refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
+    return Write(path, step, spec, tuple(leaves))
+
+
+def _same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        return all(map(_same, before, after))
+    plain = _is_constant(before) and _is_constant(after)
+    return plain and type(before) is type(after) and bool(before == after)
+
+
+def _mapped(path: Path, entries: Contents, stand_in: StandIn) -> Contents:
+    """Replaces tensors and plain values, also inside tuples; containers keep their identity."""
+    return {step: _map_value((*path, step), value, stand_in) for step, value in entries.items()}
+
+
+def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
+    if isinstance(value, (Tensor, *_CONSTANTS)):
+        return stand_in(path, value)
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value)]
+        if all(map(operator.is_, items, value)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+# --- containers, each read and filled in its own way --------------------------------------------
+
+
+def contents(container: Any) -> Contents:
+    """Returns the entries of a container as they are now."""
+    adapter = _adapter(container)
+    return {(adapter.kind, key): value for key, value in adapter.read(container).items()}
+
+
+def fill(container: Any, entries: Contents) -> None:
+    """Makes `entries`, as `contents` returns them, the only entries of a container."""
+    _adapter(container).fill(container, {key: value for (_, key), value in entries.items()})
+
+
+class _Adapter(NamedTuple):
+    kind: Literal["attr", "item"]
+    read: Callable[[Any], dict[Any, Any]]
+    fill: Callable[[Any, dict[Any, Any]], None]
+
+
+def _adapter(container: Any) -> _Adapter:
+    kinds = (kind for kind in _ADAPTERS if isinstance(container, kind))
+    return _ADAPTERS[next(kinds, object)]
+
+
+def _fill_list(items: Any, entries: dict[int, Any]) -> None:
+    items.clear()
+    items.extend(entries.values())
+
+
+def _fill_dict(items: Any, entries: dict[Any, Any]) -> None:
+    items.clear()
+    items.update(entries)
+
+
+def _read_module(module: nn.Module) -> dict[str, Any]:
+    """Returns parameters, buffers, children and the module's own attributes."""
+    own = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
+    return module._parameters | module._buffers | module._modules | own
+
+
+def _fill_module(module: nn.Module, entries: dict[str, Any]) -> None:
+    own = vars(module)
+    for name in [n for n in own if n not in _MODULE_INTERNALS and n not in entries]:
+        del own[name]
+    for registered in _registries(module):
+        for name in registered.keys() - entries.keys():
+            del registered[name]
+    for name, value in entries.items():
+        holder = next((r for r in _registries(module) if name in r), own)
+        holder[name] = value
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module._parameters, module._buffers, module._modules)
+
+
+def _slots(value: Any) -> list[str]:
+    names = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    flat = [n for name in names for n in ((name,) if isinstance(name, str) else name)]
+    return [name for name in flat if name not in ("__dict__", "__weakref__")]
+
+
+def _read_object(value: Any) -> dict[str, Any]:
+    """Returns the attributes of a plain object, in its `__dict__` or its slots."""
+    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
+    return slots | dict(getattr(value, "__dict__", {}))
+
+
+def _fill_object(value: Any, entries: dict[str, Any]) -> None:
+    for name in _read_object(value).keys() - entries.keys():
+        object.__delattr__(value, name)
+    for name, item in entries.items():
+        object.__setattr__(value, name, item)
+
+
+_ADAPTERS: Final[dict[type, _Adapter]] = {
+    list: _Adapter("item", lambda items: dict(enumerate(items)), _fill_list),
+    deque: _Adapter("item", lambda items: dict(enumerate(items)), _fill_list),
+    dict: _Adapter("item", dict, _fill_dict),
+    nn.Module: _Adapter("attr", _read_module, _fill_module),
+    object: _Adapter("attr", _read_object, _fill_object),
+}
+"""The first kind that fits; every container is an object."""

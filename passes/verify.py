@@ -1,0 +1,381 @@
+"""Runs graphs against the real call; a graph that was not checked is never used.
+
+Translation: the graph, unpruned, returns what the call returned. Permutation: the rewritten graph,
+with all tokens in another order, returns every branch's output again; a position that is read and
+not gathered shows here. Subset: a branch that does not attend to other tokens returns the same for
+the tokens it keeps, however many; a value that depends on the token count shows here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from passes.analyse.branches import Branch, find_branches, stream_node
+from passes.analyse.caches import Buffered, Copied, Growth, new_buffer
+from passes.base import Context, Draft, Pass
+from passes.graph import outputs_of
+from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
+from passes.rewrite.capture_outputs import capture_outputs
+from passes.rewrite.prune import Operators, Scale, Step, prune
+from passes.trace.calls import live_inputs
+
+_TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Largest relative difference of a graph that runs the same ops; 4 epsilons for other dtypes."""
+_PERMUTATION: Final = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""The same where sums run in another order, as over permuted keys; 16 epsilons otherwise."""
+
+
+class VerifyTranslation:
+    """Runs the unpruned graph; it must return what the real call returned and wrote."""
+
+    name = "verify_translation"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with what each branch adds in the real call.
+
+        Raises:
+            RefusedError: FVX002, if the graph does not reproduce the call.
+        """
+        results, written = context.real
+        inputs = live_inputs(context.call, draft.inputs)
+        outputs = capture_outputs(draft.graph_module, draft.found)(*inputs)
+        count = len(outputs) - len(draft.found)
+        mismatch = check_translation(outputs[:count], [*results, *written])
+        if mismatch is not None:
+            raise RefusedError(mismatch)
+        indices = (branch.index for branch in draft.found)
+        expected = dict(zip(indices, outputs[count:], strict=True))
+        return replace(draft, expected=expected, inputs_after=tuple(inputs))
+
+
+class VerifyPermuted:
+    """Rewrites the branches to keep all tokens in another order: each must add the same again."""
+
+    name = "verify_permuted"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft.
+
+        Raises:
+            BranchRefusedError: FVX017, if a branch adds something else.
+            RefusedError: FVX017, if anything else that the block returns or writes differs.
+        """
+        wanted = draft.prunable(context.kinds)
+        if context.step is None or not wanted:
+            return draft
+        operators = PermutedTokens()
+        tokens = wanted[0].out.meta["val"].shape[1]
+        step = Step(tokens, (tokens,), (tokens,))
+        source = draft.graph_module
+        pruned = prune(source, wanted, step, operators, lambda branch: branch.out.meta["val"])
+        operators.outputs.clear()  # the rewrite ran them on example values
+        inputs = live_inputs(context.call, draft.inputs)
+        expected = [draft.expected[branch.index] for branch in wanted]
+        outputs = _attempt(pruned.graph_module, *(inputs[i] for i in pruned.inputs), *expected)
+        made = zip(wanted, operators.outputs, strict=True)
+        _check_branches(made, draft, pruned.graph_module)
+        wrong = difference(*_unpruned(context, draft, outputs, inputs), pruned.graph_module)
+        if wrong is not None:
+            raise RefusedError(wrong)
+        return draft
+
+
+class VerifySubset:
+    """Runs the pruned graph on other tokens: a branch that does not attend adds the same for them.
+
+    The branches after it still get the dense output.
+    """
+
+    name = "verify_subset"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft.
+
+        Raises:
+            BranchRefusedError: FVX017, if a branch adds something else for a kept token.
+        """
+        wanted, step = draft.prunable(context.kinds), context.step
+        if step is None or context.operators is None or step.kept == 0 or not wanted:
+            return draft
+        operators = SomeTokens()
+        inputs = live_inputs(context.call, draft.inputs)
+        expected = [draft.expected[branch.index] for branch in wanted]
+        run = _WithOperators(draft.graph_module, context.operators, operators).run
+        _attempt(run, *inputs, *expected)
+        made = zip(wanted, operators.outputs, strict=True)
+        local = ((branch, output) for branch, output in made if branch.kind != "attention")
+        _check_branches(local, draft, draft.graph_module)
+        return draft
+
+
+class VerifySizes:
+    """Repeats analysis and rewrite at another call's sizes; both graphs must be equal."""
+
+    name = "verify_sizes"
+
+    def __init__(self, *rewrites: Pass) -> None:
+        self._rewrites = rewrites
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with the graph at the other sizes, if any size varies.
+
+        Raises:
+            RefusedError: FVX019, if the graph depends on these sizes other than by computing them.
+        """
+        earlier = draft.captured.earlier
+        if earlier is None:
+            return draft
+        stream = stream_node(earlier, context.call.stream)
+        found = find_branches(earlier.graph_module.graph, stream, earlier.result_count)
+        other = replace(
+            draft,
+            graph_module=earlier.graph_module,
+            inputs=earlier.inputs,
+            found=tuple(branch for branch in found if branch.index in draft.features),
+        )
+        for rewrite in self._rewrites:
+            other = rewrite.run(context, other)
+        _check_equal(draft.graph_module, other.graph_module)
+        return replace(draft, at_earlier_sizes=other.graph_module)
+
+
+class VerifyBuffered:
+    """Runs the graph with and without buffers; one that differs is not used."""
+
+    name = "verify_buffered"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft, without buffers if the buffered graph fails."""
+        if draft.buffered is None:
+            return draft
+        reason = _buffered_failure(context, draft, draft.buffered)
+        if reason is None:
+            return draft
+        caches = (Copied(c.input, reason) if isinstance(c, Growth) else c for c in draft.caches)
+        return replace(draft, caches=tuple(caches), buffered=None)
+
+
+class PermutedTokens:
+    """Operators that keep every token, in an order of each sample's own, and record the outputs.
+
+    Attributes:
+        outputs: Each branch's full output, in the order of the graph.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.restores_anew = False
+
+    def select(self, x: Tensor, kept: int) -> Tensor:
+        """Returns `kept` tokens, shuffled; the same for the same shape."""
+        generator = torch.Generator().manual_seed(kept)
+        order = torch.rand(*x.shape[:2], generator=generator).argsort(dim=1)[:, :kept]
+        return order.to(x.device) + torch.zeros_like(x[:, :kept, 0], dtype=torch.int64)
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """Returns x (B, L, C) at `index` (B, L)."""
+        return torch.take_along_dim(x, index.unsqueeze(-1), 1)
+
+    def restore(
+        self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+    ) -> Tensor:
+        """Puts the tokens back in order."""
+        full = torch.take_along_dim(kept, index.argsort(dim=1).unsqueeze(-1), 1)
+        self.outputs.append(full)
+        return full
+
+
+class SomeTokens(PermutedTokens):
+    """Operators that keep some tokens, and continue with the dense output of every branch."""
+
+    def restore(
+        self, kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+    ) -> Tensor:
+        """Records what the branch returned, written over its dense output; returns the latter."""
+        place = index.unsqueeze(-1).expand_as(kept)
+        self.outputs.append(cached.scatter(1, place, kept))
+        return cached.clone()  # the graph may add into it
+
+
+class _WithOperators(Interpreter):
+    """Runs a pruned graph with other operators than its own, which saves a second rewrite."""
+
+    def __init__(self, graph_module: GraphModule, own: Operators, other: PermutedTokens) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self._select = own.select
+        self._other: dict[Any, Callable[..., Any]] = {
+            own.select: other.select,
+            own.take: other.take,
+            own.restore: other.restore,
+        }
+
+    def run_node(self, n: Node) -> Any:
+        other = self._other.get(n.target) if n.op == "call_function" else None
+        if other is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        first, selection, *rest = args
+        if n.target is not self._select and isinstance(selection, tuple):
+            selection = selection[0]
+        made = other(first, selection, *rest, **kwargs)
+        return (made,) if isinstance(n.meta["val"], tuple) else made
+
+
+def _attempt(run: Callable[..., Any], *inputs: Any) -> Sequence[Tensor]:
+    """Runs a pruned graph.
+
+    Raises:
+        RefusedError: FVX017, if it fails: a kernel may not accept the shapes of kept tokens.
+    """
+    try:
+        outputs: Sequence[Tensor] = run(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        refuse("FVX017", f"it fails on the kept tokens: {type(error).__name__}: {error}")
+    return outputs
+
+
+def _check_branches(
+    made: Iterable[tuple[Branch, Tensor]], draft: Draft, graph_module: GraphModule
+) -> None:
+    """Compares what branches of a rewritten graph add with what they add in the real call."""
+    for branch, output in made:
+        wrong = difference([output], [draft.expected[branch.index]], graph_module)
+        if wrong is not None:
+            raise BranchRefusedError(branch.index, wrong)
+
+
+def _unpruned(
+    context: Context, draft: Draft, outputs: Sequence[Tensor], inputs: Sequence[Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what does not depend on the order of the tokens, as computed and as expected.
+
+    That is what the block returns, except keys and values, and the inputs it overwrote.
+    """
+    results, _ = context.real
+    regions = {node for branch in draft.prunable(context.kinds) for node in branch.region}
+    pairs = [
+        (output, result)
+        for node, output, result in zip(
+            outputs_of(draft.source.graph), outputs, results, strict=False
+        )
+        if node not in regions
+    ]
+    pairs += [(a, b) for a, b in zip(inputs, draft.inputs_after, strict=True) if a is not b]
+    return [made for made, _ in pairs], [real for _, real in pairs]
+
+
+def _check_equal(made: GraphModule, other: GraphModule) -> None:
+    if len(made.graph.nodes) != len(other.graph.nodes):
+        refuse("FVX019", "other branches prune at other sizes")
+    for a, b in zip(made.graph.nodes, other.graph.nodes, strict=True):
+        if a.format_node() != b.format_node():
+            refuse("FVX019", f"`{a.format_node()}` has been `{b.format_node()}`", a)
+
+
+def _buffered_failure(context: Context, draft: Draft, buffered: Buffered) -> str | None:
+    """Returns why the graph with buffers fails, or None."""
+    taken = draft.features if context.step is not None else ()
+    features = [context.captured[index] for index in taken]
+    expected = draft.graph_module(*live_inputs(context.call, draft.inputs), *features)
+    inputs = live_inputs(context.call, draft.inputs)
+    for growth in buffered.growths:
+        past = inputs[growth.input]
+        inputs[growth.input] = growth.front(new_buffer(past, growth), past)
+    try:
+        outputs = buffered.graph_module(*inputs, *features)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an op that does not accept a view with gaps
+        return f"the block does not run on a view: {type(error).__name__}: {error}"
+    wrong = check_translation(outputs, expected)
+    return None if wrong is None else f"the block returns other values on a view: {wrong.reason}"
+
+
+def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Refusal | None:
+    """Compares a captured graph's outputs with the real call's."""
+    if len(made) != len(expected):
+        return Refusal("FVX002", f"{len(made)} outputs, the block returns {len(expected)}")
+    for place, (a, b) in enumerate(zip(made, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return Refusal("FVX002", f"output {place} is {_meta(a)}, the block returns {_meta(b)}")
+        error = _largest_difference(a, b)
+        if not error <= _tolerance([b.dtype], _TRANSLATION, 4):
+            text = f"output {place} differs by {error:.1e} (relative) at {_place(a, b)}"
+            return Refusal("FVX002", text)
+    return None
+
+
+def difference(
+    made: Sequence[Tensor], expected: Sequence[Tensor], graph_module: GraphModule
+) -> Refusal | None:
+    """Compares what a rewritten graph computes with the real call.
+
+    Args:
+        made: What the graph computed.
+        expected: The same values of the real call.
+        graph_module: The graph; its least precise dtype sets the tolerance.
+    """
+    dtypes = [n.meta["val"].dtype for n in graph_module.graph.nodes if _is_float(n.meta.get("val"))]
+    limit = _tolerance(dtypes, _PERMUTATION, 16)
+    for a, b in zip(made, expected, strict=True):
+        error = _largest_difference(a, b)
+        if not error <= limit:
+            text = f"with permuted tokens it differs by {error:.1e} (relative) at {_place(a, b)}"
+            return Refusal("FVX017", text)
+    return None
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _tolerance(
+    dtypes: Sequence[torch.dtype], known: dict[torch.dtype, float], epsilons: int
+) -> float:
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((known.get(d, epsilons * torch.finfo(d).eps) for d in floats), default=0.0)
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Returns the largest difference relative to the largest value of b."""
+    if not b.numel():
+        return 0.0
+    if not (b.is_floating_point() or b.is_complex()):
+        return float(not torch.equal(a, b))
+    a, b = a.detach(), b.detach()
+    wide = torch.promote_types(b.dtype, torch.float32)
+    quick = float((a.to(wide) - b.to(wide)).abs().amax() / b.abs().amax())
+    if math.isfinite(quick):
+        return quick
+    difference, scale = _differences(a, b)
+    return float(difference.amax() / scale)
+
+
+def _differences(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns all differences, none where both are NaN or equal, and the largest finite b."""
+    wide = torch.complex128 if b.is_complex() else torch.float64
+    difference = (a.to(wide) - b.to(wide)).abs()
+    both_nan = a.isnan() & b.isnan()
+    difference = torch.where(both_nan | (a == b), torch.zeros_like(difference), difference)
+    scale = b.to(wide).abs().nan_to_num(0.0, 0.0).amax()
+    return difference, scale.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _place(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    """Returns where two tensors differ most."""
+    difference, _ = _differences(a.detach(), b.detach())
+    return tuple(int(i) for i in torch.unravel_index(difference.argmax().cpu(), b.shape))
+
+
+def _meta(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

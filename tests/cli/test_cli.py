@@ -1,0 +1,375 @@
+"""The command line: what it prints, what it writes, its exit codes and its messages."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvar_fx import Schedule, presets
+from fastvar_fx.cli import main
+from fastvar_fx.errors import RunError, ScheduleError
+from fastvar_fx.measure import demo
+from fastvar_fx.measure.clock import per_step
+from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measure.subject import Subject
+from fastvar_fx.models.var import build
+
+SCALES = (1, 2, 3, 4, 6, 8)
+MODELS = """
+import torch
+from fastvar_fx.models.var import build
+
+def tiny():
+    return build("tiny", scales=(1, 2, 3, 4, 6, 8), depth=2)
+
+def run(model):
+    return model.autoregressive_infer_cfg(1, 3)
+
+def no_module():
+    return "no module"
+
+def broken():
+    raise KeyError("weights")
+
+def broken_run(model):
+    raise ValueError("no prompt")
+
+def no_images(model):
+    model.infer_fhat(1, 3)
+    return torch.zeros(3, 8)
+"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """What stderr says, without the frames and line breaks of a terminal."""
+        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", self.err).split())
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*arguments: str | Path) -> Outcome:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with models of the user's own and a schedule."""
+    (tmp_path / "own_models.py").write_text(MODELS)
+    (tmp_path / "syntax.py").write_text("def run(:\n")
+    schedule = Schedule(SCALES, (0.5, 0.75))
+    (tmp_path / "schedule.json").write_text(schedule.to_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+    return tmp_path
+
+
+OWN = ("own_models:tiny", "--run", "own_models:run", "--schedule", "schedule.json")
+
+
+# --- presets ----------------------------------------------------------------------------------
+
+
+def test_presets_as_a_table(cli: Cli) -> None:
+    code, out, err = cli("presets")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in presets())
+    row = next(line for line in out.splitlines() if "var-256" in line)
+    assert " ".join(row.split()) == "var-256 1 2 3 4 5 6 8 10 13 16 0.5 0.75 7 all 680 62% 41% 0%"
+
+
+def test_presets_as_json(cli: Cli) -> None:
+    code, out, err = cli("presets", "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    assert data.keys() == presets().keys()
+    assert data["infinity-1024"]["layers"] == list(range(3, 28))
+    assert data["var-512"]["tokens"] == 2240
+    assert data["var-512"]["late_share"] == pytest.approx(1600 / 2240)
+    assert data["var-512"]["saved_share"] == pytest.approx((1600 - 288 - 256) / 2240)
+    assert data["infinity-1024"]["late_share"] == pytest.approx(2624 / 10521)
+    assert data["infinity-1024"]["skipped_share"] == pytest.approx(6400 / 10521)
+
+
+# --- explain ----------------------------------------------------------------------------------
+
+
+def test_explain_the_default_model(cli: Cli) -> None:
+    code, out, _ = cli("explain", "--batch", "1", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["cache_step"] == 7
+    late = {(r["kind"], r["tokens"], r["kept"]) for r in data["rows"] if r["step"] == 9}
+    assert late == {("attention", 256, 64), ("ffn", 256, 64)}
+
+
+def test_explain_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
+    path = list(sys.path)
+    code, out, err = cli("explain", *OWN)
+    assert (code, err) == (0, "")
+    assert out.startswith("own_models:tiny; 6 scales, 1x1 to 8x8; ratios 0.5, 0.75; cache step 3")
+    assert "blocks.0..1" in out
+    assert sys.path == path
+
+
+def test_ratios_replace_those_of_the_schedule(cli: Cli, folder: Path) -> None:
+    options = ("--ratios", "0.25,0.5,1", "--blocks", "blocks", "--on-full", "cache", "--json")
+    code, out, _ = cli("explain", *OWN, *options)
+    assert code == 0
+    data = json.loads(out)
+    kept = {(r["step"], r["tokens"], r["kept"]) for r in data["rows"]}
+    assert kept == {(2, 9, 9), (3, 16, 12), (4, 36, 18), (5, 64, 0)}
+    assert data["cache_step"] == 2
+
+
+def test_steps_of_ratio_one_are_skipped(cli: Cli, folder: Path) -> None:
+    code, out, _ = cli("explain", *OWN, "--ratios", "0.25,0.5,1", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert {row["step"] for row in data["rows"]} == {2, 3, 4}
+    skipping, pruning = data["skipping"], data["pruning"]
+    assert (skipping["steps"], skipping["tokens"], skipping["all_tokens"]) == ([5], 64, 130)
+    assert (pruning["steps"], pruning["tokens"], pruning["dropped"]) == ([3, 4], 52, 22)
+    assert pruning["pruned_flops"] < pruning["flops"] < skipping["flops"]
+
+
+# --- demo -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo_data(cli: Cli, folder: Path) -> dict[str, Any]:
+    options = ("--schedule", "schedule.json", "--batch", "2", "--repeats", "2", "--seed", "4")
+    code, out, err = cli("demo", "--model", "tiny", "--out", "made/here", *options, "--json")
+    assert code == 0, err
+    assert re.search(r"^fastvar-fx: \d+ s: pruned, run 2 of 2$", err, re.MULTILINE)
+    data: dict[str, Any] = json.loads(out)
+    return data
+
+
+def test_demo(demo_data: dict[str, Any], folder: Path) -> None:
+    data = demo_data
+    assert (data["batch"], data["repeats"], data["seed"]) == (2, 2, 4)
+    assert (data["device"], data["dtype"], data["threads"]) == ("cpu", "float32", 1)
+    assert data["torch"] == torch.__version__
+    assert data["note"].startswith("random weights")
+    assert (data["pruned_branches"], data["branches"]) == (16, 16)
+    assert (data["skipped_steps"], data["repeat_difference"]) == ([], 0)
+    _check_steps(data["steps"])
+    assert data["total"]["limit"] >= 1
+    assert data["pruned_steps"]["limit"] > data["transformer"]["limit"] > data["total"]["limit"]
+    for part in ("pruned_steps", "transformer", "total"):
+        times = data[part]["ms_dense"]["median"] / data[part]["ms_pruned"]["median"]
+        assert data[part]["speedup"] == pytest.approx(times, rel=1e-2)
+    assert data["files"] == ["made/here/demo.png", "made/here/kept_tokens.png"]
+    for name in data["files"]:
+        _check_picture(folder / name)
+
+
+def _check_steps(steps: Sequence[dict[str, Any]]) -> None:
+    assert [step["scale"] for step in steps] == [[side, side] for side in SCALES]
+    assert [step["role"] for step in steps] == ["dense"] * 3 + ["captures", "prunes", "prunes"]
+    assert [step["kept"] for step in steps] == [1, 4, 9, 16, 18, 16]
+    for step in steps:
+        assert step["kept"] <= step["tokens"]
+        times = step["ms_dense"], step["ms_pruned"]
+        assert all(0 < t["min"] <= t["median"] <= t["max"] for t in times)
+        pruned = step["role"] == "prunes"
+        assert step["limit"] > 1 if pruned else step["dense_flops"] == step["pruned_flops"]
+
+
+def _check_picture(path: Path) -> None:
+    with Image.open(path) as image:
+        width, height = image.size
+        assert 1000 <= width <= 1400
+        assert 300 <= height <= 2000
+        assert all(low < high for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
+
+
+def test_demo_draws_with_trained_weights(cli: Cli, folder: Path) -> None:
+    code, out, err = cli("demo", "--repeats", "1", "--batch", "1", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["note"].startswith("trained on")
+    assert data["schedule"]["scales"][-2:] == [[24, 24], [32, 32]]
+    assert data["schedule"]["ratios"] == [0.5, 0.75]
+    assert data["pruned_branches"] == data["branches"]
+
+
+def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
+    code, out, err = cli("demo", "--model", *OWN, "--repeats", "1")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    last = next(row for row in rows if row[:2] == ["5", "8x8"])
+    assert last[2:4] == ["64", "16"]
+    assert any(line.startswith(" transformer, pruned steps") for line in out.splitlines())
+    assert "8 of 8 branches prune. Step skipping: none." in out
+    assert "one run after a warm-up" in out
+    assert "random weights" not in out
+    assert (folder / "demo" / "demo.png").exists()
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    def run(model: Any) -> Any:
+        return model.autoregressive_infer_cfg(2, 3, g_seed=1)
+
+    model = build("tiny", scales=SCALES, depth=2)
+    return Subject("tiny", model, Schedule(SCALES, (0.5, 0.75)), run)
+
+
+@pytest.fixture(scope="module")
+def measured(subject: Subject) -> Iterator[demo.Measurement]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield demo.measure_both(subject, repeats=1)
+    torch.set_num_threads(threads)
+
+
+def test_measuring_changes_neither_images_nor_model(
+    subject: Subject, measured: demo.Measurement
+) -> None:
+    assert torch.equal(measured.dense_images, subject.run(subject.model))
+    assert not torch.equal(measured.pruned_images, measured.dense_images)
+    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in subject.model.modules()]
+    assert not any(after or before for after, before in hooks)
+
+
+def test_measured_flops_agree_with_the_report(measured: demo.Measurement) -> None:
+    first = measured.steps[4]
+    dense, pruned = measured.report.flops(first.step)
+    assert first.dense_flops - first.pruned_flops == dense - pruned > 0
+
+
+def test_kept_shares_add_up_to_the_kept_tokens(measured: demo.Measurement) -> None:
+    assert measured.selections == {4: 4, 5: 4}
+    for step in measured.steps[4:]:
+        share = measured.kept_shares[step.step]
+        assert share.shape == step.scale
+        assert share.sum().item() == pytest.approx(step.kept)
+        assert set((4 * share).flatten().tolist()) <= {0, 1, 2, 3, 4}
+
+
+def test_a_budget_ends_the_repeats(subject: Subject) -> None:
+    told: list[str] = []
+    result = demo.measure_both(subject, repeats=9, budget=Budget(0), progress=told.append)
+    assert result.repeats == 1
+    assert told[3:] == ["dense, run 1 of 9", "pruned, run 1 of 9"]
+
+
+def test_passes_are_told_apart_by_step() -> None:
+    schedule = Schedule((1, 1, 2, 3), (0.5,))
+    assert per_step([(1, 1), (1, 2), (4, 3), (9, 4)], schedule) == [1, 2, 3, 4]
+    context_and_halves = [(30, 9), (9, 9), (1, 1), (1, 1), (4, 2), (4, 3), (9, 4), (9, 4)]
+    assert per_step(context_and_halves, schedule) == [1, 1, 5, 8]
+    prompt_first = Schedule((1, 2, 3), (0.5,))
+    assert per_step([(30, 9), (4, 2), (9, 4)], prompt_first) == [9, 2, 4]
+    assert per_step([(1, 1), (4, 2)], prompt_first, drawn=2) == [1, 2, 0]
+    with pytest.raises(RunError, match=r"steps of \[1, 1, 4, 9\] tokens, but .* \[1, 1, 4\]"):
+        per_step([(1, 1), (1, 2), (4, 3)], schedule)
+
+
+def test_nothing_to_compare(subject: Subject) -> None:
+    with pytest.raises(ScheduleError, match="nothing to compare"):
+        demo.measure_both(Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("explain --preset var-255", 1, "no preset is named 'var-255'; did you mean var-256"),
+        ("explain tinny", 1, "no model is named 'tinny'; did you mean tiny"),
+        ("explain demo --preset var-256", 1, "--model random takes any"),
+        ("explain --ratios 1.5", 1, "a pruning ratio lies in [0, 1]"),
+        ("explain --ratios half", 2, "--ratios takes numbers in [0, 1]"),
+        ("explain --preset var-256 --schedule schedule.json", 2, "exclude each other"),
+        ("explain --schedule missing.json", 2, "does not exist"),
+        ("explain --schedule own_models.py", 1, "a schedule is read from a JSON object"),
+        ("explain --batch 0", 2, "--batch"),
+        ("explain --run own_models:run", 2, "tiny brings its own run"),
+        ("explain own_models:tiny --preset var-256", 2, "needs --run package.module:function"),
+        ("explain own_models:tiny --run own_models:run", 2, "needs --preset NAME or --schedule"),
+        (
+            "explain own_models: --preset var-256 --run own_models:run",
+            2,
+            "given as package.module:name",
+        ),
+        ("demo --ratios 0", 1, "nothing to compare"),
+        ("demo --out own_models.py", 2, "is a file"),
+        ("unknown", 2, "No such command"),
+    ],
+)
+def test_wrong_arguments(cli: Cli, folder: Path, arguments: str, code: int, message: str) -> None:
+    outcome = cli(*arguments.split())
+    assert (outcome.code, outcome.out) == (code, "")
+    assert message in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "message"),
+    [
+        ("own_model:tiny", "own_models:run", "ModuleNotFoundError: No module named 'own_model'"),
+        ("syntax:tiny", "own_models:run", "SyntaxError"),
+        ("own_models:tinny", "own_models:run", "no callable 'tinny'; did you mean tiny"),
+        ("own_models:no_module", "own_models:run", "must return a torch.nn.Module; found str"),
+        ("own_models:broken", "own_models:run", "KeyError: 'weights' ({here}/own_models.py:15)"),
+        ("own_models:tiny", "own_models:rnu", "no callable 'rnu'; did you mean run"),
+        ("own_models:tiny", "own_models:broken_run", "ValueError: no prompt ({here}/own_models.py"),
+        ("own_models:tiny", "own_models:no_images", "found torch.float32 (3, 8)"),
+    ],
+)
+def test_own_code_that_fails(cli: Cli, folder: Path, model: str, run: str, message: str) -> None:
+    outcome = cli("demo", "--model", model, "--run", run, "--schedule", "schedule.json", "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert message.format(here=folder) in outcome.message
+    assert "Traceback" not in outcome.err
+
+
+def test_a_schedule_that_the_run_does_not_follow(cli: Cli, folder: Path) -> None:
+    outcome = cli("explain", *OWN[:3], "--preset", "var-256")
+    assert outcome.code == 1
+    assert "Give the schedule that the loop runs" in outcome.message
+
+
+def test_missing_packages_are_named_without_a_traceback() -> None:
+    script = (
+        "import sys; sys.modules['typer'] = None; from fastvar_fx.cli import main; "
+        "sys.exit(main(['presets']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(  # torch may have something to say before
+        "fastvar-fx: needs typer, rich, matplotlib, pillow; not installed: typer; "
+        'run pip install "fastvar-fx[cli]"\n'
+    )
+
+
+def test_help_lists_the_commands(cli: Cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert all(command in out for command in ("presets", "explain", "demo"))

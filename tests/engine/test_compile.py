@@ -1,0 +1,249 @@
+"""Transformed models go on to torch.compile: whole graphs, compiled once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fastvar_fx
+from fastvar_fx import CompileError, ModelError, RunError, Schedule
+from fastvar_fx.models import VAR, VAR_256, build, infinity
+from fastvar_fx.models.maps import template
+
+LABELS = torch.tensor([1, 2])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def transformed(depth: int, scales: tuple[int, ...] = VAR_256) -> VAR:
+    """All steps of a schedule, traced."""
+    model = build("tiny", depth=depth, scales=scales)
+    fast = fastvar_fx.transform(model, Schedule(scales, (0.5, 0.75)))
+    fastvar_fx.trace(fast, lambda m: m.infer_fhat(2, LABELS, g_seed=0))
+    return fast
+
+
+def compile_blocks(fast: VAR, backend: str) -> None:
+    for block in fast.blocks:
+        block.compile(fullgraph=True, backend=backend)
+
+
+def token_loop(model: VAR, label: Tensor) -> Tensor:
+    """A generation without sampling: every map is the last one's output, resized."""
+    cond = model.class_emb(label)
+    x = cond[:, None] + model.pos_start
+    outputs, length = [], 1
+    model.kv_caching(True)
+    for side, following in zip(VAR_256, (*VAR_256[1:], None), strict=True):
+        for block in model.blocks:
+            x = block(x, cond)
+        outputs.append(x)
+        if following is not None:
+            image = x.transpose(1, 2).unflatten(2, (side, side))
+            resized = F.interpolate(image, (following, following), mode="area")
+            tokens = following * following
+            x = resized.flatten(2).transpose(1, 2) + model.pos_1LC[:, length : length + tokens]
+            length += tokens
+    model.kv_caching(False)
+    return torch.cat(outputs, 1)
+
+
+def test_compiled_blocks_equal_eager_ones_and_never_compile_again() -> None:
+    fast = transformed(2)
+    want = [fast.infer_fhat(2, LABELS, g_seed=seed) for seed in (0, 1)]
+    compile_blocks(fast, "eager")
+    assert torch.equal(fast.infer_fhat(2, LABELS, g_seed=0), want[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = [fast.infer_fhat(2, LABELS, g_seed=seed) for seed in (0, 1)]
+    assert all(map(torch.equal, got, want))
+
+
+def test_dynamo_takes_the_whole_token_loop() -> None:
+    fast = transformed(1)
+    want = [token_loop(fast, labels) for labels in (LABELS, LABELS + 1)]
+    assert not torch.equal(want[0], token_loop(build("tiny", depth=1), LABELS))
+    compiled = torch.compile(token_loop, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(fast, LABELS), want[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = [compiled(fast, labels) for labels in (LABELS, LABELS + 1)]
+    assert all(map(torch.equal, got, want))
+
+
+def test_compiling_before_tracing_says_so() -> None:
+    fast = fastvar_fx.transform(build("tiny", depth=1), Schedule(VAR_256, (0.5,)))
+    compile_blocks(fast, "eager")
+    with pytest.raises((RunError, torch._dynamo.exc.Unsupported), match=r"fastvar_fx\.trace"):
+        fast.infer_fhat(2, LABELS, g_seed=0)
+
+
+# --- fastvar_fx.compile -----------------------------------------------------------------------
+
+
+FEW = (1, 2, 3, 4)
+
+
+def graphs(fast: nn.Module) -> dict[int, int]:
+    compiled = fastvar_fx.explain(fast).compiled
+    assert compiled is not None
+    return compiled.graphs
+
+
+def generate(fast: VAR, seed: int) -> Tensor:
+    return fast.infer_fhat(2, LABELS, g_seed=seed)
+
+
+def test_one_graph_per_step_serves_all_blocks_and_never_compiles_again() -> None:
+    fast = transformed(9)  # more blocks than Dynamo compiles one code for
+    want = [generate(fast, seed) for seed in (0, 1)]
+    assert fastvar_fx.compile(fast, backend="eager") is fast
+    assert graphs(fast) == {}
+    assert torch.equal(generate(fast, 0), want[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = [generate(fast, seed) for seed in (0, 1)]
+    assert all(map(torch.equal, got, want))
+    assert graphs(fast) == {side * side: 1 for side in VAR_256}
+    assert "torch.compile: 10 graphs for calls of 10 token counts" in str(fastvar_fx.explain(fast))
+    assert json.loads(fastvar_fx.explain(fast).to_json())["compiled"]["failures"] == []
+
+
+def test_blocks_that_do_not_prune_share_a_graph_too() -> None:
+    schedule = Schedule(FEW, (0.5,), layers=[1])
+    model = build("tiny", depth=3, scales=FEW)
+    fast = fastvar_fx.transform(model, schedule)
+    want = generate(fast, 0)
+    fastvar_fx.compile(fast, backend="eager")
+    assert torch.equal(generate(fast, 0), want)
+    assert type(fast.blocks[0]) is not type(model.blocks[0])
+    assert [set(vars(block)) for block in model.blocks] == 3 * [set(vars(build("tiny").blocks[0]))]
+    # Block 1 runs its program at the cache step and the pruned one, the others their forward.
+    assert graphs(fast) == {1: 1, 4: 1, 9: 2, 16: 2}
+
+
+def test_a_schedule_that_prunes_nothing_compiles_the_dense_model() -> None:
+    model = build("tiny", depth=2, scales=FEW)
+    fast = fastvar_fx.compile(fastvar_fx.transform(model, Schedule(FEW, ())), backend="eager")
+    assert torch.equal(generate(fast, 0), generate(model, 0))
+    assert graphs(fast) == {1: 1, 4: 1, 9: 1, 16: 1}
+
+
+def test_blocks_that_differ_in_what_they_read_get_graphs_of_their_own() -> None:
+    model = build("tiny", depth=9, scales=(1, 2))
+    for layer, block in enumerate(model.blocks):
+        norm: Any = block.ln_wo_grad
+        norm.eps = 1e-6 * (1 + layer)
+    fast = fastvar_fx.transform(model, Schedule((1, 2), ()))
+    want = generate(fast, 0)
+    fastvar_fx.compile(fast, backend="eager")
+    assert torch.equal(generate(fast, 0), want)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(generate(fast, 0), want)
+    assert graphs(fast) == {1: 9, 4: 9}
+
+
+def test_a_new_batch_or_a_new_model_compiles_its_own() -> None:
+    fast = fastvar_fx.compile(transformed(1, FEW), backend="eager")
+    generate(fast, 0)
+    copied = copy.deepcopy(fast)
+    fast.infer_fhat(1, 3, g_seed=0)
+    assert set(graphs(fast).values()) == {2}
+    assert graphs(copied) == {}
+    assert torch.equal(generate(copied, 0), generate(fast, 0))
+    assert set(graphs(copied).values()) == {1}
+
+
+def test_skipped_steps_and_prompts_of_any_length() -> None:
+    scales = template(1.0, "0.06M")
+    model = infinity.build("tiny", depth=2)
+    fast = fastvar_fx.transform(model, Schedule(scales, (0.5, 1.0)))
+    texts = [torch.randn(1, n, 64, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 6)]
+    want = [fast.autoregressive_infer_cfg(text, scales, g_seed=0) for text in texts]
+    fastvar_fx.compile(fast, backend="eager")
+    first = [fast.autoregressive_infer_cfg(text, scales, g_seed=0) for text in texts[:2]]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        last = fast.autoregressive_infer_cfg(texts[2], scales, g_seed=0)
+    assert all(map(torch.equal, [*first, last], want))
+    assert max(graphs(fast).values()) <= 2
+
+
+def test_a_users_compile_around_it_wins() -> None:
+    fast = fastvar_fx.compile(transformed(1), backend="eager")
+    want = token_loop(fast, LABELS)
+    made = graphs(fast)
+    compiled = torch.compile(token_loop, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(fast, LABELS), want)
+    assert graphs(fast) == made
+
+
+def broken_from(step: int) -> Callable[..., Any]:
+    """A backend that compiles the graphs of all steps before one."""
+    left = iter(range(step))
+
+    def backend(graph_module: GraphModule, _: object) -> Any:
+        if next(left, None) is None:
+            raise NotImplementedError("no kernel for aten.topk")
+        return graph_module.forward
+
+    return backend
+
+
+@pytest.mark.parametrize(("step", "tokens"), [(0, 1), (2, 9)])
+def test_a_failure_names_step_and_op_and_leaves_the_model_usable(step: int, tokens: int) -> None:
+    fast = transformed(1, FEW)
+    want = generate(fast, 0)
+    fastvar_fx.compile(fast, backend=broken_from(step))
+    message = rf"blocks\.0 at step {step} \({tokens} tokens\)[^$]*no kernel for aten\.topk"
+    with pytest.raises(CompileError, match=message):
+        generate(fast, 0)
+    fastvar_fx.compile(fast, backend="eager")
+    assert torch.equal(generate(fast, 0), want)
+
+
+def test_fallback_runs_what_fails_eagerly_and_says_so() -> None:
+    fast = transformed(2, FEW)
+    want = generate(fast, 0)
+    fastvar_fx.compile(fast, fallback=True, backend=broken_from(2))
+    assert torch.equal(generate(fast, 0), want)
+    failures = [line for line in str(fastvar_fx.explain(fast)).splitlines() if "so eager" in line]
+    assert [re.findall("step [0-9]+", line) for line in failures] == [["step 2"], ["step 3"]]
+    assert graphs(fast) == {1: 1, 4: 1}
+
+
+def test_what_cannot_be_compiled_as_asked_is_told_at_once() -> None:
+    with pytest.raises(ModelError, match="not transformed"):
+        fastvar_fx.compile(build("tiny", depth=1))
+    with pytest.raises(TypeError, match="colour"):
+        fastvar_fx.compile(transformed(1, FEW), colour="red")
+
+
+def test_inductors_front_end_agrees() -> None:
+    fast = transformed(2, FEW)
+    want = generate(fast, 0)
+    fastvar_fx.compile(fast, backend="aot_eager")
+    torch.testing.assert_close(generate(fast, 0), want, rtol=1e-4, atol=1e-4)
+    assert graphs(fast) == {1: 1, 4: 1, 9: 1, 16: 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_model", [compile_blocks, fastvar_fx.compile])
+def test_inductor_agrees_and_never_compiles_again(compile_model: Callable[..., object]) -> None:
+    fast = transformed(1)
+    want = token_loop(fast, LABELS)
+    compile_model(fast, backend="inductor")
+    torch.testing.assert_close(token_loop(fast, LABELS), want, rtol=1e-4, atol=1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        token_loop(fast, LABELS + 1)
+        torch.testing.assert_close(token_loop(fast, LABELS), want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,328 @@
+"""The methods to compare with, alone and inside a transformed model."""
+
+import doctest
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvar_fx
+from fastvar_fx import ArgumentError, Method, methods
+from fastvar_fx.models.var import VAR, build
+from fastvar_fx.ops import Scale, put_tokens, take_tokens
+
+SCALES: tuple[Scale, ...] = ((1, 1), (2, 2), (3, 3), (4, 4))
+SCHEDULE = fastvar_fx.Schedule(SCALES, (0.5,))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_docstrings() -> None:
+    result = doctest.testmod(methods)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+# -- selection ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 12])
+@pytest.mark.parametrize("rule", ["random", "lowest", "grid"])
+def test_a_selection_is_ascending_and_of_the_asked_size(rule: str, kept: int) -> None:
+    rules = {
+        "random": methods.random_tokens,
+        "lowest": methods.lowest_scores,
+        "grid": methods.uniform_grid([(3, 4)]),
+    }
+    index = rules[rule](noise(3, 12, 5), kept)
+    assert index.shape == (3, kept)
+    assert index.dtype == torch.int64
+    assert (index[:, 1:] > index[:, :-1]).all()
+    assert ((index >= 0) & (index < 12)).all()
+
+
+def test_random_tokens_follow_the_seed_and_differ_by_sample() -> None:
+    x = torch.zeros(2, 100, 3, dtype=torch.bfloat16)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        index = methods.random_tokens(x, 50)
+        torch.manual_seed(5)
+        assert torch.equal(methods.random_tokens(x, 50), index)
+    assert not torch.equal(index[0], index[1])
+
+
+def test_the_lowest_scores_are_those_that_pivotal_selection_leaves() -> None:
+    x = noise(2, 10, 4)
+    both = torch.cat(
+        [methods.lowest_scores(x, 4), fastvar_fx.ops.pivotal_token_selection(x, 6)], dim=1
+    )
+    assert torch.equal(both.sort(dim=1).values, torch.arange(10).expand(2, 10))
+
+
+@pytest.mark.parametrize("kept", [16, 64, 128])
+def test_the_grid_fills_every_quarter_of_the_map_alike(kept: int) -> None:
+    index = methods.uniform_grid([(16, 16)])(torch.zeros(1, 256, 1), kept)
+    chosen = torch.zeros(256).index_fill(0, index[0], 1).view(2, 8, 2, 8)
+    quarters = chosen.sum(dim=(1, 3)).flatten()
+    assert (quarters - kept / 4).abs().max() <= 2
+
+
+def test_the_grid_needs_the_shape_of_the_map() -> None:
+    with pytest.raises(ValueError, match=r"of 12 tokens are \(3, 4\) and \(4, 3\)"):
+        methods.uniform_grid([(3, 4), (4, 3)])
+    with pytest.raises(ValueError, match=r"maps of \[12\] tokens; found 9"):
+        methods.uniform_grid([(3, 4)])(torch.zeros(1, 9, 1), 4)
+
+
+# -- restoration --------------------------------------------------------------------------------
+
+
+def test_zeros_leave_the_other_tokens_empty() -> None:
+    kept, index = torch.ones(1, 1, 2), torch.tensor([[2]])
+    full = methods.zeros(kept, index, torch.full((1, 1, 2), 9.0), (1, 1), (2, 2))
+    assert full[0, :, 0].tolist() == [0, 0, 1, 0]
+
+
+def test_the_nearest_kept_token_is_near_on_the_map_and_in_it() -> None:
+    kept = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+    index = torch.tensor([[0, 7], [3, 4]])  # of a map of 2 x 4
+    cached = torch.zeros(2, 1, 1)
+    full = methods.nearest_kept(kept, index, cached, (1, 1), (2, 4))
+    assert full[0, :, 0].tolist() == [1, 1, 2, 2, 1, 1, 2, 2]
+    assert full[1, :, 0].tolist() == [4, 4, 3, 3, 4, 4, 3, 3]
+    joint = methods.nearest_kept(kept[:1], index[:1], cached[:1], (2, 1, 1), (2, 2, 2))
+    assert joint[0, :, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_interpolation_resizes_each_map_by_itself() -> None:
+    cached = torch.tensor([[[1.0], [3.0]]])  # two maps of one token
+    nothing = cached[:, :0], torch.zeros(1, 0, dtype=torch.int64)
+    for mode in ("nearest", "bilinear", "area"):
+        full = methods.interpolated(mode)(*nothing, cached, (2, 1, 1), (2, 1, 2))
+        assert full.flatten().tolist() == [1, 1, 3, 3]
+    bilinear = methods.interpolated("bilinear")(*nothing, cached, (1, 2), (1, 4))
+    assert bilinear.flatten().tolist() == [1, 1.5, 2.5, 3]
+    with pytest.raises(ValueError, match=r"found 'cubic'"):
+        methods.interpolated("cubic")  # type: ignore[arg-type]
+
+
+def test_rules_without_a_cache_need_a_kept_token() -> None:
+    nothing = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.int64)
+    cached = torch.zeros(1, 1, 2)
+    with pytest.raises(ValueError, match="nearest_kept needs at least one"):
+        methods.nearest_kept(*nothing, cached, (1, 1), (2, 2))
+    with pytest.raises(ValueError, match="token_merging needs at least one"):
+        methods.token_merging(SCALES).restore(*nothing, cached, (1, 1), (2, 2))
+
+
+# -- merging ------------------------------------------------------------------------------------
+
+
+def test_merging_averages_the_most_similar_tokens_and_copies_the_result() -> None:
+    # The evenly spread destination of a 2 x 2 map is its first token.
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [-1.0, 0.0]]])
+    merging = methods.token_merging([(2, 2)])
+    selection = merging.select(x, 3)
+    stays, slots = selection
+    assert stays.tolist() == [[0, 1, 3]]
+    assert slots.tolist() == [[0, 1, 0, 2]]
+    merged = merging.take(x, selection)
+    torch.testing.assert_close(merged[0, 0], torch.tensor([0.95, 0.05]))
+    assert torch.equal(merged[0, 1:], x[0, [1, 3]])
+    full = merging.restore(merged, selection, x, (2, 2), (2, 2))
+    assert torch.equal(full[0, 2], full[0, 0])
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7, 16])
+def test_merging_keeps_the_asked_number_and_the_mean_of_constant_maps(kept: int) -> None:
+    merging = methods.token_merging(SCALES)
+    x = noise(3, 16, 6)
+    stays, slots = merging.select(x, kept)
+    assert stays.shape == (3, kept)
+    assert slots.shape == (3, 16)
+    own = slots.gather(1, stays)
+    assert torch.equal(own, torch.arange(kept).expand_as(own)), "what stays is in its own group"
+    constant = torch.full((3, 16, 6), 2.0)
+    merged = merging.take(constant, (stays, slots))
+    restored = merging.restore(merged, (stays, slots), x, (4, 4), (4, 4))
+    assert torch.equal(restored, constant)
+
+
+# -- inside the pass ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> VAR:
+    return build("tiny", scales=(1, 2, 3, 4), depth=2, width=32, heads=2)
+
+
+def draw(model: VAR) -> Tensor:
+    return model.infer_fhat(2, 1, g_seed=0)
+
+
+@pytest.mark.parametrize("name", methods.names()[1:])
+def test_every_method_prunes_what_the_papers_prunes(model: VAR, name: str) -> None:
+    plain, fast = (fastvar_fx.transform(model, SCHEDULE, method=m) for m in ("fastvar", name))
+    images = [draw(fastvar_fx.transform(model, fastvar_fx.Schedule(SCALES, ()))), draw(plain)]
+    other = draw(fast)
+    assert all(not torch.equal(other, image) for image in images)
+    kept = [[(r.step, r.branch, r.kept) for r in fastvar_fx.explain(m).rows] for m in (plain, fast)]
+    assert kept[0] == kept[1]
+    assert any(count == 8 for _, _, count in kept[0])
+
+
+def test_the_papers_method_is_the_default(model: VAR) -> None:
+    images = [
+        draw(fastvar_fx.transform(model, SCHEDULE, **given))
+        for given in ({}, {"method": "fastvar"}, {"method": Method()})
+    ]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
+def test_what_is_no_method(model: VAR) -> None:
+    def transform(method: Any) -> None:
+        fastvar_fx.transform(model, SCHEDULE, method=method)
+
+    with pytest.raises(ArgumentError, match=r"named 'tomes'; did you mean tome\?"):
+        transform("tomes")
+    with pytest.raises(ArgumentError, match=r"did you mean fastvar or once-per-block or"):
+        transform("?")
+    with pytest.raises(ArgumentError, match=r"or one of fastvar, .*; found function"):
+        transform(methods.zeros)
+    with pytest.raises(ArgumentError, match=r"select of a Method is a function; found 'random'"):
+        Method(select="random")  # type: ignore[arg-type]
+    for once in (True, 0, "step"):
+        with pytest.raises(ArgumentError, match=rf"False or \"block\"; found {once!r}"):
+            Method(once=once)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="positional"):
+        Method(methods.random_tokens)  # type: ignore[call-arg]
+
+
+def test_a_method_that_needs_the_shapes_of_the_maps_says_so_before_the_first_call() -> None:
+    ambiguous = fastvar_fx.Schedule(((1, 1), (2, 8), (4, 4)), (0.5,))
+    with pytest.raises(ArgumentError, match="16 tokens"):
+        methods.method_of("tome", ambiguous)
+    assert methods.method_of("zeros", ambiguous) == Method(restore=methods.zeros)
+
+
+def test_functions_without_a_name_are_wrapped() -> None:
+    x = noise(1, 12, 5)
+    select = Method(select=partial(methods.lowest_scores)).select
+    assert select.__name__
+    assert torch.equal(select(x, 5), methods.lowest_scores(x, 5))
+    assert Method(select=methods.lowest_scores).select is methods.lowest_scores
+
+
+def test_only_the_papers_restoration_is_known_to_be_new_memory() -> None:
+    assert Method().restores_anew
+    assert not Method(restore=methods.interpolated("area")).restores_anew
+
+
+def test_a_name_is_what_it_says() -> None:
+    named = {name: methods.method_of(name, SCHEDULE) for name in methods.names()}
+    assert named["once-per-block"] == Method(once="block")
+    assert named["random"] == Method(select=methods.random_tokens)
+    assert named["lowest-scores"] == Method(select=methods.lowest_scores)
+    assert named["zeros"] == Method(restore=methods.zeros)
+    assert named["nearest-kept"] == Method(restore=methods.nearest_kept)
+    x, cached = noise(2, 16, 5), noise(2, 9, 5, seed=1)
+    index = named["uniform-grid"].select(x, 6)
+    assert torch.equal(index, methods.uniform_grid(SCALES)(x, 6))
+    kept = take_tokens(x, index)
+    for mode in ("bilinear", "nearest"):
+        want = methods.interpolated(mode)(kept, index, cached, (3, 3), (4, 4))
+        assert torch.equal(named[mode].restore(kept, index, cached, (3, 3), (4, 4)), want)
+    tome, merging = named["tome"], methods.token_merging(SCALES)
+    assert torch.equal(tome.select(x, 6)[1], merging.select(x, 6)[1])
+    assert (tome.take, tome.restore) == (merging.take, merging.restore)
+
+
+def test_the_library_needs_torch_and_numpy_alone() -> None:
+    code = """
+import sys
+for name in ("einops", "safetensors", "PIL", "matplotlib", "typer", "rich"):
+    sys.modules[name] = None
+import fastvar_fx
+from fastvar_fx.models import build
+model = build("tiny", scales=(1, 2, 3), depth=1, width=32, heads=1)
+schedule = fastvar_fx.Schedule((1, 2, 3), (0.5,))
+fastvar_fx.transform(model, schedule, method="tome").infer_fhat(1, 0)
+assert fastvar_fx.methods.zeros
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+class Loop(nn.Module):
+    """One linear branch, and a loop that draws given maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Residual()
+        self.blocks = nn.ModuleList([self.block])
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [self.block(x) for x in maps]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.fc(x).relu()
+        return y
+
+
+@torch.no_grad()
+def test_merging_runs_the_branch_on_the_means() -> None:
+    loop = Loop().eval()
+    maps = [noise(2, side**2, 6, seed=side) for side in (1, 2, 3, 4)]
+    merging = methods.token_merging(SCALES)
+    fast = fastvar_fx.transform(loop, SCHEDULE, blocks="blocks", method="tome")
+    out, x = fast(maps)[-1], maps[-1]
+    selection = merging.select(x, 8)
+    branch = loop.block.fc(merging.take(x, selection)).relu()
+    torch.testing.assert_close(out, x + take_tokens(branch, selection[1]))
+
+
+def test_a_block_may_select_once_for_all_its_branches(model: VAR) -> None:
+    seen: list[Tensor] = []
+
+    def select(x: Tensor, kept: int) -> Tensor:
+        index = fastvar_fx.ops.pivotal_token_selection(x, kept)
+        seen.append(index)
+        return index
+
+    def put(
+        kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+    ) -> Tensor:
+        used.append(index)
+        full = fastvar_fx.ops.resize_map(cached, cached_scale, scale)
+        return put_tokens(full, index, kept)
+
+    counts: dict[methods.Once, int] = {False: 4, "block": 2}
+    for once, selections in counts.items():
+        method = Method(select=select, restore=put, once=once)
+        fast = fastvar_fx.transform(model, SCHEDULE, method=method)
+        used: list[Tensor] = []
+        draw(fast)  # traces
+        seen.clear()
+        used.clear()
+        draw(fast)
+        assert len(seen) == selections
+        shared = [torch.equal(a, b) for a, b in zip(used[::2], used[1::2], strict=True)]
+        assert all(shared) if once else not all(shared)
+
+
+def test_a_selection_of_several_tensors_compiles(model: VAR) -> None:
+    eager, compiled = (fastvar_fx.transform(model, SCHEDULE, method="tome") for _ in range(2))
+    fastvar_fx.compile(compiled, backend="eager")
+    torch.testing.assert_close(draw(compiled), draw(eager))
