@@ -25,7 +25,7 @@ from passes.analyse.branches import KINDS, Kind
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def transform(
+def transform(  # noqa: PLR0913
     model: Model,
     schedule: Schedule,
     *,

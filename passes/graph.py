@@ -34,6 +34,15 @@ def placeholder_of(program: Any, path: Any) -> Node | None:
     return dict(zip(program.inputs, placeholders, strict=True)).get(path)
 
 
+def drop_unread_inputs(graph: Graph) -> list[int]:
+    """Erases the placeholders that nothing reads; returns the positions of the others."""
+    placeholders = list(enumerate(graph.find_nodes(op="placeholder")))
+    for _, node in placeholders:
+        if not node.users:
+            graph.erase_node(node)
+    return [place for place, node in placeholders if node.users]
+
+
 def op_name(node: Node) -> str:
     """Returns `namespace::name` of a call, without overload and in-place mark; empty if no op."""
     target = node.target

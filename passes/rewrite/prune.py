@@ -20,7 +20,14 @@ from passes.analyse.axes import Axes, dim_size, shape_of
 from passes.analyse.branches import Branch
 from passes.analyse.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
 from passes.base import Context, Draft
-from passes.graph import bind, example_values, has_effect, inputs_within, outputs_of
+from passes.graph import (
+    bind,
+    drop_unread_inputs,
+    example_values,
+    has_effect,
+    inputs_within,
+    outputs_of,
+)
 from passes.refusal import BranchRefusedError, RefusedError, refuse
 from passes.rewrite.side_input import SideLayout, take_side
 
@@ -165,10 +172,7 @@ class _Rewriter:
                 emitter.emit(node)
         self._output()
         self._graph.eliminate_dead_code(is_impure_node=partial(has_effect, random=False))
-        read = [i for i, node in enumerate(inputs) if node.users]
-        for node in inputs:
-            if not node.users:
-                self._graph.erase_node(node)
+        read = [place for place in drop_unread_inputs(self._graph) if place < len(inputs)]
         return PrunedGraph(GraphModule(self._source, self._graph), tuple(read), self._forms())
 
     def _cache_input(self, branch: Branch, example: Tensor) -> Node:

@@ -19,7 +19,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.base import Context, Draft
-from passes.graph import has_effect
+from passes.graph import drop_unread_inputs, has_effect
 from passes.refusal import refuse
 from passes.trace.calls import Call, FakeCall
 from passes.trace.fingerprint import layout
@@ -84,7 +84,9 @@ def capture(call: Call) -> BlockProgram:
     conditions = symbols.conditions()
     paths = [*fake.snapshot.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)
-    inputs = _drop_unread_inputs(graph_module, paths)
+    for path, node in zip(paths, graph_module.graph.find_nodes(op="placeholder"), strict=True):
+        node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
+    inputs = [paths[place] for place in drop_unread_inputs(graph_module.graph)]
     graph_module.recompile()
     assert fake.result is not None
     program = BlockProgram(
@@ -149,15 +151,3 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.untyped_storage()._cdata, *layout(tensor))
-
-
-def _drop_unread_inputs(graph_module: GraphModule, paths: list[Path]) -> list[Path]:
-    graph = graph_module.graph
-    read: list[Path] = []
-    for path, node in zip(paths, graph.find_nodes(op="placeholder"), strict=True):
-        node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
-        if node.users:
-            read.append(path)
-        else:
-            graph.erase_node(node)
-    return read

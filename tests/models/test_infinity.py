@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -409,7 +410,13 @@ def test_equals_the_method_written_by_hand(scales: Any, batch: int, seed: int) -
     }
 
 
-@pytest.mark.parametrize(("place", "h_div_w"), list(enumerate(TEMPLATES)))
+def numbered_templates() -> Iterator[Any]:
+    """Every third one of them is for each run."""
+    for place, h_div_w in enumerate(TEMPLATES):
+        yield pytest.param(place, h_div_w, marks=[pytest.mark.slow] if place % 3 else [])
+
+
+@pytest.mark.parametrize(("place", "h_div_w"), list(numbered_templates()))
 def test_every_template_prunes_and_frees_its_features(place: int, h_div_w: float) -> None:
     scales, batch = template(h_div_w, "0.06M"), 1 + place % 4
     model, schedule = small(depth=1).double(), Schedule(scales, RATIOS)
