@@ -51,8 +51,8 @@ class Rerun:
         call()
 
     def rehearse(self, call: Callable[[], Any]) -> None:
-        # Loops read values of a CPU tensor that they would not read on a GPU.
-        on_gpu = mock.patch.object(Tensor, "is_cuda", new=True, create=True)
+        # Code that asks runs what it would run on a GPU: on a CPU, some read values of tensors.
+        on_gpu = mock.patch.multiple(Tensor, is_cuda=True, is_cpu=False, create=True)
         try:
             with on_gpu, Waiting():  # type: ignore[no-untyped-call]
                 call()
