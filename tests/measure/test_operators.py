@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvar_fx.bench.operators import (
+from fastvar_fx.measure.operators import (
     COMPILED,
     CTR,
     EAGER,
@@ -20,7 +20,7 @@ from fastvar_fx.bench.operators import (
     Shape,
     measure_operators,
 )
-from fastvar_fx.timing import Budget
+from fastvar_fx.measure.runs import Budget
 
 SHAPE = Shape(rows=2, tokens=16, width=32)
 FOUND = AtShape(
