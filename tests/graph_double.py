@@ -51,8 +51,8 @@ class Rerun:
         call()
 
     def rehearse(self, call: Callable[[], Any]) -> None:
-        # Code that asks runs what it would run on a GPU: on a CPU, some read values of tensors.
-        on_gpu = mock.patch.multiple(Tensor, is_cuda=True, is_cpu=False, create=True)
+        # Loops and operators read values on a CPU that they would not read on a GPU.
+        on_gpu = mock.patch.multiple(Tensor, create=True, is_cuda=True, is_cpu=False)
         try:
             with on_gpu, Waiting():  # type: ignore[no-untyped-call]
                 call()

@@ -178,7 +178,9 @@ def test_a_forward_set_on_a_block_is_the_one_that_prunes() -> None:
     assert not torch.equal(fast.generate(2, 0), plain)
     assert torch.equal(model.generate(2, 0), dense)
     model.blocks[1].forward = lambda x: x
-    with pytest.raises(ModelError, match=r"blocks\.1 has a forward of its own .*MethodType"):
+    with pytest.raises(
+        ModelError, match=r"blocks\.1 has an instance attribute `forward` .*MethodType"
+    ):
         fastvar_fx.transform(model, schedule)
 
 
