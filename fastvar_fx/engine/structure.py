@@ -42,7 +42,9 @@ class Structure:
     def _module(self, module: nn.Module) -> Iterator[Any]:
         own = {key: value for key, value in vars(module).items() if key not in _OF_MODULE}
         self._objects += [module, own.pop("forward", None)]
-        self._objects += [hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()]
+        self._objects += [
+            hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()
+        ]
         yield type(module)
         for held in (module._parameters, module._buffers, module._modules):
             yield self._value(held)
