@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 Data = dict[str, Any]
 
 
@@ -69,6 +67,8 @@ def text(value: float | None) -> str:
 
 
 def draw(target: Path, sources: Sequence[Path]) -> None:
+    from matplotlib.figure import Figure  # slow to import
+
     found = [data for path in sources if path.exists() for data in read(path)]
     bars = [
         (f"{data['preset']} b{data['batch']} {row['name']}", row["speedup"], row["limit"])
@@ -91,4 +91,6 @@ def draw(target: Path, sources: Sequence[Path]) -> None:
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]
     first, *others = map(Path, paths)
-    sys.exit(show(first) if verb == "show" else draw(first, others))
+    if verb == "show":
+        sys.exit(show(first))
+    draw(first, others)

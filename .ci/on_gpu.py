@@ -10,6 +10,7 @@ With --rehearse before these, doubles take the place of what needs a GPU or minu
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,21 +29,25 @@ from fastvar_fx.measure.runs import Budget
 from tests.graph_double import OfCompiled, doubled
 
 _SHAPES = [operators.Shape(rows=2, tokens=side**2, width=32) for side in (4, 8)]
-_PRESET = PRESETS["infinity-tiny"].at(Schedule((1, 2, 3, 4), (0.5, 1.0)))
+_PRESET = PRESETS["infinity-tiny"].at(Schedule((1, 2, 3), (0.5, 1.0)))
 _BACKEND = "aot_eager"
 
 
 def about(rehearse: bool) -> None:
     card = "no GPU: a rehearsal on the CPU"
     if not rehearse:
-        query = [
-            "nvidia-smi",
-            "--query-gpu=name,memory.total,driver_version",
-            "--format=csv,noheader",
-        ]
-        card = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-        torch.ones(1, device="cuda").sum().item()
+        if not torch.cuda.is_available():
+            sys.exit("torch finds no GPU; .ci/gpu --rehearse runs on the CPU")
+        found = torch.cuda.get_device_properties(0)
+        card = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, driver {driver()}"
     print(f"{card}; torch {torch.__version__}, CUDA {torch.version.cuda}, Python {sys.version[:6]}")
+
+
+def driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure_operators(rehearse: bool, seconds: float) -> None:

@@ -1,9 +1,9 @@
-"""A whole generation recorded as a CUDA graph, and replayed for each image.
+"""A whole generation, recorded as a CUDA graph and replayed for each image.
 
-A generation launches thousands of small kernels, one after another from Python; a replay launches
-them all at once. What is recorded is the work on the GPU, on the memory that it was recorded on: so
-inputs are copied into buffers of the recording, weights have to stay where they are, and plain
-values, as well as all that the loop does in Python, stay what they were.
+A generation launches thousands of small kernels one by one from Python; a replay launches all of
+them at once. A graph holds the work of the GPU and the addresses of its memory. So a replay copies
+its inputs into the recorded ones, weights must keep their memory, and plain values and everything
+that the loop does in Python stay as recorded.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ Run = Callable[..., Any]
 """(fast, *inputs) -> what a generation returns: tensors, also in tuples, lists and dicts."""
 
 _SEED: Final = 0x5EED_FA57
-"""What the generators are seeded with while recording; no loop is likely to use the same."""
+"""Seed of the generators while recording; a loop is unlikely to use the same."""
 
 _WAITS: Final = "called a synchronizing CUDA operation"
-"""What torch says of an op that waits for the GPU, where that is forbidden."""
+"""Torch's message for an op that waits for the GPU while that is an error."""
 
 
 def cuda_graph(fast: nn.Module, run: Run, *inputs: Any) -> Recording:
-    """Records one generation as a CUDA graph; what comes back replays it with other inputs.
+    """Records one generation as a CUDA graph and returns what replays it with other inputs.
 
-    The run is made twice before, which traces and compiles what was not yet, and a third time to be
-    recorded. The model can be used as before, alone or between replays. The recording keeps the
-    memory of a whole generation as long as it lives.
+    The run is called three times: to trace and compile, to check that it does not wait for the GPU,
+    and to be recorded. The model can be used as before, also between replays. The recording keeps
+    the memory of a whole generation until it is deleted.
 
     Args:
         fast: A transformed model on one CUDA device, compiled or not.
-        run: Runs one generation, (fast, *inputs) -> images. It works on the GPU alone, must not
-            wait for it (`.item()`, `.cpu()`, boolean indexing), and seeds no generator.
-        *inputs: Examples of what the run takes: tensors on that device, also in tuples, lists and
-            dicts. A replay copies other ones of their shape, dtype and device into their place.
-            Generators and plain values are part of the recording.
+        run: Runs one generation, (fast, *inputs) -> images. It uses the GPU only, never waits for
+            it (`.item()`, `.cpu()`, boolean indexing), and seeds no generator.
+        *inputs: Example inputs of the run: tensors on that device, also in tuples, lists and dicts.
+            A replay takes others of the same shape, dtype and device. Generators and plain values
+            are part of the recording.
 
     Raises:
         ModelError: If `fast` is not transformed, or in training mode.
-        GraphError: If there is no CUDA device, or the run cannot be recorded: it names the line
-            that waits for the GPU, what draws numbers past the recording, or the memory that was
-            asked for. The model is then as after any generation.
+        GraphError: If there is no CUDA device, or the run cannot be recorded. The message names the
+            line that waits for the GPU, the generator that is not recorded, or the memory that was
+            needed. The model can be used as after any generation.
 
     Example:
         >>> draw = cuda_graph(fast, lambda m, label: m.infer_fhat(4, label), ones)  # doctest: +SKIP
@@ -63,9 +63,9 @@ def cuda_graph(fast: nn.Module, run: Run, *inputs: Any) -> Recording:
 
 
 class Recording:
-    """A recorded generation. A call replays it; `cuda_graph` makes one.
+    """A recorded generation, made by `cuda_graph`. A call replays it.
 
-    One replay at a time: all of them run on the same memory.
+    All replays use the same memory, so one replay must end before the next begins.
     """
 
     def __init__(
@@ -81,17 +81,18 @@ class Recording:
         self._weights = _Weights(fast)
 
     def __call__(self, *inputs: Any, seed: int | None = None) -> Any:
-        """Replays the generation and returns a copy of what it drew.
+        """Replays the generation and returns a copy of its result.
 
         Args:
-            *inputs: As recorded: tensors of the same shapes, dtypes and device, and the same plain
+            *inputs: Tensors of the recorded shapes, dtypes and device, and the recorded plain
                 values.
-            seed: Draws as if the device's generator, the model's and those among the inputs had
-                just been seeded with it; they are left as they were. None goes on drawing.
+            seed: Seed of all generators that the run draws from: the device's, the model's and
+                those among the inputs. Their states are restored afterwards. With None they
+                continue from their states.
 
         Raises:
-            GraphError: If an input does not fit the recording, or weights have been moved or
-                replaced since; new values in their place are fine.
+            GraphError: If an input does not fit the recording, or weights were moved or replaced
+                since; new values in the same memory are fine.
             ModelError: If the model is in training mode.
         """
         if self._fast.training:
@@ -106,7 +107,7 @@ class Recording:
             return pytree.tree_map_only(Tensor, torch.clone, self._output)
 
     def _record(self, run: Run) -> tuple[Any, Snapshot]:
-        """Returns the memory that holds the result after a replay, and the state it starts from."""
+        """Returns the memory of a replay's result, and the state that a replay starts from."""
 
         def generate(fast: nn.Module = self._fast) -> Any:
             return run(fast, *self._inputs.values)
@@ -117,7 +118,7 @@ class Recording:
             state = Snapshot(roots(self._fast, (), {}))
             with _seeded(self._generators, _SEED), _restored(state):
                 self._rehearse(generate)
-            # What the loop leaves then lies in the graph's memory, and is not computed yet.
+            # The state that this run leaves is in the graph's memory and not computed yet.
             with _seeded(self._generators, _SEED), _restored(state):
                 output = self._capture(generate)
             _check_output(output, self._graph.device)
@@ -127,21 +128,21 @@ class Recording:
         return output, state
 
     def _rehearse(self, generate: Callable[[], Any]) -> None:
-        """Runs what would break a capture, which CUDA does not always recover from."""
+        """Finds what would break a capture, from which CUDA does not always recover."""
         try:
             self._graph.rehearse(generate)
         except RuntimeError as error:
             if _WAITS not in str(error):
                 raise
             raise GraphError(
-                f"the run waits for the GPU{_at_users_line(error)}, which a CUDA graph cannot: "
+                f"the run waits for the GPU{_at_users_line(error)}, which a CUDA graph cannot do. "
                 f".item(), .cpu(), print, nonzero, boolean indexing and torch.tensor(..., device=) "
-                f"do. Keep the value on the GPU, or work it out before the run or after it"
+                f"wait. Keep the value on the GPU, or compute it before or after the run"
             ) from error
         if any(generator.initial_seed() != _SEED for generator in self._generators):
             raise GraphError(
-                "the run seeds a generator, so that all replays would draw the same; leave its "
-                "seed out (None in most loops) and pass seed= to the replay"
+                "the run seeds a generator, so all replays would draw the same; give the loop no "
+                "seed (None in most loops) and pass seed= to the replay"
             )
 
     def _capture(self, generate: Callable[[], Any]) -> Any:
@@ -151,16 +152,16 @@ class Recording:
             raise
         except RuntimeError as error:
             message = _why_not(error)
-            traceback.clear_frames(error.__traceback__)  # their tensors hold the graph's memory
+            traceback.clear_frames(error.__traceback__)  # frees tensors in the graph's memory
             raise GraphError(message) from error
 
 
 class CudaGraph:
-    """The part that needs a GPU: runs of a generation, of which one is captured and replayed.
+    """The part of a recording that needs a GPU: it captures a generation and replays it.
 
     Attributes:
-        device: Where it runs.
-        default_generator: The device's own generator; a graph counts its draws by itself.
+        device: The CUDA device.
+        default_generator: The device's default generator, which graphs register by themselves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -168,14 +169,14 @@ class CudaGraph:
             here = "move the model there" if torch.cuda.is_available() else "torch finds none here"
             raise GraphError(
                 f"a CUDA graph needs the model on a CUDA device; it is on {device}, and {here}. "
-                f"Elsewhere, call the model itself"
+                f"On other devices, call the model itself"
             )
         self.device = device
         self.default_generator = torch.cuda.default_generators[device.index]
         self._graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, call: Callable[[], Any]) -> None:
-        """Runs it for the first time, when libraries set themselves up and code is compiled."""
+        """Runs it for the first time, in which libraries are set up and code is compiled."""
         current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -183,7 +184,7 @@ class CudaGraph:
         current.wait_stream(side)
 
     def rehearse(self, call: Callable[[], Any]) -> None:
-        """Runs it such that an op raises a RuntimeError if it waits for the GPU."""
+        """Runs it so that an op that waits for the GPU raises a RuntimeError."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*prototype feature")
@@ -194,11 +195,11 @@ class CudaGraph:
             torch.cuda.set_sync_debug_mode(mode)
 
     def capture(self, call: Callable[[], Any], generators: Sequence[torch.Generator]) -> Any:
-        """Captures what it does on the GPU; its result holds nothing until the first replay.
+        """Captures its work on the GPU; the returned tensors hold no values before a replay.
 
         Args:
-            call: A generation, which has run before.
-            generators: What it may draw from.
+            call: A generation that has run before.
+            generators: The generators that it may draw from.
         """
         for generator in generators:
             if generator is not self.default_generator:
@@ -207,8 +208,8 @@ class CudaGraph:
         failure: BaseException | None = None
         torch.clear_autocast_cache()  # casts made before would be freed under the graph
         try:
-            # The outer context gives the stream back even where the capture cannot be ended. Other
-            # threads may go on with calls that are no part of this capture.
+            # The outer context restores the stream even if the capture cannot be ended. Other
+            # threads may make calls that are not part of this capture.
             with (
                 torch.cuda.stream(stream),
                 torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
@@ -223,20 +224,20 @@ class CudaGraph:
             if failure is None or error is failure:
                 raise
             failure.add_note(
-                f"CUDA did not end the capture either ({_first_line(error)}): its calls may fail "
-                f"in this process from now on; start a new one"
+                f"CUDA could not end the capture either ({_first_line(error)}): CUDA calls of this "
+                f"process may fail from now on; start a new process"
             )
             raise failure from None
         finally:
             torch.clear_autocast_cache()
 
     def replay(self) -> None:
-        """Launches what was captured, on the current stream."""
+        """Launches the captured work on the current stream."""
         self._graph.replay()
 
 
 class _Inputs:
-    """The inputs of a recording: tensors in memory of their own, and plain values."""
+    """The inputs of a recording: copies of tensors, and plain values."""
 
     def __init__(self, inputs: tuple[Any, ...], device: torch.device) -> None:
         named, self._spec = pytree.tree_flatten_with_path(inputs)
@@ -245,22 +246,22 @@ class _Inputs:
             if isinstance(leaf, Tensor) and leaf.device != device:
                 raise GraphError(
                     f"input {name} is {_describe(leaf)}, but the generation runs on {device}; move "
-                    f"it there. What the loop reads on the host is given as plain values"
+                    f"it there. Give values that the loop reads on the host as plain values"
                 )
-        # As normal tensors they can be written to in any mode.
+        # Inference tensors could not be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._leaves = [_copied(leaf) for _, leaf in named]
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What the run is called with, in containers of its own."""
+        """The arguments of the run, in new containers."""
         return tuple(pytree.tree_unflatten(self._leaves, self._spec))
 
     def fill(self, inputs: tuple[Any, ...]) -> None:
-        """Copies other tensors into the place of the recorded ones.
+        """Copies other tensors into the recorded ones.
 
         Raises:
-            GraphError: If they are not like the recorded ones; nothing is copied then.
+            GraphError: If they do not fit the recorded ones; then nothing is copied.
         """
         leaves, spec = pytree.tree_flatten(inputs)
         if spec != self._spec:
@@ -290,7 +291,7 @@ def _check_like(name: str, was: Any, now: Any) -> None:
         hint = "Plain values and generators are part of a recording"
     raise GraphError(
         f"input {name} was recorded as {_describe(was)}; found {_describe(now)}. {hint}: give the "
-        f"like, or record another with fastvar_fx.cuda_graph"
+        f"same, or make another recording with fastvar_fx.cuda_graph"
     )
 
 
@@ -301,7 +302,7 @@ def _describe(value: Any) -> str:
 
 
 class _Weights:
-    """The memory of all parameters and buffers, which a graph goes on reading."""
+    """The memory of all parameters and buffers, which replays read."""
 
     def __init__(self, model: nn.Module) -> None:
         self._places = [
@@ -313,10 +314,10 @@ class _Weights:
         ]
 
     def check(self) -> None:
-        """Checks that they are where they were.
+        """Checks that they are in the recorded memory.
 
         Raises:
-            GraphError: If not.
+            GraphError: If one is not.
         """
         moved = [
             path
@@ -327,7 +328,7 @@ class _Weights:
             others = f" and {len(moved) - 1} others" if len(moved) > 1 else ""
             raise GraphError(
                 f"{moved[0]}{others} was moved, cast or replaced since the recording, which reads "
-                f"the old memory; record anew with fastvar_fx.cuda_graph. Loading other values in "
+                f"the old memory; record again with fastvar_fx.cuda_graph. Loading other values in "
                 f"place, as load_state_dict does, keeps a recording valid"
             )
 
@@ -338,7 +339,7 @@ def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
 
 @contextmanager
 def _seeded(generators: Sequence[torch.Generator], seed: int | None) -> Iterator[None]:
-    """Generators seeded anew, and put back as they were; without a seed they are left alone."""
+    """Seeds generators and restores their states afterwards; does nothing without a seed."""
     if seed is None:
         yield
         return
@@ -354,7 +355,7 @@ def _seeded(generators: Sequence[torch.Generator], seed: int | None) -> Iterator
 
 @contextmanager
 def _restored(state: Snapshot) -> Iterator[None]:
-    """A run after which the model's attributes are what they were."""
+    """Restores the model's attributes after a run."""
     try:
         yield
     finally:
@@ -364,7 +365,7 @@ def _restored(state: Snapshot) -> Iterator[None]:
 def _generators(
     fast: nn.Module, inputs: tuple[Any, ...], graph: CudaGraph
 ) -> list[torch.Generator]:
-    """Returns the generators on the device that a run can draw from, each once."""
+    """Returns the generators on the device that a run may draw from, each once."""
     held = [value for _, module in reachable(fast) for value in vars(module).values()]
     found = [graph.default_generator, *held, *pytree.tree_leaves(inputs)]
     unique = {id(value): value for value in found if isinstance(value, torch.Generator)}
@@ -376,7 +377,7 @@ def _device_of(fast: nn.Module) -> torch.device:
     devices = {parameter.device for parameter in fast.parameters()}
     if len(devices) > 1:
         raise GraphError(
-            f"a CUDA graph is of one device; {type(fast).__name__} lies on "
+            f"a CUDA graph needs the model on one device; {type(fast).__name__} is on "
             f"{', '.join(sorted(map(str, devices)))}"
         )
     return devices.pop()
@@ -386,7 +387,7 @@ def _check_compiled(fast: nn.Module) -> None:
     if Engine.of(fast).executor.makes_cuda_graphs:
         raise GraphError(
             "the model is compiled with options that make torch.compile record CUDA graphs of its "
-            "own, which cannot be recorded in another; compile it without them, or with "
+            "own, and a CUDA graph cannot hold another; compile it without these options, or with "
             'mode="max-autotune-no-cudagraphs"'
         )
 
@@ -395,36 +396,36 @@ def _check_output(output: Any, device: torch.device) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if not tensors:
         raise GraphError(
-            f"the run returned no tensor but {type(output).__name__}; return what it draws"
+            f"the run returned no tensor but {type(output).__name__}; return the images"
         )
     elsewhere = {str(tensor.device) for tensor in tensors if tensor.device != device}
     if elsewhere:
         raise GraphError(
-            f"the run returned a tensor on {', '.join(elsewhere)}, which no replay on {device} "
-            f"writes to; return it as it is on the GPU, and move what the replay returns"
+            f"the run returned a tensor on {', '.join(elsewhere)}, to which a replay on {device} "
+            f"cannot write; return the tensor on the GPU, and move what the replay returns"
         )
 
 
 def _why_not(error: RuntimeError) -> str:
-    """Returns why a run could not be captured, and what to do."""
+    """Returns why a run could not be captured and what to do."""
     if isinstance(error, torch.OutOfMemoryError):
         asked = str(error).partition(" Including")[0]
         reason = (
-            f"no memory for the recording{_at_users_line(error)}: {asked} A recording takes what a "
-            f"whole generation does, apart from all other memory. Delete other recordings, or "
-            f"record a smaller batch. Its memory was freed, and the model runs without it"
+            f"no memory for the recording{_at_users_line(error)}: {asked} A recording needs the "
+            f"memory of a whole generation, and shares it with nothing. Delete other recordings, "
+            f"or record a smaller batch. Its memory was freed; the model can be used without it"
         )
     elif "CUDAGenerator" in str(error) or "CUDA generator" in str(error):
         reason = (
             f"the run makes or seeds a generator, or draws from one that is neither the device's, "
             f"an attribute of the model's modules, nor an input{_at_users_line(error)}: "
-            f"{_first_line(error)}\nLeave the loop's seed out (None in most loops) and pass seed= "
-            f"to the replay"
+            f"{_first_line(error)}\nGive the loop no seed (None in most loops) and pass seed= to "
+            f"the replay"
         )
     else:
         reason = (
             f"the run could not be recorded{_at_users_line(error)}: {_first_line(error)}\nA CUDA "
-            f"graph takes nothing but work on its GPU; do the rest before the run or after it"
+            f"graph holds work on its GPU only; do everything else before or after the run"
         )
     return "\n".join([reason, *getattr(error, "__notes__", ())])
 
@@ -434,6 +435,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _at_users_line(error: BaseException) -> str:
-    """Returns where the innermost line of the model's or the user's code is, if there is one."""
+    """Returns the place of the innermost line of the model's or the user's code, if any."""
     line = user_line(error)
     return f" at {line}" if line else ""

@@ -119,7 +119,7 @@ def test_a_replay_equals_the_original_loop(ratios: tuple[float, ...]) -> None:
     image = replay(labels(3, 4), seed=5)
     torch.testing.assert_close(image, eager(fast, draw, labels(3, 4), 5))
     dense = eager(model, draw, labels(3, 4), 5)
-    assert torch.allclose(image, dense) == (not ratios)
+    assert torch.allclose(image, dense, atol=1e-3) == (not ratios)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_text_models_are_recorded(name: str, ratios: tuple[float, ...]) -> None:
     torch.testing.assert_close(replay(other, seed=3), eager(fast, run, other, 3))
 
 
-def text_model(name: str, ratios: tuple[float, ...]) -> tuple[nn.Module, Callable[..., Tensor]]:
+def text_model(name: str, ratios: tuple[float, ...]) -> tuple[Any, Callable[..., Tensor]]:
     build_model: Any = {"infinity": infinity.build, "hart": hart.build}[name]
     fast = fastvar_fx.transform(build_model("tiny", depth=2).to(GPU), Schedule(FEW, ratios))
 
@@ -151,7 +151,7 @@ def text_of(model: Any, count: int) -> list[Tensor]:
 @pytest.mark.slow
 @on_gpu
 def test_compiled_programs_are_recorded() -> None:
-    fast = fastvar_fx.compile(transformed())
+    fast = fastvar_fx.compile(transformed(scales=FEW))
     replay = fastvar_fx.cuda_graph(fast, draw, labels(1, 2))
     with torch.compiler.set_stance("fail_on_recompile"):
         image = replay(labels(3, 4), seed=5)
@@ -167,7 +167,7 @@ def test_compiled_programs_are_recorded() -> None:
         lambda x: torch.tensor([1.0], device=GPU),
     ],
 )
-def test_a_run_that_waits_for_the_gpu_is_told_its_line(wait: Callable[[Tensor], Any]) -> None:
+def test_the_error_names_the_line_that_waits_for_the_gpu(wait: Callable[[Tensor], Any]) -> None:
     fast = transformed(scales=FEW)
 
     def run(model: VAR, label: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def test_a_run_that_waits_for_the_gpu_is_told_its_line(wait: Callable[[Tensor], 
 
 
 @on_gpu
-def test_a_loop_with_a_seed_is_told_to_leave_it_to_the_replay() -> None:
+def test_a_loop_that_seeds_is_refused() -> None:
     fast = transformed(scales=FEW)
     with pytest.raises(GraphError, match="pass seed= to the replay"):
         fastvar_fx.cuda_graph(fast, lambda m, x: m.infer_fhat(2, x, g_seed=0), labels(1, 2))

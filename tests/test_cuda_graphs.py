@@ -1,4 +1,4 @@
-"""Recorded generations, on a double of the CUDA graph that runs the generation again instead."""
+"""Recorded generations, on a double of the CUDA graph that runs the generation again."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_results_are_copies_and_outlive_the_next_replay() -> None:
     assert kept == "kept"
 
 
-def test_a_seed_leaves_the_generators_as_they_were_and_none_goes_on_drawing() -> None:
+def test_a_seed_leaves_the_generators_as_they_were_and_without_one_they_continue() -> None:
     torch.manual_seed(3)
     recording = record(traced(), draw, ONES)
     state = torch.get_rng_state()
@@ -218,7 +218,7 @@ def test_training_mode_is_refused() -> None:
         lambda x: print(bool(x.sum() > 0)),
     ],
 )
-def test_a_run_that_waits_for_the_gpu_is_told_its_line(wait: Callable[[Tensor], Any]) -> None:
+def test_the_error_names_the_line_that_waits_for_the_gpu(wait: Callable[[Tensor], Any]) -> None:
     fast = traced()
 
     def run(model: VAR, label: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def test_a_run_that_waits_for_the_gpu_is_told_its_line(wait: Callable[[Tensor], 
     check_intact(fast)
 
 
-def test_a_block_that_waits_is_told_its_line_not_ours() -> None:
+def test_a_block_that_waits_gets_an_error_that_names_its_line_not_ours() -> None:
     class Reading(nn.GELU):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * float(x.sum() != 0)
@@ -247,7 +247,7 @@ def test_a_block_that_waits_is_told_its_line_not_ours() -> None:
     assert f"at {__file__}:{line}, which" in str(raised.value)
 
 
-def test_a_run_that_seeds_is_told_to_leave_it_to_the_replay() -> None:
+def test_a_run_that_seeds_is_refused() -> None:
     fast = traced()
 
     def run(model: VAR, label: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def test_a_run_that_seeds_is_told_to_leave_it_to_the_replay() -> None:
         ),
         (
             RuntimeError("Cannot construct a new CUDAGeneratorImpl during CUDA graph capture."),
-            r"makes or seeds a generator.*(?s:.*)Leave the loop's seed out",
+            r"makes or seeds a generator.*(?s:.*)Give the loop no seed",
         ),
         (
             RuntimeError("CUDA error: operation not permitted when stream is capturing\nlong text"),

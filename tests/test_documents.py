@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvar_fx
+import passes
 from fastvar_fx.cli import main
 from fastvar_fx.models import VAR_256, VAR_512, var
 from tests import graph_double
@@ -281,10 +282,14 @@ def test_keyword_arguments(document: Path) -> None:
 
 
 def parameters_of_the_api() -> Iterator[str]:
-    for name in fastvar_fx.__all__:
-        value = getattr(fastvar_fx, name)
+    public = [(package, name) for package in (fastvar_fx, passes) for name in package.__all__]
+    for package, name in public:
+        value: Any = getattr(package, name)
+        if not (inspect.isfunction(value) or inspect.isclass(value) or inspect.ismodule(value)):
+            continue
+        holds = inspect.isclass(value) or inspect.ismodule(value)
         members = [m for m in vars(value).values() if inspect.isfunction(m)]
-        for function in members if inspect.isclass(value) else [value]:
+        for function in members if holds else [value]:
             yield from inspect.signature(function).parameters
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import fastvar_fx
 
 API = """
+ArgumentError: fastvar_fx.errors
+    bases FastVARError, ValueError
 CaptureMismatchError: fastvar_fx.errors
     bases RunError
 CompileError: fastvar_fx.errors
@@ -18,12 +20,39 @@ FastVARError: fastvar_fx.errors
     bases Exception
 GraphError: fastvar_fx.errors
     bases FastVARError, RuntimeError
+Method: fastvar_fx.methods
+    bases object
+    *
+    select: Select = fastvar_fx.ops.pivotal_token_selection
+    take: Take = fastvar_fx.ops.take_tokens
+    restore: Restore = fastvar_fx.ops.cached_token_restoration
+    once: Once = False
+    -> None
+    once = False
+    function restore
+        kept: Tensor
+        index: Tensor
+        cached: Tensor
+        cached_scale: Scale
+        scale: Scale
+        -> Tensor
+    property restores_anew
+        -> bool
+    function select
+        x: Tensor
+        kept: int
+        -> Tensor
+    function take
+        x: Tensor
+        index: Tensor
+        -> Tensor
 ModelError: fastvar_fx.errors
     bases FastVARError, ValueError
 NothingPrunedError: fastvar_fx.errors
     bases FastVARError, RuntimeError
-Report: fastvar_fx.report
+Report: fastvar_fx.engine.report
     bases object
+    *
     rows: tuple[Row, ...]
     cache_step: int
     prunes: bool
@@ -37,7 +66,7 @@ Report: fastvar_fx.report
     peak_captured_bytes: int
     caches: Caches | None = None
     compiled: Compiled | None = None
-    step_times: dict[int, StepTimes] = <factory>
+    step_times: dict[int, Comparison] = <factory>
     -> None
     caches = None
     compiled = None
@@ -45,7 +74,7 @@ Report: fastvar_fx.report
         step: int
         -> tuple[int, int]
     classmethod of
-        plan: Plan
+        engine: Engine
         -> Report
     property refusals
         -> tuple[Row, ...]
@@ -109,7 +138,7 @@ compile: fastvar_fx.transform
     fullgraph: bool = True
     **options: Any
     -> Model
-cuda_graph: fastvar_fx.cuda_graph
+cuda_graph: fastvar_fx.cuda_graphs
     fast: nn.Module
     run: Run
     *inputs: Any
@@ -123,6 +152,17 @@ measure: fastvar_fx.transform
     *
     repeats: int = 5
     -> Report
+methods: module
+    Method
+    interpolated
+    lowest_scores
+    method_of
+    names
+    nearest_kept
+    random_tokens
+    token_merging
+    uniform_grid
+    zeros
 presets: fastvar_fx.schedule
     -> MappingProxyType[str, Schedule]
 register_opaque: fastvar_fx.register
@@ -132,6 +172,9 @@ register_opaque: fastvar_fx.register
     axes: Literal['tokenwise', 'attention'] | Rule
     schema: str | None = None
     -> Callable[..., Any]
+reset: fastvar_fx.transform
+    fast: nn.Module
+    -> None
 trace: fastvar_fx.transform
     fast: nn.Module
     run: Callable[[Any], object]
@@ -148,16 +191,17 @@ transform: fastvar_fx.transform
     kv_buffer: bool = True
     strict: bool = True
     dump_dir: str | Path | None = None
-    select: ops.Select = fastvar_fx.ops.pivotal_token_selection
-    take: ops.Take = fastvar_fx.ops.take_tokens
-    restore: ops.Restore = fastvar_fx.ops.cached_token_restoration
-    select_once: bool = False
+    method: str | Method = 'fastvar'
     -> Model
 """
 
 
 def described(name: str, value: Any) -> Iterator[str]:
     """Yields the lines on a public name: its module, its parameters, its members if a class."""
+    if inspect.ismodule(value):
+        yield f"{name}: module"
+        yield from (f"    {key}" for key in defined_in(value))
+        return
     yield f"{name}: {value.__module__}"
     if not inspect.isclass(value):
         yield from parameters(value)
@@ -168,6 +212,13 @@ def described(name: str, value: Any) -> Iterator[str]:
     for key, member in sorted(vars(value).items()):
         if not key.startswith("_"):
             yield from (f"    {line}" for line in described_member(key, member))
+
+
+def defined_in(module: ModuleType) -> list[str]:
+    """Returns the public functions and classes that a module defines."""
+    public = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    own = [k for k, v in public.items() if getattr(v, "__module__", "") == module.__name__]
+    return sorted(own)
 
 
 def described_member(name: str, member: Any) -> Iterator[str]:

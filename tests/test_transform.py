@@ -110,7 +110,8 @@ def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None
 def _last_tokens(x: torch.Tensor, kept: int) -> torch.Tensor:
     """Keeps the last tokens, last first: an order and a choice of the user's own."""
     first = x.shape[1] - 1
-    return torch.arange(first, first - kept, -1).expand(x.shape[0], kept)
+    order = torch.arange(first, first - kept, -1, device=x.device)
+    return order.expand(x.shape[0], kept)
 
 
 def _kept_or_cached(
@@ -177,7 +178,9 @@ def test_a_forward_set_on_a_block_is_the_one_that_prunes() -> None:
     assert not torch.equal(fast.generate(2, 0), plain)
     assert torch.equal(model.generate(2, 0), dense)
     model.blocks[1].forward = lambda x: x
-    with pytest.raises(ModelError, match=r"blocks\.1 has a forward of its own .*MethodType"):
+    with pytest.raises(
+        ModelError, match=r"blocks\.1 has an instance attribute `forward` .*MethodType"
+    ):
         fastvar_fx.transform(model, schedule)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvar_fx.models.vqvae import Pyramid, QuantizedMap
 
-TRAIN = Path(__file__).parent.parent / "examples" / "train"
+TRAIN = Path(__file__).parents[2] / "examples" / "train"
 sys.path.append(str(TRAIN))
 
 import data  # noqa: E402

@@ -8,7 +8,7 @@ import torch
 
 import passes
 
-PAGE = (Path(__file__).parent.parent / "docs" / "passes.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "passes.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs() -> None:

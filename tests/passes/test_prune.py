@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -20,6 +19,8 @@ from passes.rewrite.side_input import SideLayout, take_side
 from passes.trace.calls import Call
 from passes.trace.capture import BlockProgram, capture
 from passes.trace.state import get, roots
+
+assert_expected_inline = pytest.importorskip("expecttest").assert_expected_inline
 
 B, L, C, KEPT = 2, 6, 4, 3
 STEP = Step(KEPT, (1, 2), (2, 3))

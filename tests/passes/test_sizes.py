@@ -105,7 +105,7 @@ class Model(nn.Module):
 
 def program_counts(fast: Model) -> list[int]:
     """How many programs each block holds for each step."""
-    held: list[Any] = [vars(block)["_fastvar"]._programs for block in fast.blocks]
+    held: list[Any] = [vars(block)["_fastvar"].site.programs for block in fast.blocks]
     return [len(programs) for steps in held for programs in steps.values()]
 
 
