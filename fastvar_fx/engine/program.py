@@ -15,7 +15,7 @@ from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
-from passes.trace.state import Path, Write, apply, get, roots
+from passes.trace.state import Path, Snapshot, Write, apply, get, roots
 from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ Match = tuple["Program | StaysDense", list[Any]]
 """A program that holds for a call, and its graph's inputs."""
 
 _ARGUMENTS: Final = ("args", "kwargs")
+_FLAGS: Final = (bool, str, type(None))
 
 
 class Program:
@@ -217,16 +218,26 @@ class Program:
 class StaysDense:
     """Takes the place of a program where a call was refused: the block runs dense.
 
-    Attributes:
-        key: The form of the call, and the shape, dtype and device of its token map.
+    It holds for calls of the same kind, while the flags of the block's modules are as they were.
     """
 
+    prunes: Final = ()
+
     def __init__(self, call: BlockCall) -> None:
-        self.key = (call.form, *meta_of(call.x))
+        self._kind = call_kind(call)
+        plain = Snapshot(roots(call.block, call.args, call.kwargs)).constants
+        self._flags = [
+            (module, path[-1][1], value)
+            for path, value in plain.items()
+            if isinstance(value, _FLAGS) and (module := _module_of(call.block, path)) is not None
+        ]
 
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns an empty list if the call was refused; else None."""
-        return [] if (call.form, *meta_of(call.x)) == self.key else None
+        if call_kind(call) != self._kind:
+            return None
+        changed = any(getattr(module, name, None) != value for module, name, value in self._flags)
+        return None if changed else []
 
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns no inputs."""
@@ -328,6 +339,11 @@ def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
     """Whether a shape differs in open sizes alone."""
     pairs = zip(shape, expected, strict=False)
     return len(shape) == len(expected) and all(b is None or a == b for a, b in pairs)
+
+
+def call_kind(call: BlockCall) -> tuple[Any, ...]:
+    """Returns the form of a call, and the shape, dtype and device of its token map."""
+    return (call.form, *meta_of(call.x))
 
 
 def meta_of(value: Any) -> tuple[Any, ...]:

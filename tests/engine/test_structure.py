@@ -245,3 +245,41 @@ def test_another_structure_of_arguments_has_its_own_program(
     both = fast().generate(first, second)
     assert torch.equal(both[0], other)
     assert torch.equal(both[1], want)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Reads a value on the host, which cannot be traced, unless it is switched off."""
+
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if self.on and float(x.abs().max()) > 1e9 else x
+
+
+def branching() -> Net:
+    net = Net().eval()
+    for block in net.blocks:
+        block.norm = nn.Sequential(block.norm, Branching())
+    return net
+
+
+def test_strict_is_strict_in_every_generation() -> None:
+    fast = fastvar_fx.transform(branching(), SCHEDULE)
+    for _ in range(3):
+        with pytest.raises(fastvar_fx.NothingPrunedError, match="FVX001"):
+            fast.generate()
+
+
+def test_a_refusal_ends_with_its_cause() -> None:
+    fast = fastvar_fx.transform(branching(), SCHEDULE, strict=False)
+    fast.generate()
+    off = branching()
+    for net in (fast, off):
+        for block in net.blocks:
+            vars(block.norm[1])["on"] = False
+    want = fastvar_fx.transform(off, SCHEDULE).generate()
+    assert all(map(torch.equal, fast.generate(), want))
+    assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
