@@ -52,11 +52,15 @@ class Structure:
         """Returns the structure of a block.
 
         It covers submodules, forwards set on instances, hooks, names of attributes, containers,
-        settings of torch's own layers, and which parameters and buffers are one tensor.
+        settings of torch's own layers, and which parameters and buffers are one tensor. Hooks of
+        the block itself are called around its programs, and so are no part of it.
         """
         made = cls()
         for _, module in reachable(block):
             made._parts += made._module(module)
+            if module is not block:
+                registries = (getattr(module, name) or {} for name in _HOOKS)
+                made._objects += [hook for hooks in registries for hook in hooks.values()]
         return made
 
     @classmethod
@@ -72,9 +76,10 @@ class Structure:
                 structure.
         """
         made = cls()
-        named = [((("item", "args"), ("item", i)), value) for i, value in enumerate(args)]
-        named += [((("item", "kwargs"), ("item", key)), value) for key, value in kwargs.items()]
-        made._parts += [made._argument(path, value, read) for path, value in named]
+        for root, items in (("args", enumerate(args)), ("kwargs", kwargs.items())):
+            for key, value in items:
+                path = (("item", root), ("item", key))
+                made._parts.append(made._argument(path, value, read))
         return made
 
     # --- blocks ---------------------------------------------------------------------------------
@@ -82,8 +87,6 @@ class Structure:
     def _module(self, module: nn.Module) -> Iterator[Any]:
         own = {key: value for key, value in vars(module).items() if key not in _OF_MODULE}
         self._objects += [module, own.pop("forward", None)]
-        registries = (getattr(module, name) or {} for name in _HOOKS)
-        self._objects += [hook for hooks in registries for hook in hooks.values()]
         yield type(module)
         for held in (module._parameters, module._buffers, module._modules):
             yield [(name, self._held(value)) for name, value in held.items()]

@@ -54,10 +54,13 @@ class Block(nn.Module):
         for _ in self.active:
             y = 2 * y
         bonus = getattr(self, "bonus", None)
-        return x + y * self.settings["scale"] + (0 if bonus is None else bonus)
+        out: Tensor = x + y * self.settings["scale"] + (0 if bonus is None else bonus)
+        return out
 
 
 class Net(nn.Module):
+    blocks: Any
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -132,10 +135,10 @@ def test_an_edit_undone_finds_the_first_programs_again() -> None:
 
 def test_a_parameter_that_goes_away_leaves_the_block_pruned() -> None:
     net = Net().eval()
-    prune.l1_unstructured(net.blocks[0].up, "weight", 0.5)
+    prune.l1_unstructured(net.blocks[0].up, "weight", 0.5)  # type: ignore[no-untyped-call]
     fast = fastvar_fx.transform(net, SCHEDULE)
     want = fast.generate()
-    prune.remove(fast.blocks[0].up, "weight")
+    prune.remove(fast.blocks[0].up, "weight")  # type: ignore[no-untyped-call]
     assert all(map(torch.equal, fast.generate(), want))
     assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
 
@@ -211,7 +214,8 @@ class Conditioned(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
 
     def forward(self, x: Tensor, condition: Any) -> Tensor:
-        return x + self.down(F.gelu(self.up(x))) * type(self).factor(condition)
+        out: Tensor = x + self.down(F.gelu(self.up(x))) * type(self).factor(condition)
+        return out
 
 
 class Calls(nn.Module):
@@ -283,3 +287,13 @@ def test_a_refusal_ends_with_its_cause() -> None:
     want = fastvar_fx.transform(off, SCHEDULE).generate()
     assert all(map(torch.equal, fast.generate(), want))
     assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
+
+
+def test_hooks_of_the_block_itself_need_no_other_program() -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    fast.generate()
+    seconds, met = fastvar_fx.explain(fast).trace_seconds, list[int]()
+    fast.blocks[0].register_forward_pre_hook(lambda module, args: met.append(args[0].shape[1]))
+    fast.generate()
+    assert met == [side * side for side in SIDES]
+    assert fastvar_fx.explain(fast).trace_seconds == seconds
