@@ -289,7 +289,8 @@ def parameters_of_the_api() -> Iterator[str]:
             continue
         holds = inspect.isclass(value) or inspect.ismodule(value)
         members = [m for m in vars(value).values() if inspect.isfunction(m)]
-        for function in members if holds else [value]:
+        functions: list[Any] = members if holds else [value]
+        for function in functions:
             yield from inspect.signature(function).parameters
 
 

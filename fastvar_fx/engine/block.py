@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from typing import Any, Final
+from pickle import PicklingError
+from typing import Any, Final, NoReturn
 
 from torch import nn
 
@@ -70,8 +71,32 @@ def attach(engine: Engine, layer: int, block: nn.Module, *, prunes: bool) -> Non
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduce,
     }
     block.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+    return _NewBlock(type(self)), (), vars(self)
+
+
+class _NewBlock:
+    """Makes an empty block for `copy`; it cannot be pickled, and neither can the block."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self._kind = kind
+
+    def __call__(self) -> nn.Module:
+        """Returns a block without attributes."""
+        return object.__new__(self._kind)
+
+    def __reduce__(self) -> NoReturn:
+        """Raises an error that says what to save instead."""
+        raise PicklingError(
+            f"a transformed model cannot be pickled: the class of its block {self._kind.__name__} "
+            f"was made by fastvar_fx.transform. Save state_dict() and the schedule, and transform "
+            f"the model again after loading"
+        )
 
 
 def _take_forward(name: str, block: nn.Module) -> Forward:

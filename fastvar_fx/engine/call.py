@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastvar_fx.engine.structure import Structure
 from passes import Call
 from passes.trace.state import Path
 
@@ -30,7 +31,7 @@ class BlockSite:
         name: Its module path in the model.
         forward: Its own forward.
         prunes: Whether the schedule prunes it.
-        programs: Its programs by step.
+        programs: Its programs by step; they hold while the block is built as it was.
     """
 
     def __init__(
@@ -41,8 +42,16 @@ class BlockSite:
         self.forward = forward
         self.prunes = prunes
         self.programs: dict[int, list[Any]] = {}
+        self._structure: Structure | None = None
         self._maps = maps
         self._paths: dict[Form, Path] = {}
+
+    def check_structure(self, block: nn.Module) -> None:
+        """Drops the programs if the block is built in another way than at the last check."""
+        structure = Structure.of_block(block)
+        if self._structure != structure:
+            self.programs.clear()
+            self._structure = structure
 
     def token_map_path(
         self, form: Form, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

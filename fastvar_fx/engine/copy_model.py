@@ -30,8 +30,10 @@ class _Copier:
 
     def module(self, original: nn.Module) -> nn.Module:
         """Returns the copy of a module."""
+        if isinstance(original, torch.jit.ScriptModule):
+            return self.modules.setdefault(id(original), original)  # code that cannot be copied
         if id(original) not in self.modules:
-            made = original.__class__.__new__(original.__class__)
+            made: nn.Module = object.__new__(type(original))  # a class may have its own `__new__`
             self.modules[id(original)] = made
             made.__dict__ = {key: self._value(value) for key, value in vars(original).items()}
         return self.modules[id(original)]

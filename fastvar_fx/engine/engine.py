@@ -46,6 +46,7 @@ class Engine:
         self.buffers = KVBuffers() if plan.buffers_caches else None
         self.store = Store(plan, self.buffers, self._check_anything_pruned)
         self.token_maps = TokenMaps()
+        self._warned = False
         self.step_times: dict[int, Comparison] = {}
 
     @classmethod
@@ -76,9 +77,10 @@ class Engine:
     def _check_anything_pruned(self, call: BlockCall, step: int) -> None:
         """After the last block has met the last pruned step, something must have been pruned."""
         plan, store = self.plan, self.store
+        if step != plan.pruned_steps[-1] or store.pruned_anything:
+            return
         cache_step = plan.schedule.cache_step
-        last_layer = max(layer for layer, met in store.records if met == cache_step)
-        if step != plan.pruned_steps[-1] or call.site.layer != last_layer or store.pruned_anything:
+        if call.site.layer != max(layer for layer, met in store.records if met == cache_step):
             return
         message = (
             f"the schedule prunes steps {list(plan.pruned_steps)}, but no branch of any block "
@@ -86,4 +88,6 @@ class Engine:
         )
         if plan.strict:
             raise NothingPrunedError(message)
-        log.warning("%s", message)
+        if not self._warned:
+            log.warning("%s", message)
+        self._warned = True

@@ -172,6 +172,7 @@ class Generation:
     def _capturing(self, call: BlockCall) -> Role:
         if not call.compiling:
             self._watch.saw(call.tokens)
+            call.site.check_structure(call.block)  # users edit models between generations
         return Role(self._cache_step, captures=True)
 
     def capture(self, call: BlockCall, outputs: Captured) -> None:
@@ -229,7 +230,9 @@ class Generation:
     def _caches_are_empty(self, call: BlockCall) -> bool:
         """Whether caches that the block reads at the cache step are empty: a generation begins."""
         programs = call.site.programs.get(self._cache_step, ())
-        return any(program.misses_caches(call) for program in programs)
+        found = [program.misses_caches(call) for program in programs]
+        known = [misses for misses in found if misses is not None]
+        return bool(known) and all(known)  # some calls of a step may read more than others
 
     # --- what was captured ----------------------------------------------------------------------
 

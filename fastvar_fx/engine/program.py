@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.kv_buffers import KVBuffers
+from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
-from passes.trace.state import Path, Write, apply, get, roots
+from passes.trace.state import Path, Snapshot, Write, apply, get, roots
 from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Match = tuple["Program | StaysDense", list[Any]]
 """A program that holds for a call, and its graph's inputs."""
 
 _ARGUMENTS: Final = ("args", "kwargs")
+_FLAGS: Final = (bool, str, type(None))
 
 
 class Program:
@@ -54,6 +56,8 @@ class Program:
         self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
         self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
         self._form = call.form
+        self._read = frozenset(made.inputs)
+        self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
         origin = roots(block, call.args, call.kwargs)
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
@@ -81,6 +85,8 @@ class Program:
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
+            return None
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -119,6 +125,8 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+            return None
         origin = roots(call.block, call.args, call.kwargs)
         earlier: dict[Place, int] = {}
         for path, was in self._plain.items():
@@ -136,7 +144,7 @@ class Program:
                 earlier[path, dim] = meta[0][dim]
         return Varying(earlier) if earlier else None
 
-    def misses_caches(self, call: BlockCall) -> bool:
+    def misses_caches(self, call: BlockCall) -> bool | None:
         """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
         return any(
             reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
@@ -210,24 +218,34 @@ class Program:
 class StaysDense:
     """Takes the place of a program where a call was refused: the block runs dense.
 
-    Attributes:
-        key: The form of the call, and the shape, dtype and device of its token map.
+    It holds for calls of the same kind, while the flags of the block's modules are as they were.
     """
 
+    prunes: Final = ()
+
     def __init__(self, call: BlockCall) -> None:
-        self.key = (call.form, *meta_of(call.x))
+        self._kind = call_kind(call)
+        plain = Snapshot(roots(call.block, call.args, call.kwargs)).constants
+        self._flags = [
+            (module, path[-1][1], value)
+            for path, value in plain.items()
+            if isinstance(value, _FLAGS) and (module := _module_of(call.block, path)) is not None
+        ]
 
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns an empty list if the call was refused; else None."""
-        return [] if (call.form, *meta_of(call.x)) == self.key else None
+        if call_kind(call) != self._kind:
+            return None
+        changed = any(getattr(module, name, None) != value for module, name, value in self._flags)
+        return None if changed else []
 
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns no inputs."""
         return []
 
-    def misses_caches(self, call: BlockCall) -> bool:
+    def misses_caches(self, call: BlockCall) -> bool | None:
         """Nothing is known of the block's caches."""
-        return False
+        return None
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
         """Nothing is known of the block's inputs."""
@@ -321,6 +339,11 @@ def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
     """Whether a shape differs in open sizes alone."""
     pairs = zip(shape, expected, strict=False)
     return len(shape) == len(expected) and all(b is None or a == b for a, b in pairs)
+
+
+def call_kind(call: BlockCall) -> tuple[Any, ...]:
+    """Returns the form of a call, and the shape, dtype and device of its token map."""
+    return (call.form, *meta_of(call.x))
 
 
 def meta_of(value: Any) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
-from fastvar_fx.engine.program import Match, Program, StaysDense, meta_of
+from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind, meta_of
 from fastvar_fx.errors import FastVARError, ModelError, RunError
 from passes.analyse.caches import CacheReport
 from passes.analyse.costs import BranchReport
@@ -70,20 +70,20 @@ class Store:
         self,
         plan: Plan,
         buffers: KVBuffers | None = None,
-        made: Callable[[BlockCall, int], None] = lambda call, step: None,
+        check: Callable[[BlockCall, int], None] = lambda call, step: None,
     ) -> None:
         """Makes an empty store.
 
         Args:
             plan: What programs are to do.
             buffers: What caches grow in.
-            made: Called with the call and the step each time a program was made.
+            check: Called with each call, and its step, whose program prunes nothing.
         """
         self.records: dict[tuple[int, int], StepRecord] = {}
         self.trace_seconds = 0.0
         self._plan = plan
         self._buffers = buffers
-        self._made = made
+        self._check = check
         self._entries: list[_Entry] = []
         self._met: set[tuple[Any, ...]] = set()
         self._fixed: set[tuple[Any, ...]] = set()
@@ -97,7 +97,10 @@ class Store:
     def program_for(self, call: BlockCall, role: Role) -> Match:
         """Returns the program of the role's step that holds for a call, and its inputs."""
         assert role.step is not None
-        return call.match(role.step) or self._make_for(call, role.step, role)
+        found = call.match(role.step) or self._make_for(call, role.step, role)
+        if not found[0].prunes and not call.compiling:
+            self._check(call, role.step)
+        return found
 
     def _make_for(self, call: BlockCall, step: int, role: Role) -> Match:
         if call.compiling:
@@ -115,7 +118,6 @@ class Store:
                 raise
             self.trace_seconds += time.perf_counter() - started
             bound = self._bind(call, step, entry)
-        self._made(call, step)
         return bound, bound.inputs(call)
 
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
@@ -187,7 +189,7 @@ class Store:
         return None
 
     def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: passes.Call) -> _Entry:
-        kind = (step, call.site.forward, *StaysDense(call).key)
+        kind = (step, call.site.forward, *call_kind(call))
         real = None if kind in self._met else passes.reference(live)
         self._met.add(kind)
         metas = tuple((i, meta_of(t)) for i, t in sorted(role.captured.items()))

@@ -1,33 +1,41 @@
-"""What a block is made of, compared between generations: edits in between need other programs."""
+"""What a forward can read beyond its graph's inputs, compared so that programs are not outlived.
+
+A program holds while its block and its arguments are built as they were when it was made. Values
+that a graph reads, and plain values, are compared with the inputs (`program.py`).
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from fractions import Fraction
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.find_blocks import reachable
+from passes.trace.state import Path
 
-_PLAIN: Final = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+_VALUES: Final = (range, slice, Fraction, torch.Size)
 _HOOKS: Final = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _OF_MODULE: Final = frozenset(vars(nn.Module()))
+_MOST_ITEMS: Final = 64
+"""Items of a container that are compared one by one; of longer ones, only the length is."""
 
 
 class Structure:
-    """The modules of a block, their forwards, hooks and settings, and how tensors are shared.
+    """How a value is built: types, lengths and keys of containers, and which tensors are one.
 
-    It covers what a program was made from and does not compare at every call: submodules, forwards
-    set on instances, hooks, the names of attributes, the lengths and keys of containers, settings
-    of torch's own layers, and which parameters and buffers are one tensor. Two are equal if a
-    program that was made for one holds for the other.
+    Two are equal if a program that was made for one holds for the other, as far as its graph's
+    inputs and the plain values fit too.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
         self._objects: list[Any] = []  # compared by identity, and so kept alive
         self._numbers: dict[int, int] = {}
-        self._parts = [part for _, module in reachable(block) for part in self._module(module)]
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -39,31 +47,101 @@ class Structure:
 
     __hash__ = None  # type: ignore[assignment]
 
+    @classmethod
+    def of_block(cls, block: nn.Module) -> Structure:
+        """Returns the structure of a block.
+
+        It covers submodules, forwards set on instances, hooks, names of attributes, containers,
+        settings of torch's own layers, and which parameters and buffers are one tensor.
+        """
+        made = cls()
+        for _, module in reachable(block):
+            made._parts += made._module(module)
+        return made
+
+    @classmethod
+    def of_arguments(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], read: Collection[Path]
+    ) -> Structure:
+        """Returns the structure of a call's arguments.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            read: Where a graph reads its inputs; the shapes of other tensors are part of the
+                structure.
+        """
+        made = cls()
+        named = [((("item", "args"), ("item", i)), value) for i, value in enumerate(args)]
+        named += [((("item", "kwargs"), ("item", key)), value) for key, value in kwargs.items()]
+        made._parts += [made._argument(path, value, read) for path, value in named]
+        return made
+
+    # --- blocks ---------------------------------------------------------------------------------
+
     def _module(self, module: nn.Module) -> Iterator[Any]:
         own = {key: value for key, value in vars(module).items() if key not in _OF_MODULE}
         self._objects += [module, own.pop("forward", None)]
-        self._objects += [
-            hook for name in _HOOKS for hook in (getattr(module, name) or {}).values()
-        ]
+        registries = (getattr(module, name) or {} for name in _HOOKS)
+        self._objects += [hook for hooks in registries for hook in hooks.values()]
         yield type(module)
         for held in (module._parameters, module._buffers, module._modules):
-            yield self._value(held)
+            yield [(name, self._held(value)) for name, value in held.items()]
         settings = type(module).__module__.startswith("torch.")
         for name, value in own.items():
-            yield name, value if settings and isinstance(value, _PLAIN) else self._value(value)
+            yield name, value if settings and isinstance(value, _PLAIN) else self._held(value)
 
-    def _value(self, value: Any) -> Any:
-        """Returns the structure of a value: which tensor or module it is, or what it contains."""
-        met = self._numbers.get(id(value))
+    def _held(self, value: Any) -> Any:
+        """Returns what a block holds: a tensor by its number, a container by what is in it."""
         if isinstance(value, Tensor):
-            return type(value), self._numbers.setdefault(id(value), len(self._numbers))
+            return type(value), self._number(value)
         if isinstance(value, (dict, list, tuple, deque)):
-            if met is not None:
-                return type(value), met
-            self._numbers[id(value)] = len(self._numbers)
-            if isinstance(value, dict):
-                return dict, [(key, self._value(item)) for key, item in value.items()]
-            return type(value), [self._value(item) for item in value]
+            return self._container(value, self._held)
         if isinstance(value, (set, frozenset)):
             return type(value), len(value)
         return None if isinstance(value, _PLAIN) else type(value)
+
+    # --- arguments ------------------------------------------------------------------------------
+
+    def _argument(self, path: Path, value: Any, read: Collection[Path]) -> Any:
+        if isinstance(value, Tensor):
+            number = self._number(value)
+            return number if path in read else (number, value.shape, value.dtype, value.device)
+        if isinstance(value, _PLAIN):
+            return type(value)
+        if isinstance(value, (dict, list, tuple, deque)) and type(value) is not torch.Size:
+            steps = value.keys() if isinstance(value, dict) else range(len(value))
+            places = iter([(*path, ("item", step)) for step in steps])
+            return self._container(value, lambda item: self._argument(next(places), item, read))
+        return self._other(path, value, read)
+
+    def _other(self, path: Path, value: Any, read: Collection[Path]) -> Any:
+        """Returns an argument that is neither a tensor nor a plain value or a container of them."""
+        if isinstance(value, _VALUES):
+            return value
+        if isinstance(value, (set, frozenset)):
+            return type(value), frozenset(value)
+        if type(value).__module__ == "numpy":
+            return type(value), value.shape, value.dtype, value.tobytes()
+        if callable(value) or not hasattr(value, "__dict__"):
+            self._objects.append(value)
+            return type(value)
+        attributes = vars(value)
+        places = iter([(*path, ("attr", name)) for name in attributes])
+        inside = self._container(attributes, lambda item: self._argument(next(places), item, read))
+        return type(value), inside
+
+    # --- both -----------------------------------------------------------------------------------
+
+    def _number(self, value: Any) -> int:
+        return self._numbers.setdefault(id(value), len(self._numbers))
+
+    def _container(self, value: Any, describe: Callable[[Any], Any]) -> Any:
+        if id(value) in self._numbers:
+            return type(value), self._number(value)
+        self._number(value)
+        if len(value) > _MOST_ITEMS:
+            return type(value), len(value)
+        if isinstance(value, dict):
+            return dict, [(key, describe(item)) for key, item in value.items()]
+        return type(value), [describe(item) for item in value]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastvar_fx
 from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.find_blocks import find_blocks
 from fastvar_fx.errors import FastVARError, ModelError
@@ -381,3 +383,34 @@ def test_a_copy_can_be_copied_and_runs() -> None:
     expected: Tensor = model.head(x)
     assert torch.equal(made.head(x), expected)
     assert torch.equal(copy.deepcopy(made).head(x), expected)
+
+
+# --- modules that cannot be copied as others are --------------------------------------------------
+
+
+class Drawn(nn.Module):
+    """A model with a decoder beside its blocks."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+        self.decoder = decoder
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_shared_and_a_traced_graph_copied() -> None:
+    x = torch.randn(1, C)
+    scripted = Drawn(torch.jit.script(nn.Linear(C, C)))
+    copied: Any = copy_structure(scripted)[0]
+    assert copied.decoder is scripted.decoder
+    graph = Drawn(torch.fx.symbolic_trace(nn.Linear(C, C)))
+    copied = copy_structure(graph)[0]
+    assert copied.decoder is not graph.decoder
+    assert torch.equal(copied.decoder(x), graph.decoder(x))
+
+
+def test_a_transformed_model_is_copied_but_not_pickled() -> None:
+    fast = fastvar_fx.transform(Drawn(nn.Identity()).eval(), fastvar_fx.Schedule((1, 2), (0.5,)))
+    assert type(copy.deepcopy(fast).blocks[0]) is type(fast.blocks[0])
+    with pytest.raises(pickle.PicklingError, match=r"state_dict\(\) and the schedule"):
+        pickle.dumps(fast)

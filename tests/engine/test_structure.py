@@ -1,0 +1,285 @@
+"""A program is not used for a block or a call that is built in another way than it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import fastvar_fx
+from fastvar_fx import Schedule
+from fastvar_fx.engine.structure import Structure
+
+SIDES = (1, 2, 3, 4)
+SCHEDULE = Schedule(SIDES, (0.5, 0.5))
+WIDTH = 8
+
+
+def maps(batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, side * side, WIDTH, generator=generator) for side in SIDES]
+
+
+# --- edits of blocks between two generations ----------------------------------------------------
+
+
+class Block(nn.Module):
+    """A feed-forward with everything that users edit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 16),
+            nn.Linear(16, WIDTH),
+        )
+        self.twin = nn.Linear(16, WIDTH)
+        self.twin.weight = self.down.weight
+        self.more = nn.ModuleList()
+        self.active: list[str] = []
+        self.settings = {"scale": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        for extra in self.more:
+            h = h + extra(h)
+        y = self.down(F.gelu(self.up(h))) + self.twin(F.gelu(self.up(h)))
+        for _ in self.active:
+            y = 2 * y
+        bonus = getattr(self, "bonus", None)
+        return x + y * self.settings["scale"] + (0 if bonus is None else bonus)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def generate(self) -> list[Tensor]:
+        drawn = []
+        for x in maps():
+            for block in self.blocks:
+                x = block(x)
+            drawn.append(x)
+        return drawn
+
+
+def fresh_linear(inputs: int, outputs: int) -> nn.Linear:
+    torch.manual_seed(7)
+    return nn.Linear(inputs, outputs)
+
+
+def untie(block: Any) -> None:
+    block.twin.weight = nn.Parameter(block.down.weight + 1)
+
+
+def patch_forward(block: Any) -> None:
+    block.up.forward = lambda x: F.linear(x, block.up.weight) + 1
+
+
+def hook(block: Any) -> None:
+    block.up.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+EDITS: dict[str, Callable[[Any], object]] = {
+    "a layer replaced": lambda b: setattr(b, "up", fresh_linear(WIDTH, 16)),
+    "a layer added": lambda b: b.more.append(fresh_linear(WIDTH, WIDTH)),
+    "a hook added": hook,
+    "a hook before added": lambda b: b.up.register_forward_pre_hook(lambda m, args: (3 * args[0],)),
+    "a forward patched": patch_forward,
+    "a bias removed": lambda b: setattr(b.down, "bias", None),
+    "a setting of a torch layer": lambda b: setattr(b.norm, "eps", 1.0),
+    "a list that grows": lambda b: b.active.append("lora"),
+    "a value in a dict": lambda b: b.settings.update(scale=3.0),
+    "an attribute added": lambda b: setattr(b, "bonus", torch.ones(WIDTH)),
+    "weights untied": untie,
+    "a parametrization": lambda b: parametrizations.weight_norm(b.up),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_an_edited_block_runs_as_edited(edit: Callable[[Any], object]) -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    before = fast.generate()
+    edited = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    for net in (fast, edited):
+        edit(net.blocks[1])
+    want = edited.generate()
+    if edit is not EDITS["a parametrization"]:
+        assert not torch.equal(want[-1], before[-1])
+    assert all(map(torch.equal, fast.generate(), want))
+    assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
+
+
+def test_an_edit_undone_finds_the_first_programs_again() -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    want = fast.generate()
+    programs = {row.program for row in fastvar_fx.explain(fast).rows}
+    handle = fast.blocks[0].up.register_forward_hook(lambda module, args, out: 2 * out)
+    assert not torch.equal(fast.generate()[-1], want[-1])
+    handle.remove()
+    assert all(map(torch.equal, fast.generate(), want))
+    assert {row.program for row in fastvar_fx.explain(fast).rows} == programs
+
+
+def test_a_parameter_that_goes_away_leaves_the_block_pruned() -> None:
+    net = Net().eval()
+    prune.l1_unstructured(net.blocks[0].up, "weight", 0.5)
+    fast = fastvar_fx.transform(net, SCHEDULE)
+    want = fast.generate()
+    prune.remove(fast.blocks[0].up, "weight")
+    assert all(map(torch.equal, fast.generate(), want))
+    assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
+
+
+def test_a_parametrization_removed_and_weights_changed() -> None:
+    net = Net().eval()
+    parametrizations.weight_norm(net.blocks[0].up)
+    fast = fastvar_fx.transform(net, SCHEDULE)
+    fast.generate()
+    up: Any = fast.blocks[0].up
+    parametrize.remove_parametrizations(up, "weight")
+    up.weight.data.mul_(2)
+    plain = Net().eval()
+    plain.load_state_dict(fast.state_dict())
+    want = fastvar_fx.transform(plain, SCHEDULE).generate()
+    for got, expected in zip(fast.generate(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_structure_of_a_block_is_the_same_after_a_generation() -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    fast.generate()
+    before = Structure.of_block(fast.blocks[0])
+    seconds = fastvar_fx.explain(fast).trace_seconds
+    fast.generate()
+    assert Structure.of_block(fast.blocks[0]) == before
+    assert fastvar_fx.explain(fast).trace_seconds == seconds
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+class Cache:
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+
+ONE, TWO = torch.ones(2, 1, WIDTH), torch.full((2, 1, WIDTH), 2.0)
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
+    "a size of a tensor that is not read": (
+        lambda c: c.shape[1],
+        torch.ones(2, 3),
+        torch.ones(2, 5),
+    ),
+    "a dtype of one": (lambda c: c.dtype.itemsize, torch.ones(2), torch.ones(2).double()),
+    "None in place of one": (lambda c: 1 if c is None else 3, torch.ones(2), None),
+    "a function": (lambda c: c(2.0), abs, lambda value: value * value),
+    "a set": (len, {1}, {1, 2}),
+    "a range": (len, range(1), range(2)),
+    "a slice": (lambda c: c.stop, slice(1), slice(2)),
+    "a fraction": (float, Fraction(1, 2), Fraction(1, 3)),
+    "an array": (lambda c: float(c.sum()), np.ones(2), np.ones(4)),
+    "a key that is optional": (lambda c: c.get("mask", 1.0), {"a": ONE}, {"a": ONE, "mask": TWO}),
+    "a list that is longer": (lambda c: sum(c), [ONE], [ONE, TWO]),
+    "an attribute": (lambda c: getattr(c, "mask", 1.0), Cache(a=ONE), Cache(a=ONE, mask=TWO)),
+    "two tensors, then one twice": (lambda c: c[0] - c[1], (ONE, TWO), (ONE, ONE)),
+    "one tensor twice, then two": (lambda c: c[0] - c[1], (ONE, ONE), (ONE, TWO)),
+    "which of two is one of three": (
+        lambda c: c[0] + 2 * c[1] + 4 * c[2],
+        [ONE, ONE, TWO],
+        [ONE, TWO, TWO],
+    ),
+    "a dict inside a tuple": (lambda c: len(c[0]), ({},), ({"a": 1},)),
+}
+
+
+class Conditioned(nn.Module):
+    factor: Callable[[Any], Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor, condition: Any) -> Tensor:
+        return x + self.down(F.gelu(self.up(x))) * type(self).factor(condition)
+
+
+class Calls(nn.Module):
+    def __init__(self, factor: Callable[[Any], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = type("Conditioned", (Conditioned,), {"factor": staticmethod(factor)})
+        self.blocks = nn.ModuleList([kind()])
+
+    def generate(self, *conditions: Any) -> list[Tensor]:
+        drawn: list[Tensor] = []
+        for x in maps():
+            drawn = [self.blocks[0](x, condition) for condition in conditions]
+        return drawn
+
+
+@pytest.mark.parametrize(("factor", "first", "second"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_another_structure_of_arguments_has_its_own_program(
+    factor: Callable[[Any], Any], first: Any, second: Any
+) -> None:
+    def fast() -> Calls:
+        return fastvar_fx.transform(Calls(factor).eval(), SCHEDULE)
+
+    one = fast()
+    (want,) = fast().generate(second)
+    one.generate(first)
+    assert torch.equal(one.generate(second)[0], want)
+    (other,) = fast().generate(first)
+    assert not torch.equal(other, want)
+    # Also within one generation, as two calls of a step for guidance.
+    both = fast().generate(first, second)
+    assert torch.equal(both[0], other)
+    assert torch.equal(both[1], want)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Reads a value on the host, which cannot be traced, unless it is switched off."""
+
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if self.on and float(x.abs().max()) > 1e9 else x
+
+
+def branching() -> Net:
+    net = Net().eval()
+    for block in net.blocks:
+        block.norm = nn.Sequential(block.norm, Branching())
+    return net
+
+
+def test_strict_is_strict_in_every_generation() -> None:
+    fast = fastvar_fx.transform(branching(), SCHEDULE)
+    for _ in range(3):
+        with pytest.raises(fastvar_fx.NothingPrunedError, match="FVX001"):
+            fast.generate()
+
+
+def test_a_refusal_ends_with_its_cause() -> None:
+    fast = fastvar_fx.transform(branching(), SCHEDULE, strict=False)
+    fast.generate()
+    off = branching()
+    for net in (fast, off):
+        for block in net.blocks:
+            vars(block.norm[1])["on"] = False
+    want = fastvar_fx.transform(off, SCHEDULE).generate()
+    assert all(map(torch.equal, fast.generate(), want))
+    assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
