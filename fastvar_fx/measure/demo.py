@@ -138,7 +138,7 @@ def measure_both(
         subject: The model; it is not changed.
         repeats: Timed runs of each, at least 1.
         budget: Time that all of it may take: repeats that would probably exceed it are left out,
-            but for the first. None for no bound.
+            except the first. None for no bound.
         progress: Called with a few words before each run.
 
     Raises:

@@ -130,7 +130,7 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
 In the tiny ones, the cost of launching ops hides what pruning saves.
 """
 PIXELS: Final = 16
-"""Along the side of a token, in all of them."""
+"""Pixels along the side of a token, in all presets."""
 
 
 def preset(name: str) -> Preset:
@@ -188,6 +188,11 @@ def check_fits(name: str, batch: int, device: torch.device) -> None:
             f"preset {name} at batch {batch} needs about {needed[name] / _GIB:.1f} GiB in "
             f"{str(dtype).removeprefix('torch.')}; {device} has {free / _GIB:.1f} GiB free; {hint}"
         )
+
+
+def default_device() -> torch.device:
+    """Returns the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
