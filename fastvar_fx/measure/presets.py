@@ -85,20 +85,20 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
     return Preset(bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
 
 
-def _infinity(schedule: Schedule, name: str) -> Preset:
-    def draw(model: infinity.Infinity, text: Tensor, seed: int | None) -> Tensor:
-        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
+def _from_text(
+    kind: Callable[[Any], nn.Module], configs: Mapping[str, Any], schedule: Schedule, name: str
+) -> Preset:
+    def draw(model: Any, text: Tensor, seed: int | None) -> Tensor:
+        latents: Tensor = model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)
+        return latents
 
-    bare = partial(infinity.Infinity, infinity.CONFIGS[name])
-    return Preset(bare, schedule, random_text, draw, partial(_infinity, name=name))
+    bare = partial(kind, configs[name])
+    at = partial(_from_text, kind, configs, name=name)
+    return Preset(bare, schedule, random_text, draw, at)
 
 
-def _hart(schedule: Schedule, name: str) -> Preset:
-    def draw(model: hart.HART, text: Tensor, seed: int | None) -> Tensor:
-        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
-
-    bare = partial(hart.HART, hart.CONFIGS[name])
-    return Preset(bare, schedule, random_text, draw, partial(_hart, name=name))
+_infinity = partial(_from_text, infinity.Infinity, infinity.CONFIGS)
+_hart = partial(_from_text, hart.HART, hart.CONFIGS)
 
 
 def random_text(model: infinity.Infinity | hart.HART, batch: int, seed: int = 0) -> Tensor:
