@@ -51,15 +51,12 @@ class Structure:
     def of_block(cls, block: nn.Module) -> Structure:
         """Returns the structure of a block.
 
-        It covers submodules, their hooks, forwards set on instances, names of attributes,
-        containers, settings of torch's own layers, and which parameters and buffers are one tensor.
+        It covers submodules, forwards set on instances, hooks, names of attributes, containers,
+        settings of torch's own layers, and which parameters and buffers are one tensor.
         """
         made = cls()
         for _, module in reachable(block):
             made._parts += made._module(module)
-            if module is not block:  # the block's own hooks run around its programs
-                registries = (getattr(module, name) or {} for name in _HOOKS)
-                made._objects += [hook for hooks in registries for hook in hooks.values()]
         return made
 
     @classmethod
@@ -85,6 +82,8 @@ class Structure:
     def _module(self, module: nn.Module) -> Iterator[Any]:
         own = {key: value for key, value in vars(module).items() if key not in _OF_MODULE}
         self._objects += [module, own.pop("forward", None)]
+        registries = (getattr(module, name) or {} for name in _HOOKS)
+        self._objects += [hook for hooks in registries for hook in hooks.values()]
         yield type(module)
         for held in (module._parameters, module._buffers, module._modules):
             yield [(name, self._held(value)) for name, value in held.items()]
