@@ -171,7 +171,7 @@ def reuse(tried: Tried) -> Section:
     selected = {"per branch": tried.paper} | tried.by("once-per-block")
     return Section(
         "How often tokens are selected",
-        "Each branch selects anew.",
+        "Each branch makes its own selection.",
         selected,
         first_than_others(selected),
     )

@@ -203,8 +203,8 @@ def compile(
         fullgraph: Whether a graph break is a failure.
         **options: Passed on to `torch.compile`, such as `backend` or `mode`. Inductor is also
             given a pass by which large float32 linear layers on a CPU run in oneDNN where that is
-            measured to be the faster library; `options={"post_grad_custom_pre_pass": ...}` takes
-            its place.
+            faster, by a rule for the kind of CPU; `options={"post_grad_custom_pre_pass": ...}`
+            replaces it.
 
     Raises:
         ModelError: If `fast` is not transformed.

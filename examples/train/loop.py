@@ -96,7 +96,7 @@ def read(path: Path, verb: str) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise SystemExit(
             f"the checkpoint {path} is a damaged file of {path.stat().st_size} bytes "
-            f"({type(error).__name__}); delete it and run `train.py {verb}`, which starts anew"
+            f"({type(error).__name__}); delete it and run `train.py {verb}` from step 0"
         ) from error
     return contents
 

@@ -27,7 +27,7 @@ from fastvar_fx.cli.terminal import (
 )
 from fastvar_fx.measure import figures
 from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.modules import DENSE, ModuleTimes, late_modules, measure_modules, overhead
+from fastvar_fx.measure.modules import ModuleTimes, late_modules, measure_modules, overhead
 from fastvar_fx.measure.presets import PRESETS, preset
 from fastvar_fx.measure.resolutions import (
     KINDS,
@@ -39,7 +39,7 @@ from fastvar_fx.measure.resolutions import (
 )
 from fastvar_fx.measure.rows import Result, Row, check_variants, default_variants, measure_rows
 from fastvar_fx.measure.runs import Budget
-from fastvar_fx.measure.variants import Variant
+from fastvar_fx.measure.variants import DENSE, Variant
 from fastvar_fx.schedule import Schedule
 
 _UNUSABLE: Final = " !"
@@ -53,8 +53,8 @@ Seconds = Annotated[
     typer.Option(
         "--seconds",
         min=0,
-        help="Time for the whole command. Repeats are left out for it, and rows; what was measured "
-        "is printed.",
+        help="Time budget of the whole command. Repeats, then rows are left out to meet it; what "
+        "was measured is printed.",
     ),
 ]
 Rows = Annotated[

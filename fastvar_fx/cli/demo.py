@@ -46,7 +46,7 @@ from fastvar_fx.measure.subject import Subject
 
 _REPEATS: Final = 3
 _SECONDS: Final = 60.0
-"""Seconds that it may take: repeats are left out for it, unless their number was given."""
+"""Time budget in seconds: repeats are left out to meet it, unless --repeats is given."""
 
 DemoModel = Annotated[
     str,

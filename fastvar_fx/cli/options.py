@@ -33,7 +33,7 @@ _RANDOM_SIZES: Final[dict[str, Any]] = {
     "num_classes": 10,
 }
 _KNOWN: Final = (DEMO, RANDOM, *(name for name in var.CONFIGS if name != DEMO))
-NAMES: Final = f"{', '.join(_KNOWN)} (random weights but for {DEMO})"
+NAMES: Final = f"{', '.join(_KNOWN)} (random weights except for {DEMO})"
 _TRAINED: Final = "trained on 31 photographs: the pictures show their textures, loosely arranged"
 _UNTRAINED: Final = "random weights: the pictures show texture, no objects"
 
@@ -100,7 +100,7 @@ class Asked:
 
     def _named_model(self) -> Subject:
         if self.run is not None:
-            usage(f"--run goes with package.module:factory; {self.model} brings its own run")
+            usage(f"--run is for package.module:factory; {self.model} has its own generation loop")
         schedule = self._schedule(self._named_scales())
         sides = _square_sides(schedule)
         try:

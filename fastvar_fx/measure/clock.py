@@ -33,7 +33,7 @@ class Clock:
         return event
 
     def seconds(self, ended: Any, begun: Any) -> float:
-        """Returns the seconds between two readings, once the device has come to the later one."""
+        """Returns the seconds between two readings, after the device has reached the later one."""
         if self.device.type == "cpu":
             return ended - begun  # type: ignore[no-any-return]
         ended.synchronize()
@@ -81,8 +81,8 @@ def per_step(
 ) -> list[float]:
     """Adds up (tokens, amount) of passes by step.
 
-    Passes of other lengths, such as source tokens, count nowhere; but where a model's first step
-    runs on its context tokens, those that came before the second step are the first.
+    Passes of other lengths, such as source tokens, are not counted. If a model's first step runs on
+    its context tokens, the passes before the second step are the first step.
 
     Args:
         passes: Passes through all blocks, in order.
@@ -113,7 +113,7 @@ def per_step(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Returns the most memory that a run had allocated at a time, without what was there before."""
+    """Returns the peak of the memory that a run allocates, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

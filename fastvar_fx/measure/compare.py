@@ -78,8 +78,8 @@ class Comparison:
     Attributes:
         dense: Dense, with all else the same.
         pruned: As the schedule has it.
-        limit: The speed-up if time followed the FLOPs of the blocks; None if unknown, or if no
-            FLOPs are left.
+        limit: The speed-up if time were proportional to the FLOPs of the blocks; None if unknown,
+            or if no FLOPs are left.
     """
 
     dense: Spread
@@ -145,6 +145,3 @@ class Comparison:
             "unusable": self.unusable,
             "reason": self.doubt,
         }
-
-
-# --- measuring --------------------------------------------------------------------------------

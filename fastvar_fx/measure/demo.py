@@ -1,4 +1,7 @@
-"""A model measured dense and pruned, step by step, with pictures: what `fastvar-fx demo` does."""
+"""A model measured dense and pruned, step by step, with pictures: what `fastvar-fx demo` does.
+
+It needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from fastvar_fx import ops
@@ -21,11 +27,6 @@ from fastvar_fx.measure.subject import Subject
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import trace, transform
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 Role = Literal["dense", "captures", "prunes"]
 """What a step of the transformed model does."""
@@ -138,7 +139,7 @@ def measure_both(
         subject: The model; it is not changed.
         repeats: Timed runs of each, at least 1.
         budget: Time that all of it may take: repeats that would probably exceed it are left out,
-            but for the first. None for no bound.
+            except the first. None for no bound.
         progress: Called with a few words before each run.
 
     Raises:
@@ -260,8 +261,6 @@ def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -
         caption: Line below.
         path: File to write.
     """
-    from matplotlib.figure import Figure
-
     dense, pruned = (x[:_MOST_ROWS] for x in (result.dense_images, result.pruned_images))
     apart = (dense - pruned).abs().mean(1)  # (B, H, W)
     highest = ceil(10 * apart.max().item()) / 10 or 0.1
@@ -295,8 +294,6 @@ def draw_kept_tokens(result: Measurement, title: str, caption: str, path: Path) 
         caption: Line below.
         path: File to write.
     """
-    from matplotlib.figure import Figure
-
     image = result.dense_images[0]  # (3, H, W)
     steps = [step for step in result.steps if step.role == "prunes"]
     columns = min(1 + len(steps), 3)

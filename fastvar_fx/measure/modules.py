@@ -29,7 +29,7 @@ from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.measure.clock import Clock, per_step
 from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
 from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import Variant
+from fastvar_fx.measure.variants import DENSE, PRUNED, Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import run_by, transform
@@ -37,8 +37,6 @@ from passes.analyse.branches import KINDS
 from passes.graph import copy_graph
 from passes.rewrite.side_input import take_side
 
-DENSE, PRUNED = Variant("dense"), Variant("pruned")
-"""What is timed by module."""
 PTS, CTR, REST = "PTS", "CTR", "rest"
 MODULES: Final = (*KINDS, PTS, CTR, REST)
 """The modules; the rest is what lies between the branches, and blocks without a program.
@@ -67,7 +65,7 @@ def measure_modules(
     Args:
         subject: The original model, its schedule and how to run it.
         repeats: Timed runs of each, alternating, at least 1.
-        budget: Time that all of it may take; repeats are left out for it.
+        budget: Time that all of it may take; repeats are left out to meet it.
         progress: Called with a few words before each run.
     """
     schedules = {DENSE: Schedule(subject.schedule.scales, ()), PRUNED: subject.schedule}

@@ -44,7 +44,6 @@ _COLD_BYTES: Final = 2**28
 """The inputs of a measurement take about this much together, several times a GPU's cache."""
 _MOST_SETS: Final = 12
 
-
 INFINITY: Final = CONFIGS["2b"]
 
 
@@ -94,7 +93,7 @@ class AtShape:
         shape: The shape.
         copy_gb_per_s: Rate of a plain copy of the stream, read and written, in 10^9 bytes per s.
         branches: Seconds of a dense branch, "attention" and "ffn".
-        seconds: Seconds of each operator, by form; without those for which there was no time.
+        seconds: Seconds of each operator, by form; operators left out for lack of time are missing.
     """
 
     shape: Shape
@@ -143,7 +142,7 @@ def measure_operators(
     Args:
         shapes: The shapes.
         device: Where to run; branches are in bfloat16 on a GPU, else in float32.
-        budget: Time for all of it. What is compiled is left out for it, all else is measured.
+        budget: Time for all of it. Only compiled operators are left out to meet it.
         backend: What compiles.
     """
     budget, device = budget or Budget(), torch.device(device)

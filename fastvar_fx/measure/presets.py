@@ -85,20 +85,20 @@ def _var(schedule: Schedule, name: str, **sizes: int) -> Preset:
     return Preset(bare, schedule, prompt, draw, lambda s: _var(s, name, **sizes), decode)
 
 
-def _infinity(schedule: Schedule, name: str) -> Preset:
-    def draw(model: infinity.Infinity, text: Tensor, seed: int | None) -> Tensor:
-        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
+def _from_text(
+    kind: Callable[[Any], nn.Module], configs: Mapping[str, Any], schedule: Schedule, name: str
+) -> Preset:
+    def draw(model: Any, text: Tensor, seed: int | None) -> Tensor:
+        latents: Tensor = model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)
+        return latents
 
-    bare = partial(infinity.Infinity, infinity.CONFIGS[name])
-    return Preset(bare, schedule, random_text, draw, partial(_infinity, name=name))
+    bare = partial(kind, configs[name])
+    at = partial(_from_text, kind, configs, name=name)
+    return Preset(bare, schedule, random_text, draw, at)
 
 
-def _hart(schedule: Schedule, name: str) -> Preset:
-    def draw(model: hart.HART, text: Tensor, seed: int | None) -> Tensor:
-        return model.autoregressive_infer_cfg(text, schedule.scales, g_seed=seed)  # type: ignore[arg-type]
-
-    bare = partial(hart.HART, hart.CONFIGS[name])
-    return Preset(bare, schedule, random_text, draw, partial(_hart, name=name))
+_infinity = partial(_from_text, infinity.Infinity, infinity.CONFIGS)
+_hart = partial(_from_text, hart.HART, hart.CONFIGS)
 
 
 def random_text(model: infinity.Infinity | hart.HART, batch: int, seed: int = 0) -> Tensor:
@@ -130,7 +130,7 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
 In the tiny ones, the cost of launching ops hides what pruning saves.
 """
 PIXELS: Final = 16
-"""Along the side of a token, in all of them."""
+"""Pixels along the side of a token, in all presets."""
 
 
 def preset(name: str) -> Preset:
@@ -188,6 +188,11 @@ def check_fits(name: str, batch: int, device: torch.device) -> None:
             f"preset {name} at batch {batch} needs about {needed[name] / _GIB:.1f} GiB in "
             f"{str(dtype).removeprefix('torch.')}; {device} has {free / _GIB:.1f} GiB free; {hint}"
         )
+
+
+def default_device() -> torch.device:
+    """Returns the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

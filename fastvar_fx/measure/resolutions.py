@@ -8,12 +8,12 @@ from math import ceil, log, nan
 from typing import Any, Final
 
 import numpy as np
-import torch
 
 from fastvar_fx.errors import ScheduleError
 from fastvar_fx.measure.clock import peak_bytes
 from fastvar_fx.measure.presets import (
     PIXELS,
+    default_device,
     dtype_on,
     free_bytes,
     needed_bytes,
@@ -22,7 +22,7 @@ from fastvar_fx.measure.presets import (
 )
 from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
 from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import Variant
+from fastvar_fx.measure.variants import DENSE, PRUNED, Variant
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import transform
 
@@ -51,7 +51,7 @@ class Cost:
 
 QUANTITIES: Final = ("ms", "peak_mib", "gflops")
 """What grows."""
-DENSE, PRUNED = KINDS = (Variant("dense"), Variant("pruned"))
+KINDS: Final = (DENSE, PRUNED)
 """What is run."""
 
 
@@ -143,7 +143,7 @@ def measure_resolutions(
         ModelError: If there is no such preset.
         ScheduleError: If a resolution is not made of whole tokens.
     """
-    chosen, device = preset(name), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, device = preset(name), default_device()
     budget = budget or Budget()
     sizes = {pixels: schedule_at(chosen.schedule, pixels) for pixels in sorted(set(resolutions))}
     found: list[AtResolution] = []

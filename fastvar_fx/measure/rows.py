@@ -18,10 +18,10 @@ from fastvar_fx.errors import GraphError, ModelError, ScheduleError
 from fastvar_fx.measure.clock import Clock, peak_bytes
 from fastvar_fx.measure.compare import Comparison, Spread
 from fastvar_fx.measure.peer import peer_restoration, peer_selection
-from fastvar_fx.measure.presets import Preset, check_fits, preset, subject_of
+from fastvar_fx.measure.presets import Preset, check_fits, default_device, preset, subject_of
 from fastvar_fx.measure.runs import Budget, Progress, Runs, alternate, no_progress
 from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import VARIANTS, Variant
+from fastvar_fx.measure.variants import DENSE, VARIANTS, Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.schedule import Schedule
@@ -53,7 +53,7 @@ class Row:
         steps: Time in the blocks per step; empty for a graph.
         comparison: Its transformer time and that of the dense row of the same kind; None if that
             row was not measured.
-        limit: FLOPs of the blocks, dense over its own: the speed-up if time followed them.
+        limit: FLOPs of the blocks, dense over its own: the speed-up if time were proportional.
         peak_mib: The most memory allocated in the token loop, without the weights, in MiB.
         kv_mib: The most that cached keys and values take, in MiB.
     """
@@ -68,7 +68,7 @@ class Row:
     kv_mib: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain data; times in milliseconds; None stands for what is unknown."""
+        """Returns plain data; times in milliseconds, None where unknown."""
         time, compared = self.transformer, self.comparison
         return {
             "name": str(self.variant),
@@ -155,11 +155,6 @@ def recorder(device: torch.device) -> Record | None:
     return cuda_graph if device.type == "cuda" else None
 
 
-def default_device() -> torch.device:
-    """Returns the device that the benchmark runs on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def default_variants(schedule: Schedule, *, compiled: bool = True) -> tuple[Variant, ...]:
     """Returns the rows to measure where none are named.
 
@@ -226,8 +221,8 @@ def measure_rows(
         variants: The rows; None for the default ones.
         batch: Images per generation, at least 1.
         repeats: Timed runs of each row, at least 1.
-        budget: Time that all of it may take. Repeats are left out for it, and rows; the first row
-            is always run once. None for no bound.
+        budget: Time that all of it may take. Repeats, then rows are left out to meet it; the first
+            row is always run once. None for no bound.
         progress: Called with a few words before each run.
 
     Raises:
@@ -309,7 +304,7 @@ class _Rows:
 
     def add(self, variant: Variant) -> None:
         """Prepares a row and runs it once."""
-        for eager in (Variant("dense"), Variant(variant.what)):
+        for eager in (DENSE, Variant(variant.what)):
             self._runs(eager)  # counts FLOPs, which only eager ops show
         timed = self._recorded(variant) if variant.graph else self._runs(variant)
         if not timed.seconds:
@@ -372,7 +367,7 @@ class _Rows:
     def _new_runs(self, variant: Variant) -> Runs:
         schedule = self.subject.schedule
         drawn = schedule.steps - (len(schedule.full_steps) if variant.what == "skip" else 0)
-        model = self.subject.model if variant == Variant("dense") else self._transformed(variant)
+        model = self.subject.model if variant == DENSE else self._transformed(variant)
         return self.subject.runs(model, drawn)
 
     def _transformed(self, variant: Variant) -> nn.Module:
@@ -394,7 +389,7 @@ class _Rows:
         runs, record = self._runs(played), recorder(self._device)
         if record is None:
             raise GraphError(f"there are no CUDA graphs on {self._device}")
-        fast = self._transformed(played) if played == Variant("dense") else runs.model
+        fast = self._transformed(played) if played == DENSE else runs.model
         self._progress(f"{variant}, recording")
         made, peak = record_replays(fast, self._chosen, self._batch, record)
         self._memory[variant] = peak, self._memory[played][1]

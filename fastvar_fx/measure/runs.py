@@ -30,7 +30,7 @@ class Budget:
     """Wall-clock time that measuring may take, counted from when this is made.
 
     Attributes:
-        seconds: How much there is; infinite by default.
+        seconds: The whole of it; infinite by default.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -43,7 +43,7 @@ class Budget:
         return perf_counter() - self._began
 
     def allows(self, seconds: float) -> bool:
-        """Whether there is time left for something that takes so long."""
+        """Whether this much time is left."""
         return self.spent + seconds <= self.seconds
 
 
@@ -72,7 +72,7 @@ def alternate(
     Alternating runs meet the same conditions. Runs that were made before count.
 
     Args:
-        timed: What to time, by what to call it; if time is short, the last ones get fewer runs.
+        timed: What to time, by name; if time is short, the last ones get fewer runs.
         repeats: Timed runs of each, at least 1.
         budget: Time that all of it may take: a run beyond the first of each begins only if there is
             time for the longest one so far. None for no bound.

@@ -70,4 +70,6 @@ def _all_variants() -> Iterator[Variant]:
 
 VARIANTS: Final = tuple(_all_variants())
 """All of them, kind by kind, dense first; the peer's come last."""
+DENSE: Final = Variant("dense")
+PRUNED: Final = Variant("pruned")
 _BY_NAME: Final = {str(variant): variant for variant in VARIANTS}

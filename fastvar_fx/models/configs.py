@@ -74,7 +74,7 @@ def with_random_weights(
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Fills a model with values that keep its branches alive.
+    """Fills a model with values for which its branches contribute to the output.
 
     Linear layers have standard deviation 1 / sqrt(inputs) and no bias, norms are the identity,
     buffers zero, and all else (embeddings, biases of queries and values) is drawn with 0.5.

@@ -23,7 +23,7 @@ CLASSES: Final = ("sky and water", "hills and woods", "leaves and grass", "flowe
 """What its classes show."""
 
 PHOTOGRAPHS: Final = WEIGHTS.with_name("held_out")
-"""Folder of photographs that the model never saw; the name of a file begins with its class."""
+"""Folder of photographs that the model was not trained on; a file's name begins with its class."""
 
 
 def weights() -> dict[str, dict[str, Tensor]]:

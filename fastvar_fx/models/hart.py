@@ -11,8 +11,8 @@ so far, area-averaged to the size of its map:
 
 A block is self-attention with rotary positions, over all earlier tokens through a cache of keys and
 values, and a SwiGLU feed-forward branch, both behind RMS norms. The text encoder, the decoder from
-`f_hat` to pixels and the diffusion head that refines the last map are not here: features come in,
-`f_hat` goes out, and the last map is drawn like the others.
+`f_hat` to pixels and the diffusion head that refines the last map are not here: the input
+is text features, the output is `f_hat`, and the last map is drawn like the others.
 
 Letters in shapes: B batch, L tokens, C width, H heads, c = C / H, T text tokens, Ct text width,
 V codebook entries, Cvae code vector width, K steps.
@@ -392,7 +392,7 @@ class HART(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fills all parameters and buffers with values that keep every branch alive.
+        """Fills all parameters and buffers with values for which every branch contributes.
 
         As `draw_weights`, but queries and keys are twice as large, and the output layers of the
         branches are smaller the deeper the model.

@@ -12,7 +12,7 @@ and the latent so far, resized to the next map, is the input of the next step:
 A block is self-attention with 2-D rotary positions over this and all smaller maps (through a cache
 of keys and values), cross-attention to the text, and a feed-forward branch. Scale, shift and gamma
 of the norms come from the pooled text, by one layer shared by all blocks. The text encoder and the
-decoder from latent to pixels are not here: features come in, latents go out.
+decoder from latent to pixels are not here: the input is text features, the output latents.
 
 Letters in shapes: B batch, L tokens, C width, H heads, c = C / H, T text tokens, Ct text width,
 d bits per token, K steps.
@@ -308,7 +308,7 @@ class Infinity(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fills all parameters and buffers with values that keep every branch alive.
+        """Fills all parameters and buffers with values for which every branch contributes.
 
         As `draw_weights`, but attention starts at scale 4, a block's gammas lie near
         1 / sqrt(depth), AdaLN varies little with the text, and logits are large enough that most

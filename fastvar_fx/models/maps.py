@@ -1,4 +1,4 @@
-"""Token maps of any shape: the ones Infinity was trained on, and a check for lists of them."""
+"""Token maps of any shape: those that Infinity was trained on, and a check for lists of maps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rotary positions of text and of token maps, as tables of cosines and sines.
 
-A token of a map stands at the place of its corner on the finest map, so that equal places have
-close positions on maps of every size.
+The position of a token is that of its corner on the finest map, so that equal places have close
+positions on maps of every size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastvar_fx.models.maps import Map
 def pair_table(scale: Map, finest: Map, head_dim: int, device: torch.device) -> Tensor:
     """Returns the table of a map for `rotate_pairs`, float32 (2, L, c / 2).
 
-    Rows and columns are rounded to those of the finest map. The first half of the pairs turns with
-    the row, the second with the column.
+    Rows and columns are rounded to those of the finest map. The first half of the pairs is rotated
+    by the row, the second by the column.
 
     Args:
         scale: (h, w) of the map.
@@ -37,7 +37,7 @@ def pair_table(scale: Map, finest: Map, head_dim: int, device: torch.device) -> 
 
 
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Returns `x` (B, H, L, c), its pairs of neighbouring features turned by the table."""
+    """Returns `x` (B, H, L, c), its pairs of neighbouring features rotated by the table."""
     cos, sin = table.unbind(0)  # 2 of (L, c / 2)
     a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # 2 of (B, H, L, c / 2)
     return torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1).flatten(-2)
@@ -74,7 +74,7 @@ def text_table(positions: Tensor, head_dim: int) -> Tensor:
 
 
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Returns `x` (B, H, L, c), its two halves turned against each other by the table."""
+    """Returns `x` (B, H, L, c), feature i of its two halves rotated as a pair by the table."""
     cos, sin = table.unbind(0)  # 2 of (B, 1, L, c)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin

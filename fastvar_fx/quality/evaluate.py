@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fastvar_fx.errors import ModelError, did_you_mean
 from fastvar_fx.measure.compare import Comparison, Spread
 from fastvar_fx.measure.runs import Progress, Runs, alternate, no_progress
-from fastvar_fx.methods import Method
 from fastvar_fx.models.var import VAR
 from fastvar_fx.quality.metrics import (
     Interval,
@@ -489,7 +488,6 @@ def evaluate(
     metrics: Sequence[str] = tuple(METRICS),
     seeds: int = 4,
     repeats: int = 3,
-    method: str | Method = "fastvar",
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Returns quality and speed of a pruned model.
@@ -499,7 +497,6 @@ def evaluate(
         metrics: Keys of `METRICS`; the result lists those that do not apply.
         seeds: How many seeds to draw from, each a batch; at least 1.
         repeats: Timed runs of each model; 0 to time nothing.
-        method: How branches are pruned, as in `transform`.
         progress: Called with a short text before each part.
 
     Raises:
@@ -511,7 +508,7 @@ def evaluate(
         raise ModelError(f"asked for {seeds} seeds and {repeats} repeats; give 1 and 0 at least")
     baseline = Baseline.of(case, chosen, range(seeds), progress)
     progress("tracing")
-    fast = case.pruned(method)
+    fast = case.pruned()
     fidelity = baseline.compare(fast)
     speed = measure_speed(case, fast, repeats, progress) if repeats else None
     batch = len(baseline.generations[0].latents)

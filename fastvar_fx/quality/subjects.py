@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ModelError, ScheduleError, did_you_mean
-from fastvar_fx.measure.presets import PRESETS, random_text
+from fastvar_fx.measure.presets import PRESETS, default_device, random_text
 from fastvar_fx.measure.subject import Subject
 from fastvar_fx.methods import Method
 from fastvar_fx.models import demo_weights, load, var
@@ -176,7 +176,7 @@ def case(
         ScheduleError: If the trained model draws other scales.
     """
     schedule = schedule or own_schedule(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model: Any = _model(name, schedule).to(device)
     note = "" if name == DEMO else "random weights: the numbers do not hold for trained models"
     if isinstance(model, VAR):
