@@ -250,7 +250,9 @@ class _Inputs:
                 )
         # Inference tensors could not be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            self._leaves = [_copied(leaf) for _, leaf in named]
+            self._leaves = [
+                leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in named
+            ]
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -274,10 +276,6 @@ class _Inputs:
         for was, now in zip(self._leaves, leaves, strict=True):
             if isinstance(was, Tensor):
                 was.copy_(now)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _check_like(name: str, was: Any, now: Any) -> None:

@@ -285,14 +285,14 @@ def _check_equal(made: GraphModule, other: GraphModule) -> None:
 def _buffered_failure(context: Context, draft: Draft, buffered: Buffered) -> str | None:
     """Returns why the graph with buffers fails, or None."""
     taken = draft.features if context.step is not None else ()
-    features = [context.captured[index] for index in taken]
-    expected = draft.graph_module(*live_inputs(context.call, draft.inputs), *features)
+    captured = [context.captured[index] for index in taken]
+    expected = draft.graph_module(*live_inputs(context.call, draft.inputs), *captured)
     inputs = live_inputs(context.call, draft.inputs)
     for growth in buffered.growths:
         past = inputs[growth.input]
         inputs[growth.input] = growth.front(new_buffer(past, growth), past)
     try:
-        outputs = buffered.graph_module(*inputs, *features)
+        outputs = buffered.graph_module(*inputs, *captured)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an op that does not accept a view with gaps

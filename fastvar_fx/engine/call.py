@@ -24,7 +24,7 @@ Form = tuple[int, tuple[str, ...]]
 
 
 class BlockSite:
-    """A transformed block: where it is in the model, and the programs that are bound to it.
+    """A transformed block: where it is in the model, and its programs.
 
     Attributes:
         layer: Its index among the blocks.

@@ -158,12 +158,12 @@ class Generation:
             return None
         step = self._late_steps.get(call.tokens)
         if step is None:
-            self._note_dense(call)
+            self._note(call, self.dense_calls)
         return step
 
     def _structure(self, call: BlockCall) -> None:
         progress = self._progress[call.site.layer]
-        self._note_dense(call)
+        self._note(call, self.dense_calls)
         if progress.captured is not None:
             progress.forget()
         if not progress.began:  # an assignment, even of the same value, is a guard for Dynamo
@@ -217,14 +217,12 @@ class Generation:
                 f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
                 f"scales {schedule.scales}"
             )
-        if not call.compiling:
-            self.early_calls[call.tokens] += 1
-            self._watch.saw(call.tokens)
+        self._note(call, self.early_calls)
         return DENSE
 
-    def _note_dense(self, call: BlockCall) -> None:
+    def _note(self, call: BlockCall, calls: Counter[int]) -> None:
         if not call.compiling:
-            self.dense_calls[call.tokens] += 1
+            calls[call.tokens] += 1
             self._watch.saw(call.tokens)
 
     def _caches_are_empty(self, call: BlockCall) -> bool:
@@ -286,8 +284,8 @@ class Generation:
             return {0 if self.plan.live_rows == "first" else batch - live}
         if call.compiling:
             return set()
-        bound = [program for programs in call.site.programs.values() for program in programs]
-        return set().union(*(program.first_rows(call, batch, live) for program in bound))
+        known = [program for programs in call.site.programs.values() for program in programs]
+        return set().union(*(program.first_rows(call, batch, live) for program in known))
 
     @property
     def captured_bytes(self) -> int:

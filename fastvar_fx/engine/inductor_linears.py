@@ -69,8 +69,8 @@ def _vendor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         text = platform.processor()
-    names = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
-    return next((name for told, name in names.items() if told in text), "")
+    vendors = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+    return next((name for mark, name in vendors.items() if mark in text), "")
 
 
 class Choice(NamedTuple):

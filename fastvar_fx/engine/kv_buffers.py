@@ -30,12 +30,6 @@ class KVBuffers:
         self.moved = 0
         self._newest = WeakTensorKeyDictionary()
 
-    def anew(self) -> KVBuffers:
-        """Returns one for a copy of the model."""
-        made = KVBuffers()
-        made.replayed = self.replayed
-        return made
-
     def __len__(self) -> int:
         """How many buffers may grow."""
         return len(self._newest)

@@ -1,4 +1,4 @@
-"""Programs bound to live blocks: what a program reads and writes, and which calls it holds for."""
+"""Programs of live blocks: what a program reads and writes, and which calls it holds for."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FLAGS: Final = (bool, str, type(None))
 
 
 class Program:
-    """A program bound to the live tensors of one block.
+    """A program that reads and writes the live tensors of one block.
 
     It holds for calls like the one it was made for: of the same form, with inputs of the same
     shapes, dtypes and devices, the same plain values and the same autocast.
 
     Attributes:
-        captured: The branches whose outputs it captures (cache step) or is handed (pruned step).
+        captured: The branches whose outputs it captures (cache step) or takes (pruned step).
         prunes: The branches that prune.
     """
 
@@ -76,8 +76,6 @@ class Program:
         self._result_leaves = program.result_leaves
         self._writes = [_writer(block, write) for write in program.writes]
         self._result_count = program.result_count
-        written = sum(leaf is ... for write in program.writes for leaf in write.leaves)
-        self._output_count = program.result_count + written
         self._autocast = _autocast()
 
     # --- which calls it holds for ----------------------------------------------------------------
@@ -163,7 +161,7 @@ class Program:
             for tensor, meta in zip(tensors, self._metas, strict=True)
             if isinstance(tensor, Tensor)
             and (meta.shape[:1], tensor.shape[:1]) == ((batch,), (live,))
-            and 0 < batch * tensor.stride(0) * tensor.element_size() == _bytes_held(tensor)
+            and 0 < batch * tensor.stride(0) * tensor.itemsize == tensor.untyped_storage().nbytes()
         }
 
     # --- running it ------------------------------------------------------------------------------
@@ -194,11 +192,9 @@ class Program:
         for writer in self._writes:
             place = writer(made, place, call)
         result = made[0] if self._single else self._structured(made)
-        captured = {} if outputs else self._captured_in(made)
+        # At the cache step, the captured outputs come last.
+        captured = {} if outputs else dict(zip(self.captured, made[place:], strict=True))
         return result, captured
-
-    def _captured_in(self, made: Sequence[Tensor]) -> dict[int, Tensor]:
-        return dict(zip(self.captured, made[self._output_count :], strict=True))
 
     def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.
@@ -306,8 +302,11 @@ def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
 
 
 def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
-    origin: Any = block if root not in _ARGUMENTS else call.args if root == "args" else call.kwargs
-    return _find(origin, path)
+    return _find(_root(block, root, call), path)
+
+
+def _root(block: nn.Module, root: str, call: BlockCall) -> Any:
+    return block if root == "module" else call.args if root == "args" else call.kwargs
 
 
 class _Meta(NamedTuple):
@@ -364,11 +363,6 @@ def _size(value: Any, dim: int | None) -> int | None:
     if dim is None:
         return value if type(value) is int else None
     return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
-
-
-def _bytes_held(tensor: Tensor) -> int:
-    """The size of the memory that a tensor, perhaps a view, lies in."""
-    return tensor.untyped_storage().nbytes()
 
 
 def _find(origin: Any, path: Path) -> Any:
@@ -436,8 +430,7 @@ def _writer(block: nn.Module, write: Write) -> Callable[[Sequence[Tensor], int, 
         if single:
             setattr(fixed, write.step[1], made[place])
             return place + 1
-        origin = block if root == "module" else call.args if root == "args" else call.kwargs
-        container = get(origin, tuple(rest))
+        container = get(_root(block, root, call), tuple(rest))
         apply(write, container, _fill_tensors(write.leaves, made, place))
         return place + count
 

@@ -88,7 +88,7 @@ def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
             f"the loop of {type(fast).__name__} cannot skip steps {list(skipped.steps)}, which "
             f'have ratio 1. Tried: {tried}. Pass on_full="cache" to transform, so that every '
             f"branch of these steps is its resized cache, or on_full= a loop rule of your own, "
-            f"which returns True once it has made the loop skip (see fastvar_fx.loops)"
+            f"which returns True once it has made the loop skip (see fastvar_fx.engine.skipping)"
         )
     for name, method in _methods(fast):
         if not name.startswith("_"):

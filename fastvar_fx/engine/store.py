@@ -117,8 +117,8 @@ class Store:
                     self._note_kept_keys(call, error)
                 raise
             self.trace_seconds += time.perf_counter() - started
-            bound = self._bind(call, step, entry)
-        return bound, bound.inputs(call)
+            program = self._bind(call, step, entry)
+        return program, program.inputs(call)
 
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
         """Binds a program to the block of a call, and records what it does."""
@@ -126,18 +126,18 @@ class Store:
         at = StepRecord(
             layer=site.layer, block=site.name, step=step, tokens=self._plan.schedule.tokens(step)
         )
-        bound: Program | StaysDense
+        program: Program | StaysDense
         if isinstance(made, Refusal):
             log.info("%s stays dense at step %d: %s", site.name, step, made)
             self.records[site.layer, step] = replace(at, refusal=made)
-            bound = StaysDense(call)
+            program = StaysDense(call)
         else:
             self.records[site.layer, step] = replace(
                 at, branches=made.branches, program=entry.number, caches=made.caches
             )
-            bound = Program(made, call, self._buffers)
-        site.programs.setdefault(step, []).append(bound)
-        return bound
+            program = Program(made, call, self._buffers)
+        site.programs.setdefault(step, []).append(program)
+        return program
 
     def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
         """Adds to an error of the user's code what pruning may have to do with it."""
@@ -211,7 +211,7 @@ class Store:
         at = None
         if step != schedule.cache_step:
             scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
-            last, once = step == plan.last_step, plan.method.once == "block"
+            last, once = step == plan.drawn_steps - 1, plan.method.once == "block"
             at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
         context = passes.Context(
             call=live,

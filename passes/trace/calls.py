@@ -9,7 +9,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -27,7 +27,8 @@ from passes.user_frames import error_line, innermost_user_frame
 
 Forward = Callable[..., Any]
 
-_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type)
+_MEMO: Final = functools._lru_cache_wrapper
+_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type, _MEMO)
 _DEPTH: Final = 4
 """How many containers deep a memo may hold a tensor: a dict in an object in a tuple, say."""
 
@@ -156,9 +157,7 @@ class FakeCall:
             refuse("FVX001", "it returns a number that depends on a size that varies")
         self.result_leaves = _mark_tensors(leaves)
         writes = list(self.snapshot.writes(self._fake))
-        self.writes = [
-            Write(w.path, w.step, w.spec, tuple(_mark_tensors(w.leaves)), w.deleted) for w in writes
-        ]
+        self.writes = [replace(w, leaves=tuple(_mark_tensors(w.leaves))) for w in writes]
         written = [leaf for write in writes for leaf in write.leaves]
         return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
 
@@ -219,9 +218,8 @@ def _clear_memos_of(tensors: list[Tensor]) -> None:
         seen |= {id(held), *map(id, held)}
         holders = [h for h in gc.get_referrers(*held) if id(h) not in seen]
         for memo in holders:
-            if isinstance(memo, functools._lru_cache_wrapper):
+            if isinstance(memo, _MEMO):
                 memo.cache_clear()
-        kinds = (*_NOT_HOLDERS, functools._lru_cache_wrapper)
-        held = [holder for holder in holders if not isinstance(holder, kinds)]
+        held = [holder for holder in holders if not isinstance(holder, _NOT_HOLDERS)]
         if not held:
             return

@@ -54,8 +54,7 @@ def _record(call: FakeCall) -> tuple[Any, ...]:
             outputs = call.run(*fakes)
         call.note(recorder.made)
         named = tuple(recorder.name(t) for t in outputs)
-        writes = tuple((w.path, w.step, w.spec, w.leaves, w.deleted) for w in call.writes)
-        structure = (call.result, tuple(call.result_leaves), writes)
+        structure = (call.result, tuple(call.result_leaves), tuple(call.writes))
         return (tuple(recorder.records), named, structure, call.symbols.conditions().text)
 
 
