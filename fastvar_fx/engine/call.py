@@ -1,4 +1,4 @@
-"""One call of a transformed block, made once and handed to everything that serves it."""
+"""One call of a transformed block: read once, then passed to all that handle it."""
 
 from __future__ import annotations
 

@@ -116,7 +116,6 @@ class Generation:
         late = (schedule.cache_step, *plan.pruned_steps) if plan.pruned_steps else ()
         self._late_steps = {schedule.tokens(step): step for step in late}
         self._tokens = [schedule.tokens(step) for step in range(schedule.steps)]
-        self._skips = bool(plan.skipped_steps)
         self._forget_skipping()
 
     # --- the state machine ----------------------------------------------------------------------
@@ -129,7 +128,7 @@ class Generation:
             RunError: If the call comes out of order.
             CaptureMismatchError: If it does not fit what was captured.
         """
-        if self._skips and self._passes(call):
+        if self.plan.skipped_steps and self._passes(call):
             return PASS
         if not (self.prunes and call.site.prunes):
             return DENSE

@@ -104,7 +104,7 @@ def choose(machine: Machine, dtype: torch.dtype) -> Choice:
 
 
 def with_pass(options: dict[str, Any]) -> dict[str, Any]:
-    """Adds the pass to options of `torch.compile` for Inductor; a pass of the user's stays."""
+    """Adds the pass to options of `torch.compile` for Inductor, unless the user gave another."""
     settings, mode = options.get("options"), options.get("mode")
     if options.get("backend", "inductor") != "inductor" or (settings and mode):
         return options

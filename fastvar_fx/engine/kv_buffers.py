@@ -18,8 +18,8 @@ class KVBuffers:
     are never overwritten. A buffer lives as long as a view of it.
 
     Attributes:
-        replayed: Whether programs are recorded as CUDA graphs, which cannot write into a tensor
-            that they are handed; then caches are copied as they grow.
+        replayed: Whether programs are recorded as CUDA graphs, which cannot write into their
+            inputs; then caches are copied as they grow.
         appended: How often a cache grew in place.
         moved: How often one was copied to a new buffer.
     """

@@ -150,7 +150,7 @@ class Program:
         )
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
-        """Returns which of `batch` samples comes first now, by the inputs cut to `live` samples.
+        """Returns which of `batch` samples comes first now, from inputs cut to `live` samples.
 
         An input of `batch` samples that was sliced lies in memory that still holds all of them, and
         its offset says where. One that was computed anew says nothing.
@@ -199,8 +199,8 @@ class Program:
     def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.
 
-        Autograd may need the caches of all steps as they were, under the user's own `torch.compile`
-        no tensor has an identity, and a CUDA graph cannot write into a tensor that it is handed.
+        Autograd may need the caches of all steps unchanged, tensors have no identity under the
+        user's own `torch.compile`, and a CUDA graph cannot write into its inputs.
         """
         if self._buffers is None or self._buffers.replayed:
             return False

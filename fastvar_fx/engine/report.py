@@ -33,7 +33,7 @@ class Row:
         tokens: Tokens of the step, L.
         kept: Tokens the branch runs on.
         flops: FLOPs of matrix products and attention, dense, for the whole batch, with the keys
-            cached by then: pruned steps before this one have left fewer than a dense run would.
+            cached so far: fewer than in a dense run, if steps before this one were pruned.
         pruned_flops: The same as it runs.
         program: Number of the program; blocks with equal numbers share it. None if there is none.
         refusal: Why it stays dense, if it was refused.
@@ -157,7 +157,7 @@ class Caches:
 
     @classmethod
     def of(cls, engine: Engine) -> Caches | None:
-        """Returns what a model does with caches, unless it is to leave them as they are."""
+        """Returns how a model's caches grow; None with `kv_buffer=False`."""
         buffers = engine.buffers
         if buffers is None:
             return None

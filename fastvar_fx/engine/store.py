@@ -32,7 +32,7 @@ class StepRecord:
         block: Its module path.
         step: The step.
         tokens: The step's tokens.
-        branches: What became of each branch.
+        branches: A report on each branch.
         program: The program's number; None if there is none.
         refusal: Why the whole block stays dense.
         caches: The caches that it grows.
@@ -140,7 +140,7 @@ class Store:
         return program
 
     def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
-        """Adds to an error of the user's code what pruning may have to do with it."""
+        """Adds to an error of the user's code how pruning may have caused it."""
         error.add_note(
             f"since step {self._plan.pruned_steps[0]} the keys cached in {call.site.name} are "
             f"those of kept tokens: a mask over all earlier tokens no longer fits them, because "

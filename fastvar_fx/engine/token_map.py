@@ -28,7 +28,7 @@ class TokenMaps:
     ) -> Path:
         """Returns the path of the (B, L, C) token map from the roots of such a call.
 
-        Where several arguments could be it, the one that the residual stream leads through is.
+        If several arguments could be it, it is the one that the residual stream starts from.
 
         Raises:
             RunError: If no argument can be the token map.

@@ -32,7 +32,7 @@ from passes.refusal import BranchRefusedError, RefusedError, refuse
 from passes.rewrite.side_input import SideLayout, take_side
 
 Scale = tuple[int, ...]
-"""A token map, as the operators read it; nothing here looks into it."""
+"""A token map, as the operators read it; the compiler only passes it on."""
 
 
 class Operators(Protocol):

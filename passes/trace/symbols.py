@@ -2,7 +2,7 @@
 
 A prompt of another length changes a dim of some inputs, and perhaps a number. A graph that was
 captured with these as symbols holds for every length, within the conditions that the forward and
-its ops put on them. Analysis and rewrite work on plain sizes: those of the call at hand. That their
+its ops put on them. Analysis and rewrite work on plain sizes: those of this call. That their
 result does not depend on these sizes is verified by repeating them at the sizes of another call and
 comparing the graphs.
 """
