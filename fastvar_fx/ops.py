@@ -71,8 +71,12 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
         >>> pivotal_token_selection(x, 1)
         tensor([[1]])
     """
-    best = pivotal_scores(x).topk(kept, dim=1, sorted=False).indices
-    return best.sort(dim=1).values
+    return highest(pivotal_scores(x), kept)
+
+
+def highest(scores: Tensor, kept: int) -> Tensor:
+    """Returns the indices (B, kept) of the highest scores (B, L) of each sample, ascending."""
+    return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
 from passes import Call
-from passes.trace.state import Path
+from passes.trace.state import Path, Roots, roots
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.program import Match
@@ -106,6 +106,10 @@ class BlockCall:
                     self._match = (program, inputs)
                     break
         return self._match
+
+    def roots(self) -> Roots:
+        """Returns what paths start from."""
+        return roots(self.block, self.args, self.kwargs)
 
     def as_captured(self) -> Call:
         """Returns the call as the compiler takes it."""

@@ -177,9 +177,9 @@ class Generation:
     def capture(self, call: BlockCall, outputs: Captured) -> None:
         """Keeps what a call of the cache step captured."""
         progress = self._progress[call.site.layer]
-        before = progress.captured
-        again = before is not None and progress.position == _CAPTURED and progress.began
-        progress.captured = [*before, outputs] if again and before is not None else [outputs]
+        again = progress.position == _CAPTURED and progress.began
+        earlier = progress.captured if again else None
+        progress.captured = [*(earlier or ()), outputs]
         progress.position, progress.calls, progress.live = _CAPTURED, 0, _live(call)
         if not call.compiling and call.site.layer >= self._last_layer:
             self._last_layer = call.site.layer

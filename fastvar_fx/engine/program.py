@@ -15,7 +15,7 @@ from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
-from passes.trace.state import Path, Snapshot, Write, apply, get, roots
+from passes.trace.state import Path, Snapshot, Write, apply, get
 from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
@@ -47,18 +47,17 @@ class Program:
         self._graph = made.graph_module
         self._buffered = made.buffered
         self._buffers = buffers
-        self._readers = [_reader(block, path) for path in made.inputs]
-        values = self.inputs(call)
+        readers = [_reader(block, path) for path in made.inputs]
+        values = [reader.read(call) for reader in readers]
         self._conditions = program.conditions
         self._places = [(_reader(block, path), dim) for path, dim in program.conditions.places]
         self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
         open_dims = [program.conditions.dims(path) for path in made.inputs]
-        self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
-        self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
+        metas = map(_Meta.of, values, open_dims)
+        self._inputs = list(zip(readers, metas, strict=True))
         self._form = call.form
-        self._read = frozenset(made.inputs)
-        self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
-        origin = roots(block, call.args, call.kwargs)
+        self._structure = Structure.of_arguments(call.args, call.kwargs, self._made_at)
+        origin = call.roots()
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
         self._settings = [
@@ -84,7 +83,7 @@ class Program:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._made_at):
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -95,7 +94,7 @@ class Program:
             if value is not expected and value != expected:
                 return None
         inputs = []
-        for read, (kind, shape, dtype, device, closed) in self._expected:
+        for (read, _), (kind, shape, dtype, device, closed) in self._inputs:
             value = read(call)
             if type(value) is not kind:
                 return None
@@ -110,7 +109,7 @@ class Program:
 
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns the graph's inputs for the call that the program was made for."""
-        return [reader.read(call) for reader in self._readers]
+        return [reader.read(call) for reader, _ in self._inputs]
 
     def _sizes_fit(self, call: BlockCall) -> bool:
         sizes = [_size(reader.read(call), dim) for reader, dim in self._places]
@@ -123,9 +122,9 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._made_at):
             return None
-        origin = roots(call.block, call.args, call.kwargs)
+        origin = call.roots()
         earlier: dict[Place, int] = {}
         for path, was in self._plain.items():
             now = _find(origin, path)
@@ -146,7 +145,7 @@ class Program:
         """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
         return any(
             reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
-            for reader, meta in zip(self._readers, self._metas, strict=True)
+            for reader, meta in self._inputs
         )
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
@@ -155,10 +154,9 @@ class Program:
         An input of `batch` samples that was sliced lies in memory that still holds all of them, and
         its offset says where. One that was computed anew says nothing.
         """
-        tensors = self.inputs(call)
         return {
             tensor.storage_offset() // tensor.stride(0)
-            for tensor, meta in zip(tensors, self._metas, strict=True)
+            for tensor, (_, meta) in zip(self.inputs(call), self._inputs, strict=True)
             if isinstance(tensor, Tensor)
             and (meta.shape[:1], tensor.shape[:1]) == ((batch,), (live,))
             and 0 < batch * tensor.stride(0) * tensor.itemsize == tensor.untyped_storage().nbytes()
@@ -221,7 +219,7 @@ class StaysDense:
 
     def __init__(self, call: BlockCall) -> None:
         self._kind = call_kind(call)
-        plain = Snapshot(roots(call.block, call.args, call.kwargs)).constants
+        plain = Snapshot(call.roots()).constants
         self._flags = [
             (module, path[-1][1], value)
             for path, value in plain.items()
@@ -377,7 +375,7 @@ def _constant_guards(program: BlockProgram, call: BlockCall) -> dict[Path, Any]:
 
     They are what this block's own call holds: blocks that share a program may differ in them.
     """
-    origin = {"module": call.block, "args": list(call.args), "kwargs": call.kwargs}
+    origin = call.roots()
     guards: dict[Path, Any] = {}
     open_numbers = {path for path, dim in program.conditions.places if dim is None}
     mixed = {path[:2] for path in open_numbers}

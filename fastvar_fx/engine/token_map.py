@@ -55,8 +55,7 @@ def _find(
     call = Call(forward, block, args, kwargs)
     results, _ = reference(call)
     shapes = {result.shape for result in results}
-    origin = {"args": list(args), "kwargs": kwargs}
-    likely = [path for path in paths if get(origin, path).shape in shapes] or paths
+    likely = [path for path in paths if get(call.roots(), path).shape in shapes] or paths
     if len(likely) == 1:
         return likely[0]
     try:

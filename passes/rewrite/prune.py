@@ -30,6 +30,7 @@ from passes.graph import (
 )
 from passes.refusal import BranchRefusedError, RefusedError, refuse
 from passes.rewrite.side_input import SideLayout, take_side
+from passes.user_frames import first_line
 
 Scale = tuple[int, ...]
 """A token map, as the operators read it; the compiler only passes it on."""
@@ -355,8 +356,7 @@ class _BranchEmitter:
         try:
             node.meta["val"] = target(*example_values(args), **example_values(kwargs))
         except Exception as error:
-            text = str(error).strip().splitlines()
-            refuse("FVX018", text[0] if text else type(error).__name__, like)
+            refuse("FVX018", first_line(error) or type(error).__name__, like)
         return node
 
     def _check(self, node: Node) -> None:

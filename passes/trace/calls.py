@@ -23,7 +23,7 @@ from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
 from passes.trace.state import Path, Roots, Snapshot, Write, get, roots
 from passes.trace.symbols import NOTHING_VARIES, Symbols, Varying
-from passes.user_frames import error_line, innermost_user_frame
+from passes.user_frames import error_line, first_line, innermost_user_frame
 
 Forward = Callable[..., Any]
 
@@ -203,8 +203,7 @@ def _explained() -> Iterator[None]:
         raise
     except Exception as error:
         where, advice = error_line(error), kernel_advice(error)
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {first}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if advice:
             reason = "it calls a kernel that reads the memory of its tensors"
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
