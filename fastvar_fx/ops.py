@@ -48,7 +48,7 @@ def pivotal_scores(x: Tensor) -> Tensor:
     """Returns the frequency score (B, L) of every token: its distance to the mean token.
 
     The mean token is the lowest frequency of the map, so what is far from it is texture. The paper
-    squares the distance; the ranking is the same, and a norm passes over memory once less.
+    squares the distance; the ranking is the same, and a norm reads memory once less.
     Half-precision inputs are scored in float32.
     """
     x = x if x.dtype == torch.float64 else x.float()
@@ -140,9 +140,9 @@ def cached_token_restoration(
 def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
     """Returns `full` (B, L, C) with its tokens at `index` (B, kept) replaced by `kept`.
 
-    Eagerly it writes into the memory of `full`. Compiled it has every token read from where it is,
-    which a compiler fuses with what made `full` and with what reads the result; a scatter it
-    cannot.
+    Eagerly, it writes into the memory of `full`. Compiled, it gathers every token from where it is:
+    unlike a scatter, this is fused with the ops that make `full` and with those that read the
+    result.
     """
     if torch.compiler.is_compiling():
         return _chosen(full, index, kept)

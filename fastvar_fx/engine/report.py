@@ -63,7 +63,7 @@ class Skipping:
         flops: FLOPs of matrix products and attention, for the whole batch, that the steps would
             take with every step dense. A skipped step is never traced, so these are scaled from
             the cache step: by tokens, and in self-attention by tokens times keys, where keys
-            beyond the step's own are taken for a cache that grows by every step. None if the
+            beyond the step's own count as a cache that grows at every step. None if the
             cache step was not traced.
         blocks: How many blocks `flops` is of: those that prune and could be traced.
         all_blocks: How many there are.

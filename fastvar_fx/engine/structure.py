@@ -1,4 +1,4 @@
-"""What a forward can read beyond its graph's inputs, compared so that programs are not outlived.
+"""What a forward can read beyond its graph's inputs: a program holds only while it is the same.
 
 A program holds while its block and its arguments are built as they were when it was made. Values
 that a graph reads, and plain values, are compared with the inputs (`program.py`).
@@ -27,8 +27,8 @@ _MOST_ITEMS: Final = 64
 class Structure:
     """How a value is built: types, lengths and keys of containers, and which tensors are one.
 
-    Two are equal if a program that was made for one holds for the other, as far as its graph's
-    inputs and the plain values fit too.
+    Two are equal if a program that was made for one holds for the other, provided that its
+    graph's inputs and the plain values fit too.
     """
 
     def __init__(self) -> None:

@@ -42,7 +42,7 @@ class Call:
         module: The block.
         args: The call's arguments.
         kwargs: The call's keyword arguments.
-        stream: Where its (B, L, C) input is, from the roots; to capture it, it need not be known.
+        stream: Path of its (B, L, C) input from the roots; not needed for the capture alone.
         varying: The sizes that its program leaves open.
     """
 
@@ -65,9 +65,9 @@ Reference = tuple[list[Tensor], list[Tensor]]
 def reference(call: Call) -> Reference:
     """Runs a call for real, with no effect.
 
-    It runs on copies of all tensors that it may overwrite, and its writes are undone. Do it before
-    anything is traced: it fills memoised helpers, such as a table of position ids, that would
-    otherwise be filled while tracing.
+    It runs on copies of all tensors that it may overwrite, and its writes are undone. Call it
+    before anything is traced: it fills memoised helpers, such as a table of position ids, that
+    would otherwise be filled while tracing.
 
     Returns:
         The tensors of the result and the tensors written, in the order of a program's outputs.
@@ -126,7 +126,7 @@ class FakeCall:
 
     @contextlib.contextmanager
     def stand_ins(self) -> Iterator[list[Any]]:
-        """Puts fakes in the place of all tensors and of the numbers that vary, for a while."""
+        """Puts fakes in the place of all tensors and of the numbers that vary, within it."""
         symbols, snapshot = self.symbols, self.snapshot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors

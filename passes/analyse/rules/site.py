@@ -147,9 +147,10 @@ class Site:
     def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
         """Records that `compute(value, kept)` replaces an argument when tokens are dropped.
 
-        For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
-        packed attention. A tensor is computed in the graph, by a named function; a number now.
-        Entries `around` the tokens, such as cached keys, are counted with the kept ones.
+        It is for arguments that depend on the token count but have no token axis, such as the
+        `cu_seqlens` of a packed attention. A tensor is computed in the graph, by a named function;
+        a number now. Entries `around` the tokens, such as cached keys, are counted with the kept
+        ones.
         """
         self.edits[name, None] = Recount(compute, around)
 
