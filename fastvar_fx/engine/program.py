@@ -56,7 +56,8 @@ class Program:
         metas = map(_Meta.of, values, open_dims)
         self._inputs = list(zip(readers, metas, strict=True))
         self._form = call.form
-        self._structure = Structure.of_arguments(call.args, call.kwargs, self._made_at)
+        self._read = frozenset(made.inputs)
+        self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
         origin = call.roots()
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
@@ -83,7 +84,7 @@ class Program:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._made_at):
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -122,7 +123,7 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._made_at):
+        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
             return None
         origin = call.roots()
         earlier: dict[Place, int] = {}
