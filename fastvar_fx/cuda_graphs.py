@@ -23,6 +23,7 @@ from fastvar_fx.engine.find_blocks import reachable
 from fastvar_fx.errors import FastVARError, GraphError, ModelError, user_line
 from fastvar_fx.transform import reset, trace
 from passes.trace.state import Snapshot, roots
+from passes.user_frames import first_line
 
 Run = Callable[..., Any]
 """(fast, *inputs) -> what a generation returns: tensors, also in tuples, lists and dicts."""
@@ -224,7 +225,7 @@ class CudaGraph:
             if failure is None or error is failure:
                 raise
             failure.add_note(
-                f"CUDA could not end the capture either ({_first_line(error)}): CUDA calls of this "
+                f"CUDA could not end the capture either ({first_line(error)}): CUDA calls of this "
                 f"process may fail from now on; start a new process"
             )
             raise failure from None
@@ -250,7 +251,9 @@ class _Inputs:
                 )
         # Inference tensors could not be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            self._leaves = [_copied(leaf) for _, leaf in named]
+            self._leaves = [
+                leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in named
+            ]
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -274,10 +277,6 @@ class _Inputs:
         for was, now in zip(self._leaves, leaves, strict=True):
             if isinstance(was, Tensor):
                 was.copy_(now)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _check_like(name: str, was: Any, now: Any) -> None:
@@ -419,19 +418,15 @@ def _why_not(error: RuntimeError) -> str:
         reason = (
             f"the run makes or seeds a generator, or draws from one that is neither the device's, "
             f"an attribute of the model's modules, nor an input{_at_users_line(error)}: "
-            f"{_first_line(error)}\nGive the loop no seed (None in most loops) and pass seed= to "
+            f"{first_line(error)}\nGive the loop no seed (None in most loops) and pass seed= to "
             f"the replay"
         )
     else:
         reason = (
-            f"the run could not be recorded{_at_users_line(error)}: {_first_line(error)}\nA CUDA "
+            f"the run could not be recorded{_at_users_line(error)}: {first_line(error)}\nA CUDA "
             f"graph holds work on its GPU only; do everything else before or after the run"
         )
     return "\n".join([reason, *getattr(error, "__notes__", ())])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _at_users_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ class RunError(FastVARError, RuntimeError):
 
 
 class CaptureMismatchError(RunError):
-    """Captured features that do not fit the live call: another batch, dtype or device."""
+    """Captured outputs that do not fit the live call: another batch, dtype or device."""
 
 
 class CompileError(FastVARError, RuntimeError):

@@ -30,6 +30,7 @@ from fastvar_fx.ops import (
     Take,
     as_maps,
     cached_token_restoration,
+    highest,
     pivotal_scores,
     pivotal_token_selection,
     put_tokens,
@@ -128,12 +129,12 @@ def method_of(method: str | Method, schedule: Schedule) -> Method:
 
 def random_tokens(x: Tensor, kept: int) -> Tensor:
     """Returns `kept` tokens (B, kept) drawn from torch's global generator, ascending, int64."""
-    return _highest(torch.rand_like(x[..., 0], dtype=torch.float32), kept)
+    return highest(torch.rand_like(x[..., 0], dtype=torch.float32), kept)
 
 
 def lowest_scores(x: Tensor, kept: int) -> Tensor:
     """Returns the tokens (B, kept) nearest to the mean token, ascending, int64: the smooth ones."""
-    return _highest(-pivotal_scores(x), kept)
+    return highest(-pivotal_scores(x), kept)
 
 
 def uniform_grid(scales: Sequence[Scale]) -> Select:
@@ -165,7 +166,7 @@ def _evenly(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> Tensor:
     columns = torch.arange(width, device=x.device, dtype=torch.float64) * _SPREAD[1]
     order = rows.unsqueeze(1) + columns  # (h, w), of which a threshold cuts out a lattice
     scores = x.new_zeros(x.shape[:2], dtype=torch.float64) - (order % 1).flatten()
-    return _highest(scores, kept)
+    return highest(scores, kept)
 
 
 def _shapes_by_count(scales: Sequence[Scale]) -> dict[int, tuple[int, int]]:
@@ -180,10 +181,6 @@ def _shapes_by_count(scales: Sequence[Scale]) -> dict[int, tuple[int, int]]:
                 f"of {prod(scale)} tokens are {shapes[prod(scale)]} and {shape} in {tuple(scales)}"
             )
     return shapes
-
-
-def _highest(scores: Tensor, kept: int) -> Tensor:
-    return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 # --- restoration ------------------------------------------------------------------------------
@@ -272,7 +269,7 @@ def _match(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> tuple[Te
     similarity = unit @ take_tokens(unit, into).mT  # (B, L, D)
     best = similarity.max(dim=2)
     merged_last = best.values.scatter(1, into, -torch.inf)  # a destination always stays
-    stays = _highest(-merged_last, kept)  # (B, kept)
+    stays = highest(-merged_last, kept)  # (B, kept)
     slots = torch.full_like(best.indices, -1)
     order = torch.arange(kept, device=x.device).expand_as(stays)
     slots = slots.scatter(1, stays, order)

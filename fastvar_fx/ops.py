@@ -48,7 +48,7 @@ def pivotal_scores(x: Tensor) -> Tensor:
     """Returns the frequency score (B, L) of every token: its distance to the mean token.
 
     The mean token is the lowest frequency of the map, so what is far from it is texture. The paper
-    squares the distance; the ranking is the same, and a norm passes over memory once less.
+    squares the distance; the ranking is the same, and a norm reads memory once less.
     Half-precision inputs are scored in float32.
     """
     x = x if x.dtype == torch.float64 else x.float()
@@ -71,8 +71,12 @@ def pivotal_token_selection(x: Tensor, kept: int) -> Tensor:
         >>> pivotal_token_selection(x, 1)
         tensor([[1]])
     """
-    best = pivotal_scores(x).topk(kept, dim=1, sorted=False).indices
-    return best.sort(dim=1).values
+    return highest(pivotal_scores(x), kept)
+
+
+def highest(scores: Tensor, kept: int) -> Tensor:
+    """Returns the indices (B, kept) of the highest scores (B, L) of each sample, ascending."""
+    return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -136,9 +140,9 @@ def cached_token_restoration(
 def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
     """Returns `full` (B, L, C) with its tokens at `index` (B, kept) replaced by `kept`.
 
-    Eagerly it writes into the memory of `full`. Compiled it has every token read from where it is,
-    which a compiler fuses with what made `full` and with what reads the result; a scatter it
-    cannot.
+    Eagerly, it writes into the memory of `full`. Compiled, it gathers every token from where it is:
+    unlike a scatter, this is fused with the ops that make `full` and with those that read the
+    result.
     """
     if torch.compiler.is_compiling():
         return _chosen(full, index, kept)

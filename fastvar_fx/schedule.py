@@ -198,14 +198,7 @@ class Schedule:
 
     def to_json(self) -> str:
         """Returns the schedule as a JSON object; `from_json` reads it back equal."""
-        return json.dumps(
-            {
-                "scales": self.scales,
-                "ratios": self.ratios,
-                "cache_step": self.cache_step,
-                "layers": self.layers,
-            }
-        )
+        return json.dumps(vars(self))
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:

@@ -196,8 +196,8 @@ def compile(
     takes the new options. What the loop does between blocks is not compiled.
 
     Args:
-        fast: A transformed model, traced or not. Leave `torch.compile` of its blocks or of the loop
-            out: inside of it, nothing is compiled a second time.
+        fast: A transformed model, traced or not. Do not apply `torch.compile` to its blocks or to
+            the loop as well: inside it, nothing is compiled a second time.
         fallback: Whether calls that cannot be compiled run eagerly, with a warning in the log and a
             line in `explain`.
         fullgraph: Whether a graph break is a failure.
@@ -209,8 +209,8 @@ def compile(
     Raises:
         ModelError: If `fast` is not transformed.
         TypeError: For an option that `torch.compile` does not take.
-        CompileError: Not here but at a call that cannot be compiled, without `fallback`: it names
-            the block, the step and what torch says. The block's state is as before the call.
+        CompileError: At a later call that cannot be compiled, without `fallback`. The error names
+            the block, the step and torch's reason. The block's state is as before the call.
 
     Example:
         >>> fast = compile(transform(model, schedule))  # doctest: +SKIP

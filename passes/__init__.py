@@ -31,7 +31,7 @@ from passes.verify import (
 )
 
 OWNER: Final = "fastvar_fx"
-"""The distribution this folder belongs to, for whoever imports a folder of so common a name."""
+"""The distribution that this package belongs to: another one may be called `passes` too."""
 
 PIPELINE: Final[tuple[Pass, ...]] = (
     Capture(),

@@ -75,7 +75,7 @@ class Draft:
         features: The branches whose outputs the graph returns (cache step) or takes (pruned step).
         forms: The nodes that compute each pruned branch in the graph, by index.
         at_earlier_sizes: The same graph at the sizes of an earlier call, if some vary.
-        branches: What became of every branch.
+        branches: A report on every branch.
         caches: The caches that the graph grows.
         buffered: The same program on buffers, if any cache can be in one.
         seconds: How long each pass took.
@@ -154,7 +154,7 @@ class Pass(Protocol):
 
 
 class PassError(Exception):
-    """A pass failed: a bug of the compiler, where a refusal is a property of the block.
+    """A pass failed, which is a bug of the compiler; a refusal is a property of the block.
 
     Attributes:
         name: The pass.

@@ -60,6 +60,11 @@ def user_frames(
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
 def where(node: Node) -> str:
     """Returns the `file:line` of the user's code that made `node`, or an empty string."""
     return line_of(node.stack_trace or "")

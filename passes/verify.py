@@ -163,7 +163,7 @@ class VerifyBuffered:
 
 
 class PermutedTokens:
-    """Operators that keep every token, in an order of each sample's own, and record the outputs.
+    """Operators that keep every token, each sample in another order, and record the outputs.
 
     Attributes:
         outputs: Each branch's full output, in the order of the graph.
@@ -205,7 +205,7 @@ class SomeTokens(PermutedTokens):
 
 
 class _WithOperators(Interpreter):
-    """Runs a pruned graph with other operators than its own, which saves a second rewrite."""
+    """Runs a pruned graph with other operators, which saves a second rewrite."""
 
     def __init__(self, graph_module: GraphModule, own: Operators, other: PermutedTokens) -> None:
         super().__init__(graph_module)
@@ -285,14 +285,14 @@ def _check_equal(made: GraphModule, other: GraphModule) -> None:
 def _buffered_failure(context: Context, draft: Draft, buffered: Buffered) -> str | None:
     """Returns why the graph with buffers fails, or None."""
     taken = draft.features if context.step is not None else ()
-    features = [context.captured[index] for index in taken]
-    expected = draft.graph_module(*live_inputs(context.call, draft.inputs), *features)
+    captured = [context.captured[index] for index in taken]
+    expected = draft.graph_module(*live_inputs(context.call, draft.inputs), *captured)
     inputs = live_inputs(context.call, draft.inputs)
     for growth in buffered.growths:
         past = inputs[growth.input]
         inputs[growth.input] = growth.front(new_buffer(past, growth), past)
     try:
-        outputs = buffered.graph_module(*inputs, *features)
+        outputs = buffered.graph_module(*inputs, *captured)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an op that does not accept a view with gaps
@@ -325,7 +325,8 @@ def difference(
         expected: The same values of the real call.
         graph_module: The graph; its least precise dtype sets the tolerance.
     """
-    dtypes = [n.meta["val"].dtype for n in graph_module.graph.nodes if _is_float(n.meta.get("val"))]
+    values = (node.meta.get("val") for node in graph_module.graph.nodes)
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
     limit = _tolerance(dtypes, _PERMUTATION, 16)
     for a, b in zip(made, expected, strict=True):
         error = _largest_difference(a, b)
@@ -333,10 +334,6 @@ def difference(
             text = f"with permuted tokens it differs by {error:.1e} (relative) at {_place(a, b)}"
             return Refusal("FVX017", text)
     return None
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _tolerance(

@@ -58,7 +58,7 @@ class BlockRuntime:
 
 
 def attach(engine: Engine, layer: int, block: nn.Module, *, prunes: bool) -> None:
-    """Gives a copied block a subclass of its own class whose forward is a runtime's.
+    """Gives a copied block a subclass of its class, whose forward calls a `BlockRuntime`.
 
     Raises:
         ModelError: If the block has a forward set on itself that is no method of it.
@@ -102,7 +102,7 @@ class _NewBlock:
 def _take_forward(name: str, block: nn.Module) -> Forward:
     """Returns the forward that a call of the block runs, as a function of the block and its input.
 
-    One set on the block itself, as patches do, is taken off, for it would hide the runtime's.
+    A forward set on the block itself, as patches do, is removed: it would hide the runtime's.
     """
     own = vars(block).pop("forward", None)
     if own is None:

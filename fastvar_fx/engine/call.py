@@ -1,4 +1,4 @@
-"""One call of a transformed block, made once and handed to everything that serves it."""
+"""One call of a transformed block: read once, then passed to all that handle it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
 from passes import Call
-from passes.trace.state import Path
+from passes.trace.state import Path, Roots, roots
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.program import Match
@@ -24,7 +24,7 @@ Form = tuple[int, tuple[str, ...]]
 
 
 class BlockSite:
-    """A transformed block: where it is in the model, and the programs that are bound to it.
+    """A transformed block: where it is in the model, and its programs.
 
     Attributes:
         layer: Its index among the blocks.
@@ -106,6 +106,10 @@ class BlockCall:
                     self._match = (program, inputs)
                     break
         return self._match
+
+    def roots(self) -> Roots:
+        """Returns what paths start from."""
+        return roots(self.block, self.args, self.kwargs)
 
     def as_captured(self) -> Call:
         """Returns the call as the compiler takes it."""

@@ -161,7 +161,7 @@ def _run_dense(
 
 
 def _without_runtime(block: nn.Module) -> nn.Module:
-    """Returns the block as an object of the user's own class, with the very same attributes.
+    """Returns the block as an object of the user's class, with the same attributes.
 
     Transformed blocks have a class each, which would keep Dynamo from sharing what it compiles.
     """

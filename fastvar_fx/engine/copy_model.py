@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.trace.state import contents, fill, is_container
+from passes.trace.state import contents, fill, is_container, rebuilt
 
 
 def copy_structure(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
@@ -47,14 +47,8 @@ class _Copier:
                 self._memo[id(value)] = self._container(value)
             return self._memo[id(value)]
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
-            return self._tuple(value)
+            return rebuilt(value, [self._value(item) for item in value])
         return self._function(value)
-
-    def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        items = [self._value(item) for item in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
     def _function(self, value: Any) -> Any:
         """Copies methods, closures and partials that hold modules; returns all else as it is."""

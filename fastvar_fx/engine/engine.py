@@ -64,7 +64,7 @@ class Engine:
         return engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """A copy of the model is in no generation, and makes programs for its own modules."""
+        """Returns one for a copy of the model: outside any generation, without programs."""
         made = memo[id(self)] = Engine(self.plan, self.executor.anew())
         if self.buffers is not None and made.buffers is not None:
             made.buffers.replayed = self.buffers.replayed

@@ -49,7 +49,7 @@ class Executor(Protocol):
 
 
 class Eager:
-    """Runs everything as it is."""
+    """Runs everything eagerly."""
 
     compiled: Final = None
     makes_cuda_graphs: Final = False

@@ -18,7 +18,7 @@ _SAME_WEIGHT: Final = 0.99
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules that stand in lists together: a candidate for the blocks."""
+    """Modules of one list, or of sister lists: a candidate for the blocks."""
 
     owner: Any
     names: list[str]
@@ -128,7 +128,7 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
 def _groups(model: nn.Module) -> list[_Group]:
     """Collects the modules of each list; sister lists, as in the chunks of a model, are one."""
     groups: dict[Any, _Group] = {}
-    lists: dict[int, Any] = {}  # which list a module stands in
+    lists: dict[int, Any] = {}  # the list that holds a module
     for owner_name, owner, key, items in _lists(model):
         place: Any = (id(owner), "")
         if not isinstance(owner, _NO_FORWARD):

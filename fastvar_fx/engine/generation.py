@@ -116,7 +116,6 @@ class Generation:
         late = (schedule.cache_step, *plan.pruned_steps) if plan.pruned_steps else ()
         self._late_steps = {schedule.tokens(step): step for step in late}
         self._tokens = [schedule.tokens(step) for step in range(schedule.steps)]
-        self._skips = bool(plan.skipped_steps)
         self._forget_skipping()
 
     # --- the state machine ----------------------------------------------------------------------
@@ -129,7 +128,7 @@ class Generation:
             RunError: If the call comes out of order.
             CaptureMismatchError: If it does not fit what was captured.
         """
-        if self._skips and self._passes(call):
+        if self.plan.skipped_steps and self._passes(call):
             return PASS
         if not (self.prunes and call.site.prunes):
             return DENSE
@@ -158,12 +157,12 @@ class Generation:
             return None
         step = self._late_steps.get(call.tokens)
         if step is None:
-            self._note_dense(call)
+            self._note(call, self.dense_calls)
         return step
 
     def _structure(self, call: BlockCall) -> None:
         progress = self._progress[call.site.layer]
-        self._note_dense(call)
+        self._note(call, self.dense_calls)
         if progress.captured is not None:
             progress.forget()
         if not progress.began:  # an assignment, even of the same value, is a guard for Dynamo
@@ -178,9 +177,9 @@ class Generation:
     def capture(self, call: BlockCall, outputs: Captured) -> None:
         """Keeps what a call of the cache step captured."""
         progress = self._progress[call.site.layer]
-        before = progress.captured
-        again = before is not None and progress.position == _CAPTURED and progress.began
-        progress.captured = [*before, outputs] if again and before is not None else [outputs]
+        again = progress.position == _CAPTURED and progress.began
+        earlier = progress.captured if again else None
+        progress.captured = [*(earlier or ()), outputs]
         progress.position, progress.calls, progress.live = _CAPTURED, 0, _live(call)
         if not call.compiling and call.site.layer >= self._last_layer:
             self._last_layer = call.site.layer
@@ -217,14 +216,12 @@ class Generation:
                 f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
                 f"scales {schedule.scales}"
             )
-        if not call.compiling:
-            self.early_calls[call.tokens] += 1
-            self._watch.saw(call.tokens)
+        self._note(call, self.early_calls)
         return DENSE
 
-    def _note_dense(self, call: BlockCall) -> None:
+    def _note(self, call: BlockCall, calls: Counter[int]) -> None:
         if not call.compiling:
-            self.dense_calls[call.tokens] += 1
+            calls[call.tokens] += 1
             self._watch.saw(call.tokens)
 
     def _caches_are_empty(self, call: BlockCall) -> bool:
@@ -286,8 +283,8 @@ class Generation:
             return {0 if self.plan.live_rows == "first" else batch - live}
         if call.compiling:
             return set()
-        bound = [program for programs in call.site.programs.values() for program in programs]
-        return set().union(*(program.first_rows(call, batch, live) for program in bound))
+        known = [program for programs in call.site.programs.values() for program in programs]
+        return set().union(*(program.first_rows(call, batch, live) for program in known))
 
     @property
     def captured_bytes(self) -> int:

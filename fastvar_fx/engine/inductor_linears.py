@@ -69,8 +69,8 @@ def _vendor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         text = platform.processor()
-    names = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
-    return next((name for told, name in names.items() if told in text), "")
+    vendors = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+    return next((name for mark, name in vendors.items() if mark in text), "")
 
 
 class Choice(NamedTuple):
@@ -104,7 +104,7 @@ def choose(machine: Machine, dtype: torch.dtype) -> Choice:
 
 
 def with_pass(options: dict[str, Any]) -> dict[str, Any]:
-    """Adds the pass to options of `torch.compile` for Inductor; a pass of the user's stays."""
+    """Adds the pass to options of `torch.compile` for Inductor, unless the user gave another."""
     settings, mode = options.get("options"), options.get("mode")
     if options.get("backend", "inductor") != "inductor" or (settings and mode):
         return options

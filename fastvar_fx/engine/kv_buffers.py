@@ -18,8 +18,8 @@ class KVBuffers:
     are never overwritten. A buffer lives as long as a view of it.
 
     Attributes:
-        replayed: Whether programs are recorded as CUDA graphs, which cannot write into a tensor
-            that they are handed; then caches are copied as they grow.
+        replayed: Whether programs are recorded as CUDA graphs, which cannot write into their
+            inputs; then caches are copied as they grow.
         appended: How often a cache grew in place.
         moved: How often one was copied to a new buffer.
     """
@@ -29,12 +29,6 @@ class KVBuffers:
         self.appended = 0
         self.moved = 0
         self._newest = WeakTensorKeyDictionary()
-
-    def anew(self) -> KVBuffers:
-        """Returns one for a copy of the model."""
-        made = KVBuffers()
-        made.replayed = self.replayed
-        return made
 
     def __len__(self) -> int:
         """How many buffers may grow."""

@@ -62,11 +62,6 @@ class Plan:
         """How many steps the loop draws."""
         return self.schedule.steps - len(self.skipped_steps)
 
-    @property
-    def last_step(self) -> int:
-        """The last step that the loop draws."""
-        return self.drawn_steps - 1
-
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.
 

@@ -1,4 +1,4 @@
-"""Programs bound to live blocks: what a program reads and writes, and which calls it holds for."""
+"""Programs of live blocks: what a program reads and writes, and which calls it holds for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
-from passes.trace.state import Path, Snapshot, Write, apply, get, roots
+from passes.trace.state import Path, Snapshot, Write, apply, get
 from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ _FLAGS: Final = (bool, str, type(None))
 
 
 class Program:
-    """A program bound to the live tensors of one block.
+    """A program that reads and writes the live tensors of one block.
 
     It holds for calls like the one it was made for: of the same form, with inputs of the same
     shapes, dtypes and devices, the same plain values and the same autocast.
 
     Attributes:
-        captured: The branches whose outputs it captures (cache step) or is handed (pruned step).
+        captured: The branches whose outputs it captures (cache step) or takes (pruned step).
         prunes: The branches that prune.
     """
 
@@ -47,18 +47,18 @@ class Program:
         self._graph = made.graph_module
         self._buffered = made.buffered
         self._buffers = buffers
-        self._readers = [_reader(block, path) for path in made.inputs]
-        values = self.inputs(call)
+        readers = [_reader(block, path) for path in made.inputs]
+        values = [reader.read(call) for reader in readers]
         self._conditions = program.conditions
         self._places = [(_reader(block, path), dim) for path, dim in program.conditions.places]
         self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
         open_dims = [program.conditions.dims(path) for path in made.inputs]
-        self._metas = [_Meta.of(v, dims) for v, dims in zip(values, open_dims, strict=True)]
-        self._expected = [(r.read, m) for r, m in zip(self._readers, self._metas, strict=True)]
+        metas = map(_Meta.of, values, open_dims)
+        self._inputs = list(zip(readers, metas, strict=True))
         self._form = call.form
         self._read = frozenset(made.inputs)
         self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
-        origin = roots(block, call.args, call.kwargs)
+        origin = call.roots()
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
         self._settings = [
@@ -76,8 +76,6 @@ class Program:
         self._result_leaves = program.result_leaves
         self._writes = [_writer(block, write) for write in program.writes]
         self._result_count = program.result_count
-        written = sum(leaf is ... for write in program.writes for leaf in write.leaves)
-        self._output_count = program.result_count + written
         self._autocast = _autocast()
 
     # --- which calls it holds for ----------------------------------------------------------------
@@ -97,7 +95,7 @@ class Program:
             if value is not expected and value != expected:
                 return None
         inputs = []
-        for read, (kind, shape, dtype, device, closed) in self._expected:
+        for (read, _), (kind, shape, dtype, device, closed) in self._inputs:
             value = read(call)
             if type(value) is not kind:
                 return None
@@ -112,7 +110,7 @@ class Program:
 
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns the graph's inputs for the call that the program was made for."""
-        return [reader.read(call) for reader in self._readers]
+        return [reader.read(call) for reader, _ in self._inputs]
 
     def _sizes_fit(self, call: BlockCall) -> bool:
         sizes = [_size(reader.read(call), dim) for reader, dim in self._places]
@@ -127,7 +125,7 @@ class Program:
             return None
         if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
             return None
-        origin = roots(call.block, call.args, call.kwargs)
+        origin = call.roots()
         earlier: dict[Place, int] = {}
         for path, was in self._plain.items():
             now = _find(origin, path)
@@ -148,22 +146,21 @@ class Program:
         """Whether a tensor that it reads from the block's state, or from a cache, is gone."""
         return any(
             reader.of_state and meta.dtype is not None and not isinstance(reader.read(call), Tensor)
-            for reader, meta in zip(self._readers, self._metas, strict=True)
+            for reader, meta in self._inputs
         )
 
     def first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
-        """Returns which of `batch` samples comes first now, by the inputs cut to `live` samples.
+        """Returns which of `batch` samples comes first now, from inputs cut to `live` samples.
 
         An input of `batch` samples that was sliced lies in memory that still holds all of them, and
         its offset says where. One that was computed anew says nothing.
         """
-        tensors = self.inputs(call)
         return {
             tensor.storage_offset() // tensor.stride(0)
-            for tensor, meta in zip(tensors, self._metas, strict=True)
+            for tensor, (_, meta) in zip(self.inputs(call), self._inputs, strict=True)
             if isinstance(tensor, Tensor)
             and (meta.shape[:1], tensor.shape[:1]) == ((batch,), (live,))
-            and 0 < batch * tensor.stride(0) * tensor.element_size() == _bytes_held(tensor)
+            and 0 < batch * tensor.stride(0) * tensor.itemsize == tensor.untyped_storage().nbytes()
         }
 
     # --- running it ------------------------------------------------------------------------------
@@ -194,17 +191,15 @@ class Program:
         for writer in self._writes:
             place = writer(made, place, call)
         result = made[0] if self._single else self._structured(made)
-        captured = {} if outputs else self._captured_in(made)
+        # At the cache step, the captured outputs come last.
+        captured = {} if outputs else dict(zip(self.captured, made[place:], strict=True))
         return result, captured
-
-    def _captured_in(self, made: Sequence[Tensor]) -> dict[int, Tensor]:
-        return dict(zip(self.captured, made[self._output_count :], strict=True))
 
     def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.
 
-        Autograd may need the caches of all steps as they were, under the user's own `torch.compile`
-        no tensor has an identity, and a CUDA graph cannot write into a tensor that it is handed.
+        Autograd may need the caches of all steps unchanged, tensors have no identity under the
+        user's own `torch.compile`, and a CUDA graph cannot write into its inputs.
         """
         if self._buffers is None or self._buffers.replayed:
             return False
@@ -225,7 +220,7 @@ class StaysDense:
 
     def __init__(self, call: BlockCall) -> None:
         self._kind = call_kind(call)
-        plain = Snapshot(roots(call.block, call.args, call.kwargs)).constants
+        plain = Snapshot(call.roots()).constants
         self._flags = [
             (module, path[-1][1], value)
             for path, value in plain.items()
@@ -306,8 +301,11 @@ def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
 
 
 def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
-    origin: Any = block if root not in _ARGUMENTS else call.args if root == "args" else call.kwargs
-    return _find(origin, path)
+    return _find(_root(block, root, call), path)
+
+
+def _root(block: nn.Module, root: str, call: BlockCall) -> Any:
+    return block if root == "module" else call.args if root == "args" else call.kwargs
 
 
 class _Meta(NamedTuple):
@@ -366,11 +364,6 @@ def _size(value: Any, dim: int | None) -> int | None:
     return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
 
 
-def _bytes_held(tensor: Tensor) -> int:
-    """The size of the memory that a tensor, perhaps a view, lies in."""
-    return tensor.untyped_storage().nbytes()
-
-
 def _find(origin: Any, path: Path) -> Any:
     try:
         return get(origin, path)
@@ -383,7 +376,7 @@ def _constant_guards(program: BlockProgram, call: BlockCall) -> dict[Path, Any]:
 
     They are what this block's own call holds: blocks that share a program may differ in them.
     """
-    origin = {"module": call.block, "args": list(call.args), "kwargs": call.kwargs}
+    origin = call.roots()
     guards: dict[Path, Any] = {}
     open_numbers = {path for path, dim in program.conditions.places if dim is None}
     mixed = {path[:2] for path in open_numbers}
@@ -436,8 +429,7 @@ def _writer(block: nn.Module, write: Write) -> Callable[[Sequence[Tensor], int, 
         if single:
             setattr(fixed, write.step[1], made[place])
             return place + 1
-        origin = block if root == "module" else call.args if root == "args" else call.kwargs
-        container = get(origin, tuple(rest))
+        container = get(_root(block, root, call), tuple(rest))
         apply(write, container, _fill_tensors(write.leaves, made, place))
         return place + count
 

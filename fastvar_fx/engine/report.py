@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from fastvar_fx.engine import report_text
 from fastvar_fx.engine.executor import Compiled
 from passes.refusal import Refusal
 
@@ -33,7 +33,7 @@ class Row:
         tokens: Tokens of the step, L.
         kept: Tokens the branch runs on.
         flops: FLOPs of matrix products and attention, dense, for the whole batch, with the keys
-            cached by then: pruned steps before this one have left fewer than a dense run would.
+            cached so far: fewer than in a dense run, if steps before this one were pruned.
         pruned_flops: The same as it runs.
         program: Number of the program; blocks with equal numbers share it. None if there is none.
         refusal: Why it stays dense, if it was refused.
@@ -42,19 +42,14 @@ class Row:
     step: int
     layer: int
     block: str
-    branch: str
-    kind: str
+    branch: str = ""
+    kind: str = ""
     tokens: int
     kept: int
-    flops: int
-    pruned_flops: int
+    flops: int = 0
+    pruned_flops: int = 0
     program: int | None
     refusal: Refusal | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the row as plain data."""
-        data = {k: v for k, v in vars(self).items() if k != "refusal"}
-        return data | {"refusal": _refusal_dict(self.refusal)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,7 @@ class Skipping:
         flops: FLOPs of matrix products and attention, for the whole batch, that the steps would
             take with every step dense. A skipped step is never traced, so these are scaled from
             the cache step: by tokens, and in self-attention by tokens times keys, where keys
-            beyond the step's own are taken for a cache that grows by every step. None if the
+            beyond the step's own count as a cache that grows at every step. None if the
             cache step was not traced.
         blocks: How many blocks `flops` is of: those that prune and could be traced.
         all_blocks: How many there are.
@@ -162,7 +157,7 @@ class Caches:
 
     @classmethod
     def of(cls, engine: Engine) -> Caches | None:
-        """Returns what a model does with caches, unless it is to leave them as they are."""
+        """Returns how a model's caches grow; None with `kv_buffer=False`."""
         buffers = engine.buffers
         if buffers is None:
             return None
@@ -195,9 +190,9 @@ class Report:
         trace_seconds: Time spent on tracing, analysis, rewriting and checking.
         skipping: What is saved by leaving steps out.
         pruning: What is saved by dropping tokens.
-        captured_bytes: Bytes of captured features held now.
+        captured_bytes: Bytes of captured outputs held now.
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
-        caches: What becomes of the KV caches; None with `kv_buffer=False`.
+        caches: How the KV caches grow; None with `kv_buffer=False`.
         compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
         step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
     """
@@ -258,24 +253,16 @@ class Report:
 
     def to_json(self) -> str:
         """Returns the report as a JSON object with the keys of its attributes."""
-        data = vars(self) | {"rows": [row.as_dict() for row in self.rows]}
-        data |= {"skipping": vars(self.skipping), "pruning": vars(self.pruning)}
-        data |= {"caches": self.caches and vars(self.caches)}
-        data |= {"compiled": self.compiled and vars(self.compiled)}
-        data |= {"step_times": {step: t.as_dict() for step, t in self.step_times.items()}}
-        return json.dumps(data)
+        return json.dumps(vars(self), default=_plain)
 
     def __str__(self) -> str:
         """A table; blocks that do the same share a line."""
-        if not self.rows:
-            return "\n".join([_empty(self), *_savings(self), *_compiled_notes(self)])
-        lines = [_HEADER, *(_line(group) for group in _grouped(self.rows))]
-        for step in sorted({row.step for row in self.rows}):
-            dense, pruned = self.flops(step)
-            if dense != pruned:
-                lines.append(f"step {step}: {_change(dense, pruned)}")
-        lines += [*_savings(self), *_notes(self), *_payoff(self)]
-        return "\n".join(lines)
+        return report_text.table(self)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a part of the report as plain data."""
+    return value.as_dict() if hasattr(value, "as_dict") else vars(value)
 
 
 def _rows(record: StepRecord) -> list[Row]:
@@ -283,12 +270,8 @@ def _rows(record: StepRecord) -> list[Row]:
         step=record.step,
         layer=record.layer,
         block=record.block,
-        branch="",
-        kind="",
         tokens=record.tokens,
         kept=record.tokens,
-        flops=0,
-        pruned_flops=0,
         program=record.program,
         refusal=record.refusal,
     )
@@ -307,155 +290,6 @@ def _rows(record: StepRecord) -> list[Row]:
     return branches if record.refusal is None else [whole, *branches]
 
 
-_HEADER = (
-    f"{'step':>4}  {'blocks':<16} {'branch':<12} {'kind':<16} {'tokens':>6} {'kept':>6} "
-    f"{'FLOPs':>8} {'as run':>8} {'program':>7}"
-)
-
-
-def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Groups rows of neighbouring blocks that do the same."""
-
-    def key(row: Row) -> tuple[Any, ...]:
-        same = (row.branch, row.kind, row.tokens, row.kept, row.flops, row.pruned_flops)
-        return (row.step, *same, row.program if row.program is not None else -1, str(row.refusal))
-
-    ordered = sorted(rows, key=lambda row: (*_first(key(row)), row.layer))
-    return sorted(
-        (list(group) for _, group in groupby(ordered, key)),
-        key=lambda group: (group[0].step, group[0].layer),
-    )
-
-
-def _first(key: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(f"{part:>12}" if isinstance(part, int) else str(part) for part in key)
-
-
-def _line(group: list[Row]) -> str:
-    row = group[0]
-    ran = row.kept < row.tokens
-    text = (
-        f"{row.step:>4}  {_blocks(group):<16} {row.branch or '-':<12} {row.kind or '-':<16} "
-        f"{row.tokens:>6} {row.kept if ran else 'dense':>6} {_flops(row.flops):>8} "
-        f"{_flops(row.pruned_flops):>8} {'-' if row.program is None else row.program:>7}"
-    )
-    return text if row.refusal is None else f"{text}\n{_explain(row.refusal)}"
-
-
-def _blocks(group: list[Row]) -> str:
-    first, last = group[0], group[-1]
-    if len(group) == 1:
-        return first.block
-    layers = [row.layer for row in group]
-    if layers != list(range(layers[0], layers[-1] + 1)):
-        return f"{first.block} (+{len(group) - 1})"
-    owner, _, number = last.block.rpartition(".")
-    return f"{first.block}..{number if first.block.rpartition('.')[0] == owner else last.block}"
-
-
-def _explain(refusal: Refusal) -> str:
-    where = f"  {refusal.where}" if refusal.where else ""
-    op = f" [{refusal.op}]" if refusal.op else ""
-    near = f"        near  {refusal.nearest}\n" if refusal.nearest else ""
-    return (
-        f"      {refusal.code}  {refusal.title}{where}\n"
-        f"        why   {refusal.reason}{op}\n{near}"
-        f"        hint  {refusal.hint}"
-    )
-
-
-def _notes(report: Report) -> list[str]:
-    notes = [
-        f"step {step} ({tokens} tokens) was not met yet; dense calls so far had "
-        f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
-        for step, tokens in report.unmet.items()
-    ]
-    if report.peak_captured_bytes:
-        held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
-        notes.append(f"captured features: {held} held now, {peak} at most")
-    notes += _cache_lines(report.caches)
-    if report.early_calls:
-        counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
-        notes.append(f"dense, before their generation's capture: {counts}")
-    notes.append(f"tracing took {report.trace_seconds:.2f} s")
-    return [*notes, *_compiled_notes(report)]
-
-
-def _cache_lines(caches: Caches | None) -> list[str]:
-    if caches is None or not (caches.buffered or caches.copied):
-        return []
-    text = (
-        f"KV caches: {caches.buffered} in buffers, grown in place {caches.appended} times and "
-        f"moved {caches.moved} times"
-    )
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in caches.copied.items():
-        by_reason.setdefault(reason, []).append(name)
-    more = {reason: f" (+{len(n) - 1})" * (len(n) > 1) for reason, n in by_reason.items()}
-    return [text, *(f"copied as it grows: {n[0]}{more[r]}, for {r}" for r, n in by_reason.items())]
-
-
-def _compiled_notes(report: Report) -> list[str]:
-    compiled = report.compiled
-    if compiled is None:
-        return []
-    total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
-    text = f"torch.compile: {total} graphs for calls of {counts} token counts"
-    failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
-    return [text, *filter(None, [compiled.linears]), *failures]
-
-
-def _payoff(report: Report) -> list[str]:
-    lines = []
-    for step, times in report.step_times.items():
-        dense, pruned = (f"{1e3 * spread.median:.3g} ms" for spread in (times.dense, times.pruned))
-        verdict = (
-            f"{times.speedup:.2f}x"
-            if times.pays
-            else f"pruning does not pay here; schedule.without({step}) leaves the step dense"
-        )
-        lines.append(f"step {step}: {dense} dense, {pruned} pruned: {verdict}")
-    return lines
-
-
-def _savings(report: Report) -> list[str]:
-    return [_skipping_line(report.skipping), _pruning_line(report.pruning)]
-
-
-def _skipping_line(skipping: Skipping) -> str:
-    if not skipping.steps:
-        return "step skipping: none"
-    share = 100 * skipping.tokens / skipping.all_tokens
-    text = (
-        f"step skipping: {_steps(skipping.steps)} left out, {skipping.tokens} of "
-        f"{skipping.all_tokens} tokens ({share:.1f} %)"
-    )
-    if skipping.flops is None:
-        return f"{text}, FLOPs not traced"
-    text += f", {_flops(skipping.flops)} FLOPs"
-    whole = skipping.blocks == skipping.all_blocks
-    return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
-
-
-def _pruning_line(pruning: Pruning) -> str:
-    if not pruning.steps:
-        return "token pruning: none"
-    text = (
-        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
-        f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
-    )
-    return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
-
-
-def _change(dense: int, pruned: int) -> str:
-    limit = f", limit {dense / pruned:.2f}x" if pruned else ""
-    return f"{_flops(dense)} -> {_flops(pruned)} FLOPs{limit}"
-
-
-def _steps(steps: tuple[int, ...]) -> str:
-    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
-
-
 def _dense_flops(
     schedule: Schedule, step: int, traced: StepRecord, branch: BranchReport, caches: bool
 ) -> int:
@@ -466,37 +300,3 @@ def _dense_flops(
     later = keys + since if caches else then
     alone = (branch.flops - branch.attended_flops) * then // now
     return alone + branch.attended_flops * then * later // (now * keys)
-
-
-def _empty(report: Report) -> str:
-    if not report.prunes:
-        skips = "only skips steps" if report.skipping.steps else "prunes nothing"
-        return f"the schedule {skips}: what is drawn runs as it is"
-    if not report.dense_calls:
-        return "no step of the schedule was run yet; run a generation, or fastvar_fx.trace"
-    seen = ", ".join(map(str, report.dense_calls))
-    return f"no step that captures or prunes was met; blocks saw token counts {seen}"
-
-
-def _flops(count: int) -> str:
-    value = float(count)
-    for unit in ("", "K", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}P"
-
-
-def _bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"
-
-
-def _refusal_dict(refusal: Refusal | None) -> dict[str, str] | None:
-    if refusal is None:
-        return None
-    return refusal.as_dict()

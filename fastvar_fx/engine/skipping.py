@@ -2,7 +2,7 @@
 
 A block cannot leave out a step of the loop that it runs in: the loop must offer a way. A loop rule
 looks for one on the transformed copy and uses it, by setting attributes of the copy's modules. The
-rules of `RULES` are tried in order, or a rule of the user's:
+rules of `RULES` are tried in order, or a rule that the user passes:
 
     def rule(fast, skipped):
         fast.last_step = skipped.first  # this loop draws while step < last_step
@@ -66,7 +66,7 @@ LoopRule = Callable[[nn.Module, Skipped], bool]
 """Makes a transformed model's loop skip steps, or returns False if it does not offer a way."""
 
 OnFull = Literal["skip", "cache"] | LoopRule
-"""What becomes of the last steps with ratio 1."""
+"""What the last steps do whose ratio is 1."""
 
 
 def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
@@ -88,7 +88,7 @@ def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
             f"the loop of {type(fast).__name__} cannot skip steps {list(skipped.steps)}, which "
             f'have ratio 1. Tried: {tried}. Pass on_full="cache" to transform, so that every '
             f"branch of these steps is its resized cache, or on_full= a loop rule of your own, "
-            f"which returns True once it has made the loop skip (see fastvar_fx.loops)"
+            f"which returns True once it has made the loop skip (see fastvar_fx.engine.skipping)"
         )
     for name, method in _methods(fast):
         if not name.startswith("_"):
@@ -208,6 +208,6 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _override(module: nn.Module, name: str, skipped: Skipped, function: Callable[..., Any]) -> None:
-    """Puts a method on one module; as a bound method it goes with a deep copy of it."""
+    """Puts a method on one module, bound to it, so that deep copies of the module have it too."""
     object.__setattr__(module, ENGINE, skipped._engine)
     object.__setattr__(module, name, types.MethodType(function, module))

@@ -32,7 +32,7 @@ class StepRecord:
         block: Its module path.
         step: The step.
         tokens: The step's tokens.
-        branches: What became of each branch.
+        branches: A report on each branch.
         program: The program's number; None if there is none.
         refusal: Why the whole block stays dense.
         caches: The caches that it grows.
@@ -117,8 +117,8 @@ class Store:
                     self._note_kept_keys(call, error)
                 raise
             self.trace_seconds += time.perf_counter() - started
-            bound = self._bind(call, step, entry)
-        return bound, bound.inputs(call)
+            program = self._bind(call, step, entry)
+        return program, program.inputs(call)
 
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
         """Binds a program to the block of a call, and records what it does."""
@@ -126,21 +126,21 @@ class Store:
         at = StepRecord(
             layer=site.layer, block=site.name, step=step, tokens=self._plan.schedule.tokens(step)
         )
-        bound: Program | StaysDense
+        program: Program | StaysDense
         if isinstance(made, Refusal):
             log.info("%s stays dense at step %d: %s", site.name, step, made)
             self.records[site.layer, step] = replace(at, refusal=made)
-            bound = StaysDense(call)
+            program = StaysDense(call)
         else:
             self.records[site.layer, step] = replace(
                 at, branches=made.branches, program=entry.number, caches=made.caches
             )
-            bound = Program(made, call, self._buffers)
-        site.programs.setdefault(step, []).append(bound)
-        return bound
+            program = Program(made, call, self._buffers)
+        site.programs.setdefault(step, []).append(program)
+        return program
 
     def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
-        """Adds to an error of the user's code what pruning may have to do with it."""
+        """Adds to an error of the user's code how pruning may have caused it."""
         error.add_note(
             f"since step {self._plan.pruned_steps[0]} the keys cached in {call.site.name} are "
             f"those of kept tokens: a mask over all earlier tokens no longer fits them, because "
@@ -211,7 +211,7 @@ class Store:
         at = None
         if step != schedule.cache_step:
             scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
-            last, once = step == plan.last_step, plan.method.once == "block"
+            last, once = step == plan.drawn_steps - 1, plan.method.once == "block"
             at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
         context = passes.Context(
             call=live,

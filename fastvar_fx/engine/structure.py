@@ -1,4 +1,4 @@
-"""What a forward can read beyond its graph's inputs, compared so that programs are not outlived.
+"""What a forward can read beyond its graph's inputs: a program holds only while it is the same.
 
 A program holds while its block and its arguments are built as they were when it was made. Values
 that a graph reads, and plain values, are compared with the inputs (`program.py`).
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.find_blocks import reachable
-from passes.trace.state import Path
+from passes.trace.state import PLAIN, Path
 
-_PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _VALUES: Final = (range, slice, Fraction, torch.Size)
 _HOOKS: Final = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _OF_MODULE: Final = frozenset(vars(nn.Module()))
@@ -28,8 +27,8 @@ _MOST_ITEMS: Final = 64
 class Structure:
     """How a value is built: types, lengths and keys of containers, and which tensors are one.
 
-    Two are equal if a program that was made for one holds for the other, as far as its graph's
-    inputs and the plain values fit too.
+    Two are equal if a program that was made for one holds for the other, provided that its
+    graph's inputs and the plain values fit too.
     """
 
     def __init__(self) -> None:
@@ -92,7 +91,7 @@ class Structure:
             yield [(name, self._held(value)) for name, value in held.items()]
         settings = type(module).__module__.startswith("torch.")
         for name, value in own.items():
-            yield name, value if settings and isinstance(value, _PLAIN) else self._held(value)
+            yield name, value if settings and isinstance(value, PLAIN) else self._held(value)
 
     def _held(self, value: Any) -> Any:
         """Returns what a block holds: a tensor by its number, a container by what is in it."""
@@ -102,7 +101,7 @@ class Structure:
             return self._container(value, self._held)
         if isinstance(value, (set, frozenset)):
             return type(value), len(value)
-        return None if isinstance(value, _PLAIN) else type(value)
+        return None if isinstance(value, PLAIN) else type(value)
 
     # --- arguments ------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ class Structure:
         if isinstance(value, Tensor):
             number = self._number(value)
             return number if path in read else (number, value.shape, value.dtype, value.device)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value)
         if isinstance(value, (dict, list, tuple, deque)) and type(value) is not torch.Size:
             steps = value.keys() if isinstance(value, dict) else range(len(value))

@@ -28,7 +28,7 @@ class TokenMaps:
     ) -> Path:
         """Returns the path of the (B, L, C) token map from the roots of such a call.
 
-        Where several arguments could be it, the one that the residual stream leads through is.
+        If several arguments could be it, it is the one that the residual stream starts from.
 
         Raises:
             RunError: If no argument can be the token map.
@@ -55,8 +55,7 @@ def _find(
     call = Call(forward, block, args, kwargs)
     results, _ = reference(call)
     shapes = {result.shape for result in results}
-    origin = {"args": list(args), "kwargs": kwargs}
-    likely = [path for path in paths if get(origin, path).shape in shapes] or paths
+    likely = [path for path in paths if get(call.roots(), path).shape in shapes] or paths
     if len(likely) == 1:
         return likely[0]
     try:

@@ -21,24 +21,24 @@ class Watch:
         self._raised = False
 
     def pruned(self) -> None:
-        """A pruned step was met: whatever else this generation ran belongs to the loop."""
+        """Notes a pruned step: all lengths of this generation are then known to be the loop's."""
         if self._current or self._ended or self._raised:
             self._known.update(self._current, *self._ended)
             self._current, self._ended, self._raised = [], [], False
 
     def cut_off(self) -> None:
-        """The generation was ended by hand."""
+        """Notes that the generation was ended by hand."""
         self._current = []
 
     def saw(self, tokens: int) -> None:
-        """A dense call or the cache step was met.
+        """Notes a dense call or the cache step.
 
         A length that comes back means that another generation began.
 
         Raises:
-            RunError: If generations end without a pruned step: if their lengths are not the
-                schedule's, at the end of the first and within the next ones; else, for they may
-                have been cut off, after three alike.
+            RunError: If generations end without a pruned step. If their lengths are not the
+                schedule's, at the end of the first one and during those after it; else after three
+                equal ones, because they may have been cut off.
         """
         if self._current and tokens == self._current[-1]:
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -407,11 +408,5 @@ def _name(region: tuple[Node, ...], inside: set[Node]) -> str:
                 for arg in node.all_input_nodes
                 if arg.op == "placeholder" and arg not in inside
             ]
-    if not paths:
-        return ""
-    shared = []
-    for names in zip(*paths, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)

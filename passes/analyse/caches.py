@@ -124,11 +124,11 @@ def find_growing(
         rewritten: Positions of the inputs in whose place the call stores something.
         given: Positions of the caller's inputs, which are caches if the call returns them grown.
     """
-    nodes = graph_module.graph.nodes
-    outputs = outputs_of(graph_module.graph)
-    places = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
+    graph = graph_module.graph
+    outputs = outputs_of(graph)
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     found: dict[int, Growth | Copied] = {}
-    for cat in [node for node in nodes if op_name(node) in _CATS]:
+    for cat in [node for node in graph.nodes if op_name(node) in _CATS]:
         caches = {*rewritten, *(given if cat in outputs else ())}
         for past in {memory_owner(operand) for operand in joined(cat)}:
             if places.get(past) in caches:

@@ -20,7 +20,7 @@ from passes.refusal import Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class BranchReport:
-    """What became of one branch.
+    """How one branch runs, and what it costs.
 
     Attributes:
         index: Its place along the trunk.

@@ -45,16 +45,7 @@ def _misfit(branch: Branch, captured: Tensor | None) -> Refusal | None:
 
 
 def _needed_later(branch: Branch) -> Refusal | None:
-    """Refuses a branch if a later step needs one entry per earlier key."""
-    met = _met_at_cached_keys(branch)
-    if met is None:
-        return None
-    reason = "what it meets here has an entry per key, those of earlier steps included"
-    return Refusal.at(met, "FVX021", reason)
-
-
-def _met_at_cached_keys(branch: Branch) -> Node | None:
-    """Returns the op at which a branch that caches its keys meets a value per cached key.
+    """Refuses a branch that caches its keys and meets a value per cached key.
 
     Such a value, a mask say, comes from outside and has entries for all keys of earlier steps.
     Where keys were pruned, it would have to be gathered by what every earlier step kept.
@@ -67,7 +58,8 @@ def _met_at_cached_keys(branch: Branch) -> Node | None:
         pairs = zip(reversed(shape), reversed(axes), strict=False)
         counted = any(size != 1 and any(f.before for f in dim) for size, dim in pairs)
         if counted and _is_given(side):
-            return node
+            reason = "what it meets here has an entry per key, those of earlier steps included"
+            return Refusal.at(node, "FVX021", reason)
     return None
 
 

@@ -34,8 +34,8 @@ def capture_outputs(graph_module: GraphModule, branches: Iterable[FoundBranch]) 
     An output that a later op overwrites is cloned first.
     """
     graph, copies = copy_graph(graph_module.graph)
-    features = [_intact(copies[branch.out]) for branch in branches]
-    graph.output_node().args = ([*outputs_of(graph), *features],)
+    captured = [_intact(copies[branch.out]) for branch in branches]
+    graph.output_node().args = ([*outputs_of(graph), *captured],)
     return GraphModule(graph_module, graph)
 
 

@@ -30,9 +30,10 @@ from passes.graph import (
 )
 from passes.refusal import BranchRefusedError, RefusedError, refuse
 from passes.rewrite.side_input import SideLayout, take_side
+from passes.user_frames import first_line
 
 Scale = tuple[int, ...]
-"""A token map, as the operators read it; nothing here looks into it."""
+"""A token map, as the operators read it; the compiler only passes it on."""
 
 
 class Operators(Protocol):
@@ -147,7 +148,6 @@ class _Rewriter:
     ) -> None:
         self._source = graph_module
         self._operators = operators
-        self._branches = branches
         self._graph = Graph()
         self._dense: dict[Node, Node] = {}
         selected: dict[int, Node] = {}
@@ -158,13 +158,13 @@ class _Rewriter:
 
     def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
         inputs = [self._copy(node) for node in self._source.graph.find_nodes(op="placeholder")]
-        caches = [self._cache_input(branch, captured(branch)) for branch in self._branches]
-        adds = {branch.add: i for i, branch in enumerate(self._branches)}
+        caches = [self._cache_input(e.branch, captured(e.branch)) for e in self._emitters]
+        adds = {e.branch.add: (e, c) for e, c in zip(self._emitters, caches, strict=True)}
         for node in self._source.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if node in adds:
-                emitter, cache = self._emitters[adds[node]], caches[adds[node]]
+                emitter, cache = adds[node]
                 self._add(node, emitter.branch.out, emitter.restored(cache))
             else:
                 self._copy(node)
@@ -356,8 +356,7 @@ class _BranchEmitter:
         try:
             node.meta["val"] = target(*example_values(args), **example_values(kwargs))
         except Exception as error:
-            text = str(error).strip().splitlines()
-            refuse("FVX018", text[0] if text else type(error).__name__, like)
+            refuse("FVX018", first_line(error) or type(error).__name__, like)
         return node
 
     def _check(self, node: Node) -> None:

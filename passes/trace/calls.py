@@ -9,7 +9,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -23,11 +23,12 @@ from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
 from passes.trace.state import Path, Roots, Snapshot, Write, get, roots
 from passes.trace.symbols import NOTHING_VARIES, Symbols, Varying
-from passes.user_frames import error_line, innermost_user_frame
+from passes.user_frames import error_line, first_line, innermost_user_frame
 
 Forward = Callable[..., Any]
 
-_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type)
+_MEMO: Final = functools._lru_cache_wrapper
+_NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type, _MEMO)
 _DEPTH: Final = 4
 """How many containers deep a memo may hold a tensor: a dict in an object in a tuple, say."""
 
@@ -41,7 +42,7 @@ class Call:
         module: The block.
         args: The call's arguments.
         kwargs: The call's keyword arguments.
-        stream: Where its (B, L, C) input is, from the roots; to capture it, it need not be known.
+        stream: Path of its (B, L, C) input from the roots; not needed for the capture alone.
         varying: The sizes that its program leaves open.
     """
 
@@ -64,9 +65,9 @@ Reference = tuple[list[Tensor], list[Tensor]]
 def reference(call: Call) -> Reference:
     """Runs a call for real, with no effect.
 
-    It runs on copies of all tensors that it may overwrite, and its writes are undone. Do it before
-    anything is traced: it fills memoised helpers, such as a table of position ids, that would
-    otherwise be filled while tracing.
+    It runs on copies of all tensors that it may overwrite, and its writes are undone. Call it
+    before anything is traced: it fills memoised helpers, such as a table of position ids, that
+    would otherwise be filled while tracing.
 
     Returns:
         The tensors of the result and the tensors written, in the order of a program's outputs.
@@ -125,7 +126,7 @@ class FakeCall:
 
     @contextlib.contextmanager
     def stand_ins(self) -> Iterator[list[Any]]:
-        """Puts fakes in the place of all tensors and of the numbers that vary, for a while."""
+        """Puts fakes in the place of all tensors and of the numbers that vary, within it."""
         symbols, snapshot = self.symbols, self.snapshot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
@@ -156,9 +157,7 @@ class FakeCall:
             refuse("FVX001", "it returns a number that depends on a size that varies")
         self.result_leaves = _mark_tensors(leaves)
         writes = list(self.snapshot.writes(self._fake))
-        self.writes = [
-            Write(w.path, w.step, w.spec, tuple(_mark_tensors(w.leaves)), w.deleted) for w in writes
-        ]
+        self.writes = [replace(w, leaves=tuple(_mark_tensors(w.leaves))) for w in writes]
         written = [leaf for write in writes for leaf in write.leaves]
         return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
 
@@ -204,8 +203,7 @@ def _explained() -> Iterator[None]:
         raise
     except Exception as error:
         where, advice = error_line(error), kernel_advice(error)
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {first}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if advice:
             reason = "it calls a kernel that reads the memory of its tensors"
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
@@ -219,9 +217,8 @@ def _clear_memos_of(tensors: list[Tensor]) -> None:
         seen |= {id(held), *map(id, held)}
         holders = [h for h in gc.get_referrers(*held) if id(h) not in seen]
         for memo in holders:
-            if isinstance(memo, functools._lru_cache_wrapper):
+            if isinstance(memo, _MEMO):
                 memo.cache_clear()
-        kinds = (*_NOT_HOLDERS, functools._lru_cache_wrapper)
-        held = [holder for holder in holders if not isinstance(holder, kinds)]
+        held = [holder for holder in holders if not isinstance(holder, _NOT_HOLDERS)]
         if not held:
             return

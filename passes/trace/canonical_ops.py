@@ -54,7 +54,7 @@ def _flex_attention(
 
 
 def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    """A residual add of a gated branch, with the branch's output as a value of its own."""
+    """A residual add of a gated branch, which makes the branch's output a value of the graph."""
     return input + _scaled(tensor1 * tensor2, value)
 
 

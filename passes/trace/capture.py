@@ -119,7 +119,7 @@ def _trace(call: FakeCall) -> GraphModule:
             tracing_mode="real",  # the inputs are fake already, in a mode that knows the symbols
             _error_on_data_dependent_ops=False,
         )(*fakes)
-    # Drops the indices of a max, say, or a mask that allows all.
+    # Drops unread values, such as the indices of a max or a mask that allows all.
     graph_module.graph.eliminate_dead_code(is_impure_node=has_effect)
     _resolve_constants(graph_module, fakes)
     return graph_module

@@ -54,8 +54,7 @@ def _record(call: FakeCall) -> tuple[Any, ...]:
             outputs = call.run(*fakes)
         call.note(recorder.made)
         named = tuple(recorder.name(t) for t in outputs)
-        writes = tuple((w.path, w.step, w.spec, w.leaves, w.deleted) for w in call.writes)
-        structure = (call.result, tuple(call.result_leaves), writes)
+        structure = (call.result, tuple(call.result_leaves), tuple(call.writes))
         return (tuple(recorder.records), named, structure, call.symbols.conditions().text)
 
 
@@ -70,7 +69,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             id(t): (path, str(t.shape), t.dtype, t.device) for path, t in tensors.items()
         }
         self._paths = {t.untyped_storage()._cdata: path for path, t in tensors.items()}
-        self.made: list[Tensor] = []  # kept alive, for their ids are their names
+        self.made: list[Tensor] = []  # kept alive: their ids are their names
 
     def name(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -78,7 +77,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._names.get(id(value)) or self._constant(value)
 
     def _constant(self, value: Tensor) -> Any:
-        """Names a tensor of unknown origin: an alias of an input, or a constant of the user's."""
+        """Names a tensor of unknown origin: an alias of an input, or a constant of the model."""
         meta = layout(value)
         if isinstance(value, FakeTensor):
             return ("alias", self._paths.get(value.untyped_storage()._cdata), meta)

@@ -37,7 +37,8 @@ StandIn = Callable[[Path, Any], Any]
 """(path, tensor or plain value) -> what stands in its place."""
 
 _MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-_CONSTANTS: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+"""The types of plain values."""
 _MISSING: Final = object()
 _NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "passes"}
 
@@ -153,7 +154,7 @@ class Snapshot:
 def _is_constant(value: Any) -> bool:
     """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
     numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
-    return numpy_scalar or isinstance(value, _CONSTANTS)
+    return numpy_scalar or isinstance(value, PLAIN)
 
 
 def is_container(value: Any) -> bool:
@@ -213,14 +214,19 @@ def _mapped(path: Path, entries: Contents, stand_in: StandIn) -> Contents:
 
 
 def _map_value(path: Path, value: Any, stand_in: StandIn) -> Any:
-    if isinstance(value, (Tensor, *_CONSTANTS)):
+    if isinstance(value, (Tensor, *PLAIN)):
         return stand_in(path, value)
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        items = [_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value)]
-        if all(map(operator.is_, items, value)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        items = (_map_value((*path, ("item", i)), v, stand_in) for i, v in enumerate(value))
+        return rebuilt(value, list(items))
     return value
+
+
+def rebuilt(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    """Returns a tuple of the same type with other items; the same tuple if none is another."""
+    if all(map(operator.is_, items, value)):
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 # --- containers, each read and filled in its own way --------------------------------------------

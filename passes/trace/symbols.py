@@ -2,9 +2,9 @@
 
 A prompt of another length changes a dim of some inputs, and perhaps a number. A graph that was
 captured with these as symbols holds for every length, within the conditions that the forward and
-its ops put on them. Analysis and rewrite work on plain sizes: those of the call at hand. That their
-result does not depend on these sizes is verified by repeating them at the sizes of another call and
-comparing the graphs.
+its ops put on them. Analysis and rewrite work on plain sizes: those of this call. Repeating them at
+the sizes of another call, and comparing the graphs, verifies that the result does not depend on
+these sizes.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def key_operand(node: Node) -> Any:
 
 
 def key_count(node: Node) -> int:
-    """Returns how many keys an attention op reads; an op of the user's counts as heads first."""
+    """Returns how many keys an attention op reads; a user's op is read as heads first."""
     layout = _LAYOUTS.get(op_name(node), _HEADS_FIRST)
     return int(key_operand(node).meta["val"].shape[layout.tokens])
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch.fx import Node
-
 from passes.analyse.axes import Axes, broadcast, dim_size, has_tokens, token_dims
 from passes.analyse.rules.attention import attending
 from passes.analyse.rules.site import Site
 
 
-def _tensors(site: Site) -> list[str]:
-    return [name for name, value in site.args.items() if isinstance(value, Node)]
-
-
 def tokenwise(site: Site) -> Axes:
     """A kernel that works on every token alone, on a first tensor that has the tokens."""
-    names = _tensors(site)
-    axes = site.stream(names[0])
-    for name in names[1:]:
+    first, *others = site.tensors
+    axes = site.stream(first)
+    for name in others:
         inside = site.axes(site.args[name])
         if inside is not None:
             broadcast([axes, inside])
@@ -37,7 +31,7 @@ def _broadcasts(side_shape: Sequence[int], axes: Axes) -> bool:
 
 def attention(site: Site) -> Axes:
     """Softmax attention of the first tensor over the second and third, tokens on the same dim."""
-    query, key, value, *more = _tensors(site)
+    query, key, value, *more = site.tensors
     q = site.axes(site.args[query])
     k, v = (site.axes(site.args[name]) for name in (key, value))
     inside = [axes for axes in (k, v) if axes is not None]

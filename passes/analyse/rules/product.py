@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch.fx import Node
-
 from passes.analyse.axes import Axes, Dim, broadcast, has_batch, has_tokens, plain_dim
 from passes.analyse.rules.site import Site, filled, rule
 
@@ -31,14 +29,13 @@ def _linear(site: Site) -> Axes:
 
 @rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
 def _matmul(site: Site) -> Axes:
-    left, right = [name for name, value in site.args.items() if isinstance(value, Node)]
-    return _product(site, left, right)
+    return _product(site, *site.tensors)
 
 
 @rule("aten::addmm", "aten::baddbmm", "aten::addmv")
 def _matmul_added(site: Site) -> Axes:
-    added, left, right = [name for name, value in site.args.items() if isinstance(value, Node)]
-    product = _product(site, left, right)
+    added, *factors = site.tensors
+    product = _product(site, *factors)
     site.meet(added, product)
     inside = site.axes(site.args[added])
     return product if inside is None else broadcast([product, inside])
@@ -47,11 +44,8 @@ def _matmul_added(site: Site) -> Axes:
 def _product(site: Site, left: str, right: str) -> Axes:
     a, b = site.axes(site.args[left]), site.axes(site.args[right])
     rank_a, rank_b = (len(site.args[name].meta["val"].shape) for name in (left, right))
-    _contract(
-        site,
-        None if a is None else a[-1],
-        None if b is None else b[-2 if rank_b > 1 else -1],
-    )
+    rows_b = -2 if rank_b > 1 else -1
+    _contract(site, None if a is None else a[-1], None if b is None else b[rows_b])
     batched = broadcast([axes[:-2] for axes in (a, b) if axes is not None])
     out = list(site.out_shape)
     rows = [] if rank_a == 1 else [a[-2] if a is not None else plain_dim(out[-1 - (rank_b > 1)])]

@@ -83,12 +83,12 @@ def _feature_norm(site: Site) -> Axes | list[Axes]:
 @rule("aten::group_norm", "aten::native_group_norm", "aten::instance_norm", "aten::batch_norm")
 def _channel_norm(site: Site) -> Axes:
     axes = site.stream("input")
-    trained = bool(site.args.get("training", True) or site.args.get("use_input_stats", False))
-    if not (site.node.target is torch.ops.aten.batch_norm.default and not trained):
-        batch_too = site.node.target is torch.ops.aten.batch_norm.default
-        if any(has_tokens(dim) for dim in (axes if batch_too else axes[1:])):
+    over_batch = site.node.target is torch.ops.aten.batch_norm.default
+    if not over_batch or site.args.get("training", True):
+        mixed = axes if over_batch else axes[1:]
+        if any(has_tokens(dim) for dim in mixed):
             site.refuse("FVX013", "it normalizes over the tokens")
-        if any(has_batch(dim) for dim in (axes if batch_too else axes[1:])):
+        if any(has_batch(dim) for dim in mixed):
             site.refuse("FVX013", "it normalizes over the samples of the batch")
     if has_tokens(axes[1]) or has_batch(axes[1]):
         site.refuse("FVX013", "it has parameters per token or per sample")

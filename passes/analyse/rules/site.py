@@ -108,6 +108,11 @@ class Site:
         return axes
 
     @property
+    def tensors(self) -> list[str]:
+        """The names of the arguments that are tensors; lists of tensors are not among them."""
+        return [name for name, value in self.args.items() if isinstance(value, Node)]
+
+    @property
     def out_shape(self) -> list[int]:
         """The shape of the (single) result."""
         return list(self.node.meta["val"].shape)
@@ -142,9 +147,10 @@ class Site:
     def recount(self, name: str, compute: Callable[[Any, int], Any], around: int = 0) -> None:
         """Records that `compute(value, kept)` replaces an argument when tokens are dropped.
 
-        For what depends on the token count but has no token axis, such as the `cu_seqlens` of a
-        packed attention. A tensor is computed in the graph, by a named function; a number now.
-        Entries `around` the tokens, such as cached keys, are counted with the kept ones.
+        It is for arguments that depend on the token count but have no token axis, such as the
+        `cu_seqlens` of a packed attention. A tensor is computed in the graph, by a named function;
+        a number now. Entries `around` the tokens, such as cached keys, are counted with the kept
+        ones.
         """
         self.edits[name, None] = Recount(compute, around)
 
@@ -162,7 +168,7 @@ class Site:
 
 
 def _plain(value: Any) -> Any:
-    """Puts the value of a size that is computed in the graph in its place."""
+    """Replaces sizes that are computed in the graph by their values."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
@@ -233,7 +239,7 @@ def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any,
 
 def pointwise(site: Site) -> Axes:
     """Broadcasts all tensor operands."""
-    return broadcast_operands(site, [n for n, v in site.args.items() if isinstance(v, Node)])
+    return broadcast_operands(site, site.tensors)
 
 
 def broadcast_operands(site: Site, names: Sequence[str]) -> Axes:

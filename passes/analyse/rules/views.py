@@ -169,9 +169,8 @@ def _moved(site: Site) -> Axes:
 @rule("aten::pad", "aten::constant_pad_nd")
 def _pad(site: Site) -> Axes:
     axes = site.stream("self")
-    amounts = list(site.args["pad"])
-    padded = [len(axes) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
-    changed = sorted(set(padded))
+    amounts = enumerate(site.args["pad"])
+    changed = sorted({len(axes) - 1 - i // 2 for i, amount in amounts if amount})
     site.keep_tokens_whole(axes, changed, "pads")
     return tuple(plain_dim(site.out_shape[d]) if d in changed else a for d, a in enumerate(axes))
 

@@ -1,0 +1,196 @@
+"""A report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvar_fx.engine.report import Caches, Pruning, Report, Row, Skipping
+    from passes.refusal import Refusal
+
+_HEADER = (
+    f"{'step':>4}  {'blocks':<16} {'branch':<12} {'kind':<16} {'tokens':>6} {'kept':>6} "
+    f"{'FLOPs':>8} {'as run':>8} {'program':>7}"
+)
+
+
+def table(report: Report) -> str:
+    """Returns a table; blocks that do the same share a line."""
+    if not report.rows:
+        return "\n".join([_empty(report), *_savings(report), *_compiled_notes(report)])
+    lines = [_HEADER, *(_line(group) for group in _grouped(report.rows))]
+    for step in sorted({row.step for row in report.rows}):
+        dense, pruned = report.flops(step)
+        if dense != pruned:
+            lines.append(f"step {step}: {_change(dense, pruned)}")
+    lines += [*_savings(report), *_notes(report), *_payoff(report)]
+    return "\n".join(lines)
+
+
+def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Groups rows of neighbouring blocks that do the same."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        same = (row.branch, row.kind, row.tokens, row.kept, row.flops, row.pruned_flops)
+        return (row.step, *same, row.program if row.program is not None else -1, str(row.refusal))
+
+    ordered = sorted(rows, key=lambda row: (*key(row), row.layer))
+    return sorted(
+        (list(group) for _, group in groupby(ordered, key)),
+        key=lambda group: (group[0].step, group[0].layer),
+    )
+
+
+def _line(group: list[Row]) -> str:
+    row = group[0]
+    ran = row.kept < row.tokens
+    text = (
+        f"{row.step:>4}  {_blocks(group):<16} {row.branch or '-':<12} {row.kind or '-':<16} "
+        f"{row.tokens:>6} {row.kept if ran else 'dense':>6} {_flops(row.flops):>8} "
+        f"{_flops(row.pruned_flops):>8} {'-' if row.program is None else row.program:>7}"
+    )
+    return text if row.refusal is None else f"{text}\n{_explain(row.refusal)}"
+
+
+def _blocks(group: list[Row]) -> str:
+    first, last = group[0], group[-1]
+    if len(group) == 1:
+        return first.block
+    layers = [row.layer for row in group]
+    if layers != list(range(layers[0], layers[-1] + 1)):
+        return f"{first.block} (+{len(group) - 1})"
+    owner, _, number = last.block.rpartition(".")
+    return f"{first.block}..{number if first.block.rpartition('.')[0] == owner else last.block}"
+
+
+def _explain(refusal: Refusal) -> str:
+    where = f"  {refusal.where}" if refusal.where else ""
+    op = f" [{refusal.op}]" if refusal.op else ""
+    near = f"        near  {refusal.nearest}\n" if refusal.nearest else ""
+    return (
+        f"      {refusal.code}  {refusal.title}{where}\n"
+        f"        why   {refusal.reason}{op}\n{near}"
+        f"        hint  {refusal.hint}"
+    )
+
+
+def _notes(report: Report) -> list[str]:
+    notes = [
+        f"step {step} ({tokens} tokens) was not met yet; dense calls so far had "
+        f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
+        for step, tokens in report.unmet.items()
+    ]
+    if report.peak_captured_bytes:
+        held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
+        notes.append(f"captured features: {held} held now, {peak} at most")
+    notes += _cache_lines(report.caches)
+    if report.early_calls:
+        counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
+        notes.append(f"dense, before their generation's capture: {counts}")
+    notes.append(f"tracing took {report.trace_seconds:.2f} s")
+    return [*notes, *_compiled_notes(report)]
+
+
+def _cache_lines(caches: Caches | None) -> list[str]:
+    if caches is None or not (caches.buffered or caches.copied):
+        return []
+    text = (
+        f"KV caches: {caches.buffered} in buffers, grown in place {caches.appended} times and "
+        f"moved {caches.moved} times"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in caches.copied.items():
+        by_reason.setdefault(reason, []).append(name)
+    more = {reason: f" (+{len(n) - 1})" * (len(n) > 1) for reason, n in by_reason.items()}
+    return [text, *(f"copied as it grows: {n[0]}{more[r]}, for {r}" for r, n in by_reason.items())]
+
+
+def _compiled_notes(report: Report) -> list[str]:
+    compiled = report.compiled
+    if compiled is None:
+        return []
+    total, counts = sum(compiled.graphs.values()), len(compiled.graphs)
+    text = f"torch.compile: {total} graphs for calls of {counts} token counts"
+    failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
+    return [text, *filter(None, [compiled.linears]), *failures]
+
+
+def _payoff(report: Report) -> list[str]:
+    lines = []
+    for step, times in report.step_times.items():
+        dense, pruned = (f"{1e3 * spread.median:.3g} ms" for spread in (times.dense, times.pruned))
+        verdict = (
+            f"{times.speedup:.2f}x"
+            if times.pays
+            else f"pruning does not pay here; schedule.without({step}) leaves the step dense"
+        )
+        lines.append(f"step {step}: {dense} dense, {pruned} pruned: {verdict}")
+    return lines
+
+
+def _savings(report: Report) -> list[str]:
+    return [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+
+
+def _skipping_line(skipping: Skipping) -> str:
+    if not skipping.steps:
+        return "step skipping: none"
+    share = 100 * skipping.tokens / skipping.all_tokens
+    text = (
+        f"step skipping: {_steps(skipping.steps)} left out, {skipping.tokens} of "
+        f"{skipping.all_tokens} tokens ({share:.1f} %)"
+    )
+    if skipping.flops is None:
+        return f"{text}, FLOPs not traced"
+    text += f", {_flops(skipping.flops)} FLOPs"
+    whole = skipping.blocks == skipping.all_blocks
+    return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
+
+
+def _pruning_line(pruning: Pruning) -> str:
+    if not pruning.steps:
+        return "token pruning: none"
+    text = (
+        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
+        f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
+    )
+    return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
+
+
+def _change(dense: int, pruned: int) -> str:
+    limit = f", limit {dense / pruned:.2f}x" if pruned else ""
+    return f"{_flops(dense)} -> {_flops(pruned)} FLOPs{limit}"
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def _empty(report: Report) -> str:
+    if not report.prunes:
+        skips = "only skips steps" if report.skipping.steps else "prunes nothing"
+        return f"the schedule {skips}: what is drawn runs as it is"
+    if not report.dense_calls:
+        return "no step of the schedule was run yet; run a generation, or fastvar_fx.trace"
+    seen = ", ".join(map(str, report.dense_calls))
+    return f"no step that captures or prunes was met; blocks saw token counts {seen}"
+
+
+def _flops(count: int) -> str:
+    value = float(count)
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
