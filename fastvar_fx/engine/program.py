@@ -84,7 +84,7 @@ class Program:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+        if not (call.compiling or self._built_like(call)):  # the compiler guards what it traces
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -108,6 +108,10 @@ class Program:
             inputs.append(value)
         return None if self._places and not self._sizes_fit(call) else inputs
 
+    def _built_like(self, call: BlockCall) -> bool:
+        """Whether the arguments are built as those of the call that the program was made for."""
+        return self._structure == Structure.of_arguments(call.args, call.kwargs, self._read)
+
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns the graph's inputs for the call that the program was made for."""
         return [reader.read(call) for reader, _ in self._inputs]
@@ -123,7 +127,7 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if self._structure != Structure.of_arguments(call.args, call.kwargs, self._read):
+        if not self._built_like(call):
             return None
         origin = call.roots()
         earlier: dict[Place, int] = {}
