@@ -23,9 +23,9 @@ import torch
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.cli import main as command_line
-from fastvar_fx.measure import operators, presets, rows
-from fastvar_fx.measure.presets import PRESETS
-from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measuring import operators, presets, rows
+from fastvar_fx.measuring.presets import PRESETS
+from fastvar_fx.measuring.runs import Budget
 from tests.graph_double import OfCompiled, doubled
 
 _SHAPES = [operators.Shape(rows=2, tokens=side**2, width=32) for side in (4, 8)]

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fastvar_fx import Schedule, transform
-from fastvar_fx.measure.runs import Runs, alternate
+from fastvar_fx.measuring.runs import Runs, alternate
 from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
 from fastvar_fx.quality.evaluate import (

@@ -17,7 +17,7 @@ from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install
 from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
-from fastvar_fx.measure.step_times import time_steps
+from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
 from passes.analyse.branches import KINDS, Kind

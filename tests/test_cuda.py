@@ -20,7 +20,7 @@ import fastvar_fx
 from fastvar_fx import GraphError, Schedule, ops
 from fastvar_fx import cuda_graphs as recording
 from fastvar_fx.cli import main
-from fastvar_fx.measure.clock import peak_bytes
+from fastvar_fx.measuring.clock import peak_bytes
 from fastvar_fx.models import VAR, VAR_256, build, hart, infinity
 from passes.rewrite.side_input import take_side
 from tests.by_hand import fixed_draws

@@ -25,11 +25,11 @@ from fastvar_fx.cli.terminal import (
     sides_text,
     usage,
 )
-from fastvar_fx.measure import figures
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.modules import ModuleTimes, late_modules, measure_modules, overhead
-from fastvar_fx.measure.presets import PRESETS, preset
-from fastvar_fx.measure.resolutions import (
+from fastvar_fx.measuring import figures
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.modules import ModuleTimes, late_modules, measure_modules, overhead
+from fastvar_fx.measuring.presets import PRESETS, preset
+from fastvar_fx.measuring.resolutions import (
     KINDS,
     QUANTITIES,
     AtResolution,
@@ -37,9 +37,9 @@ from fastvar_fx.measure.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.measure.rows import Result, Row, check_variants, default_variants, measure_rows
-from fastvar_fx.measure.runs import Budget
-from fastvar_fx.measure.variants import DENSE, Variant
+from fastvar_fx.measuring.rows import Result, Row, check_variants, default_variants, measure_rows
+from fastvar_fx.measuring.runs import Budget
+from fastvar_fx.measuring.variants import DENSE, Variant
 from fastvar_fx.schedule import Schedule
 
 _UNUSABLE: Final = " !"

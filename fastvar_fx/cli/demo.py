@@ -33,16 +33,16 @@ from fastvar_fx.cli.terminal import (
     show_progress,
     sides_text,
 )
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.demo import (
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.demo import (
     Measurement,
     StepResult,
     draw_comparison,
     draw_kept_tokens,
     measure_both,
 )
-from fastvar_fx.measure.runs import Budget
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.runs import Budget
+from fastvar_fx.measuring.subject import Subject
 
 _REPEATS: Final = 3
 _SECONDS: Final = 60.0

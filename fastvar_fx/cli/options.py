@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.models import checkpoints, demo_weights, var
 from fastvar_fx.models.sampling import TOP_K, TOP_P
 from fastvar_fx.schedule import VAR_512, Schedule

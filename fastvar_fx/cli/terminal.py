@@ -18,8 +18,8 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from fastvar_fx.cli import say
-from fastvar_fx.measure.runs import Budget, Progress
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.runs import Budget, Progress
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.ops import Scale
 
 _WIDTH: Final = 100

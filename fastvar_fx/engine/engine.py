@@ -18,7 +18,7 @@ from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.errors import ModelError, NothingPrunedError
 
 if TYPE_CHECKING:
-    from fastvar_fx.measure.compare import Comparison
+    from fastvar_fx.measuring.compare import Comparison
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastvar_fx.engine.engine import Engine
     from fastvar_fx.engine.plan import Plan
     from fastvar_fx.engine.store import StepRecord
-    from fastvar_fx.measure.compare import Comparison
+    from fastvar_fx.measuring.compare import Comparison
     from fastvar_fx.schedule import Schedule
     from passes.analyse.costs import BranchReport
 

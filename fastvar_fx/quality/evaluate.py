@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ModelError, did_you_mean
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.runs import Progress, Runs, alternate, no_progress
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.runs import Progress, Runs, alternate, no_progress
 from fastvar_fx.models.var import VAR
 from fastvar_fx.quality.metrics import (
     Interval,

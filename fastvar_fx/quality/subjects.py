@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ModelError, ScheduleError, did_you_mean
-from fastvar_fx.measure.presets import PRESETS, default_device, random_text
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.presets import PRESETS, default_device, random_text
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.methods import Method
 from fastvar_fx.models import demo_weights, load, var
 from fastvar_fx.models.hart import HART

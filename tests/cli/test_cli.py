@@ -17,10 +17,10 @@ from PIL import Image
 from fastvar_fx import Schedule, presets
 from fastvar_fx.cli import main
 from fastvar_fx.errors import RunError, ScheduleError
-from fastvar_fx.measure import demo
-from fastvar_fx.measure.clock import per_step
-from fastvar_fx.measure.runs import Budget
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring import demo
+from fastvar_fx.measuring.clock import per_step
+from fastvar_fx.measuring.runs import Budget
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.models.var import build
 
 SCALES = (1, 2, 3, 4, 6, 8)

@@ -10,10 +10,10 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastvar_fx.measure.modules import MODULES, ModuleTimes, late_modules
-from fastvar_fx.measure.resolutions import KINDS, AtResolution, growth
-from fastvar_fx.measure.rows import Result
-from fastvar_fx.measure.variants import PRUNED, Variant, What
+from fastvar_fx.measuring.modules import MODULES, ModuleTimes, late_modules
+from fastvar_fx.measuring.resolutions import KINDS, AtResolution, growth
+from fastvar_fx.measuring.rows import Result
+from fastvar_fx.measuring.variants import PRUNED, Variant, What
 from fastvar_fx.schedule import Schedule
 
 _COLORS: Final[Mapping[What, str]] = {"dense": "#c44e52", "pruned": "#4c72b0"}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastvar_fx
 from fastvar_fx import Schedule
-from fastvar_fx.measure.compare import Comparison, Spread
+from fastvar_fx.measuring.compare import Comparison, Spread
 from fastvar_fx.models.var import VAR, build
 
 SCALES = (1, 2, 3, 4, 6, 8)

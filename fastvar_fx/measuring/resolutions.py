@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from fastvar_fx.errors import ScheduleError
-from fastvar_fx.measure.clock import peak_bytes
-from fastvar_fx.measure.presets import (
+from fastvar_fx.measuring.clock import peak_bytes
+from fastvar_fx.measuring.presets import (
     PIXELS,
     default_device,
     dtype_on,
@@ -20,9 +20,9 @@ from fastvar_fx.measure.presets import (
     preset,
     subject_of,
 )
-from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
-from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import DENSE, PRUNED, Variant
+from fastvar_fx.measuring.runs import Budget, Progress, alternate, no_progress
+from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.measuring.variants import DENSE, PRUNED, Variant
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import transform
 

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvar_fx import GraphError, Method, ModelError, Schedule, ScheduleError, transform
 from fastvar_fx.cli import bench as cli_bench
 from fastvar_fx.cli import main
-from fastvar_fx.measure import presets, resolutions
-from fastvar_fx.measure import rows as bench_rows
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.modules import (
+from fastvar_fx.measuring import presets, resolutions
+from fastvar_fx.measuring import rows as bench_rows
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.modules import (
     MODULES,
     ModuleClock,
     late_modules,
@@ -29,9 +29,9 @@ from fastvar_fx.measure.modules import (
     module_of,
     with_marks,
 )
-from fastvar_fx.measure.peer import peer_restoration, peer_selection
-from fastvar_fx.measure.presets import needed_bytes, preset, subject_of
-from fastvar_fx.measure.resolutions import (
+from fastvar_fx.measuring.peer import peer_restoration, peer_selection
+from fastvar_fx.measuring.presets import needed_bytes, preset, subject_of
+from fastvar_fx.measuring.resolutions import (
     QUANTITIES,
     AtResolution,
     Cost,
@@ -39,9 +39,9 @@ from fastvar_fx.measure.resolutions import (
     measure_resolutions,
     schedule_at,
 )
-from fastvar_fx.measure.rows import Result, Row, default_variants, measure_rows
-from fastvar_fx.measure.runs import Budget
-from fastvar_fx.measure.variants import VARIANTS, Variant
+from fastvar_fx.measuring.rows import Result, Row, default_variants, measure_rows
+from fastvar_fx.measuring.runs import Budget
+from fastvar_fx.measuring.variants import VARIANTS, Variant
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.ops import cached_token_restoration, pivotal_token_selection
 from passes.rewrite.side_input import take_side

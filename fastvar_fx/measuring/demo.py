@@ -21,9 +21,9 @@ from torch import Tensor
 from fastvar_fx import ops
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import RunError, ScheduleError
-from fastvar_fx.measure.compare import Comparison
-from fastvar_fx.measure.runs import Budget, Progress, Runs, alternate, no_progress
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.compare import Comparison
+from fastvar_fx.measuring.runs import Budget, Progress, Runs, alternate, no_progress
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import trace, transform

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvar_fx.engine.find_blocks import module_at
-from fastvar_fx.measure.clock import Clock, Pass, per_step, read_around
-from fastvar_fx.measure.compare import Spread
+from fastvar_fx.measuring.clock import Clock, Pass, per_step, read_around
+from fastvar_fx.measuring.compare import Spread
 from fastvar_fx.schedule import Schedule
 from passes.analyse.rules.attention import FLOP_FORMULAS
 

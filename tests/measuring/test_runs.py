@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastvar_fx.measure.clock import peak_bytes
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.runs import Budget, alternate
+from fastvar_fx.measuring.clock import peak_bytes
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.runs import Budget, alternate
 
 
 class Takes:

@@ -26,10 +26,10 @@ from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.store import Store
 from fastvar_fx.engine.token_map import TokenMaps
-from fastvar_fx.measure.clock import Clock, per_step
-from fastvar_fx.measure.runs import Budget, Progress, alternate, no_progress
-from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import DENSE, PRUNED, Variant
+from fastvar_fx.measuring.clock import Clock, per_step
+from fastvar_fx.measuring.runs import Budget, Progress, alternate, no_progress
+from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.measuring.variants import DENSE, PRUNED, Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import run_by, transform

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.errors import ModelError, did_you_mean
-from fastvar_fx.measure.subject import Subject
+from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.models import hart, infinity, var
 from fastvar_fx.models.maps import template
 from fastvar_fx.models.sampling import TOP_K, TOP_P

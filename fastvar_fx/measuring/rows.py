@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fastvar_fx.cuda_graphs import cuda_graph
 from fastvar_fx.errors import GraphError, ModelError, ScheduleError
-from fastvar_fx.measure.clock import Clock, peak_bytes
-from fastvar_fx.measure.compare import Comparison, Spread
-from fastvar_fx.measure.peer import peer_restoration, peer_selection
-from fastvar_fx.measure.presets import Preset, check_fits, default_device, preset, subject_of
-from fastvar_fx.measure.runs import Budget, Progress, Runs, alternate, no_progress
-from fastvar_fx.measure.subject import Subject
-from fastvar_fx.measure.variants import DENSE, VARIANTS, Variant
+from fastvar_fx.measuring.clock import Clock, peak_bytes
+from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.measuring.peer import peer_restoration, peer_selection
+from fastvar_fx.measuring.presets import Preset, check_fits, default_device, preset, subject_of
+from fastvar_fx.measuring.runs import Budget, Progress, Runs, alternate, no_progress
+from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.measuring.variants import DENSE, VARIANTS, Variant
 from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.schedule import Schedule

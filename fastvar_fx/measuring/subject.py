@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.find_blocks import find_blocks
-from fastvar_fx.measure.runs import Runs
+from fastvar_fx.measuring.runs import Runs
 from fastvar_fx.schedule import Schedule
 
 

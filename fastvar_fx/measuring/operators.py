@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastvar_fx.measure.clock import Clock
-from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measuring.clock import Clock
+from fastvar_fx.measuring.runs import Budget
 from fastvar_fx.models.infinity import CONFIGS, Block
 from fastvar_fx.models.maps import template
 from fastvar_fx.models.rope import pair_table

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvar_fx.measure.operators import (
+from fastvar_fx.measuring.operators import (
     COMPILED,
     CTR,
     EAGER,
@@ -20,7 +20,7 @@ from fastvar_fx.measure.operators import (
     Shape,
     measure_operators,
 )
-from fastvar_fx.measure.runs import Budget
+from fastvar_fx.measuring.runs import Budget
 
 SHAPE = Shape(rows=2, tokens=16, width=32)
 FOUND = AtShape(

@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from fastvar_fx.measure.runs import Runs
+    from fastvar_fx.measuring.runs import Runs
 
 _STEADY: Final = 0.2
 """The largest spread, interquartile range over median, of times that can be used."""

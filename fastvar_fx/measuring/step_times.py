@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from fastvar_fx.engine.engine import Engine
-from fastvar_fx.measure.compare import Comparison
-from fastvar_fx.measure.runs import Runs, alternate
+from fastvar_fx.measuring.compare import Comparison
+from fastvar_fx.measuring.runs import Runs, alternate
 
 
 def time_steps(
