@@ -426,7 +426,8 @@ def _writer(block: nn.Module, write: Write) -> Callable[[Sequence[Tensor], int, 
     (_, root), *rest = write.path
     count = sum(leaf is ... for leaf in write.leaves)
     owner = get(block, tuple(rest)) if root == "module" and _is_module_path(rest) else None
-    fixed = owner if isinstance(owner, nn.Module) and not write.deleted else None
+    plain = not (write.deleted or write.buffer)
+    fixed = owner if isinstance(owner, nn.Module) and plain else None
     single = fixed is not None and count == 1 and len(write.leaves) == 1
 
     def replay(made: Sequence[Tensor], place: int, call: BlockCall) -> int:

@@ -15,7 +15,7 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final, Literal, NamedTuple
@@ -71,6 +71,7 @@ class Write:
         spec: The structure of the new value.
         leaves: Its leaves: tensors, or constants to set as they are.
         deleted: Whether the entry was removed instead.
+        buffer: Whether it is a registered buffer of a module.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Write:
     spec: pytree.TreeSpec | None
     leaves: tuple[Any, ...]
     deleted: bool = False
+    buffer: bool = False
 
 
 class Snapshot:
@@ -146,7 +148,8 @@ class Snapshot:
                 refuse("FVX001", f"the call removed entries of the list {show(path[1:])}")
             for step, value in after.items():
                 if not _same(before.get(step, _MISSING), value):
-                    yield _write(path, step, value)
+                    buffer = isinstance(container, nn.Module) and step[1] in container._buffers
+                    yield replace(_write(path, step, value), buffer=buffer)
             for step in before.keys() - after.keys():
                 yield Write(path, step, None, (), deleted=True)
 
@@ -182,7 +185,9 @@ def apply(write: Write, container: Any, leaves: list[Any]) -> None:
         return
     assert write.spec is not None
     value = leaves[0] if write.spec.is_leaf() else pytree.tree_unflatten(leaves, write.spec)
-    if kind == "attr":
+    if write.buffer:
+        container._buffers[key] = value  # it may not be registered yet
+    elif kind == "attr":
         setattr(container, key, value)
     elif isinstance(container, (list, deque)) and key == len(container):
         container.append(value)
