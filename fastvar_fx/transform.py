@@ -119,6 +119,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
         RunError: If the loop drew a step that is to be skipped.
+        passes.PassError: If the compiler itself fails on a block and `strict` is set.
 
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP

@@ -84,8 +84,6 @@ class Program:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if not (call.compiling or self._built_like(call)):  # the compiler guards what it traces
-            return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
             if value is not expected and value != expected:
@@ -106,7 +104,10 @@ class Program:
             ):
                 return None
             inputs.append(value)
-        return None if self._places and not self._sizes_fit(call) else inputs
+        if self._places and not self._sizes_fit(call):
+            return None
+        # The dearest check comes last. Under `torch.compile`, the compiler guards what it traces.
+        return inputs if call.compiling or self._built_like(call) else None
 
     def _built_like(self, call: BlockCall) -> bool:
         """Whether the arguments are built as those of the call that the program was made for."""

@@ -229,6 +229,7 @@ class Store:
             return error.refusal
         except passes.PassError as error:
             if plan.strict:
+                error.add_note("this is a bug of the compiler: strict=False leaves the block dense")
                 raise
             log.exception("%s stays dense", name)
             return Refusal("FVX020", str(error))
