@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.analyse.branches import KINDS, Branch, FoundBranch, Kind
+from passes.analyse.branches import KINDS, Branch, Kind
 from passes.refusal import BranchRefusedError, Refusal, RefusedError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Draft:
     graph_module: GraphModule = _UNSET
     inputs: tuple[Path, ...] = ()
     source: GraphModule = _UNSET
-    found: tuple[FoundBranch, ...] = ()
+    found: tuple[Branch, ...] = ()
     expected: Mapping[int, Tensor] = field(default_factory=dict)
     inputs_after: tuple[Any, ...] = ()
     features: tuple[int, ...] = ()
@@ -103,11 +103,11 @@ class Draft:
 
     def prunable(self, kinds: Sequence[Kind]) -> list[Branch]:
         """Returns the branches of some kinds that may prune."""
-        return [b for b in self.found if isinstance(b, Branch) and b.kind in kinds]
+        return [b for b in self.found if b.refusal is None and b.kind in kinds]
 
     def refusing(self, branch: int, refusal: Refusal) -> Draft:
         """Returns the draft with a branch refused."""
-        found = (b.refused(refusal) if b.index == branch else b for b in self.found)
+        found = (replace(b, refusal=refusal) if b.index == branch else b for b in self.found)
         return replace(self, found=tuple(found))
 
 

@@ -9,7 +9,7 @@ whether tokens may be dropped through it; a branch with an op through which they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -53,56 +53,38 @@ _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FoundBranch:
+class Branch:
     """A residual branch.
 
     Attributes:
         index: Its place along the trunk, from the block's input on.
         kind: What it is.
         name: The module path that its weights share, such as `attn`; its kind if there is none.
+        add: The residual add.
         out: What it adds: the branch's whole contribution.
         region: Its nodes in graph order, `out` included, and those that only make its new state.
+        entries: The trunk values it reads, in graph order.
+        axes: The axes of every value of the region and of the entries.
+        edits: What changes in a node when tokens are dropped.
+        refusal: Why it stays dense, with axes and edits as far as they are known; None if it may
+            drop tokens.
     """
 
     index: int
     kind: Kind
     name: str
+    add: Node = field(repr=False)
     out: Node = field(repr=False)
     region: tuple[Node, ...] = field(repr=False)
+    entries: tuple[Node, ...] = field(repr=False)
+    axes: AxesByNode = field(repr=False)
+    edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
+    refusal: Refusal | None = None
 
     @property
     def label(self) -> dict[str, Any]:
         """What its nodes are marked with, under `meta["fastvar"]`."""
         return {"branch": self.index, "kind": self.kind}
-
-    def refused(self, refusal: Refusal) -> RefusedBranch:
-        """Returns the branch as one that stays dense."""
-        shared = {each.name: getattr(self, each.name) for each in fields(FoundBranch)}
-        return RefusedBranch(**shared, refusal=refusal)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Branch(FoundBranch):
-    """A residual branch that may drop tokens.
-
-    Attributes:
-        add: The residual add.
-        entries: The trunk values it reads, in graph order.
-        axes: The axes of every value of the region and of the entries.
-        edits: What changes in a node when tokens are dropped.
-    """
-
-    add: Node = field(repr=False)
-    entries: tuple[Node, ...] = field(repr=False)
-    axes: AxesByNode = field(repr=False)
-    edits: dict[Node, dict[Slot, Edit]] = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RefusedBranch(FoundBranch):
-    """A residual branch that stays dense, and why."""
-
-    refusal: Refusal
 
 
 class FindBranches:
@@ -138,7 +120,7 @@ def counts_flops(node: Node) -> bool:
     return op_name(node) in _PRODUCTS or is_attention(node)
 
 
-def find_branches(graph: Graph, stream: Node, results: int) -> list[FoundBranch]:
+def find_branches(graph: Graph, stream: Node, results: int) -> list[Branch]:
     """Finds the residual branches of a captured graph.
 
     Args:
@@ -267,10 +249,12 @@ def _depends(node: Node, on: Node) -> bool:
     return False
 
 
-def _examine(trunk: _Trunk, index: int) -> FoundBranch:
+def _examine(trunk: _Trunk, index: int) -> Branch:
     add, out = trunk.adds[index]
     region = tuple(node for node in add.graph.nodes if node in trunk.regions[index])
+    entries: tuple[Node, ...] = ()
     axes: AxesByNode = {}
+    edits: dict[Node, dict[Slot, Edit]] = {}
     refusal = None
     try:
         entries = _entries(region, trunk)
@@ -282,11 +266,18 @@ def _examine(trunk: _Trunk, index: int) -> FoundBranch:
     except RefusedError as error:
         refusal = error.refusal
     kind = _kind(region, axes, trunk.inside)
-    name = _name(region, trunk.inside) or kind
-    found = FoundBranch(index=index, kind=kind, name=name, out=out, region=region)
-    if refusal is not None:
-        return found.refused(refusal)
-    return Branch(**vars(found), add=add, entries=entries, axes=axes, edits=edits)
+    return Branch(
+        index=index,
+        kind=kind,
+        name=_name(region, trunk.inside) or kind,
+        add=add,
+        out=out,
+        region=region,
+        entries=entries,
+        axes=axes,
+        edits=edits,
+        refusal=refusal,
+    )
 
 
 def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:

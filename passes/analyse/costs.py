@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from itertools import repeat
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.analyse.axes import Axes, Tag
-from passes.analyse.branches import Branch, FoundBranch, Kind, RefusedBranch, counts_flops
+from passes.analyse.branches import Branch, Kind, counts_flops
 from passes.analyse.rules.attention import attention_flops, is_attention, key_count
 from passes.base import Context, Draft
 from passes.graph import example_values
 from passes.refusal import Refusal
+
+if TYPE_CHECKING:
+    from passes.rewrite.prune import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +57,13 @@ class CountFlops:
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft with a report on every branch."""
-        reports = []
-        for branch in draft.found:
-            report = dense_report(branch)
-            if context.step is None:
-                report = replace(report, refusal=None)
-            elif branch.index in draft.forms:
-                flops = count_flops(draft.forms[branch.index])
-                report = replace(report, kept=context.step.kept, pruned_flops=flops)
-            reports.append(report)
+        forms = (draft.forms.get(branch.index) for branch in draft.found)
+        reports = map(_report, draft.found, forms, repeat(context.step))
         return replace(draft, branches=tuple(reports))
 
 
-def dense_report(branch: FoundBranch) -> BranchReport:
-    """Returns the report on a branch that runs dense."""
+def _report(branch: Branch, form: Sequence[Node] | None, step: Step | None) -> BranchReport:
+    """Returns the report on a branch, which runs dense if it has no pruned form."""
     attending = [node for node in branch.region if _attends(node, branch)]
     attended = count_flops(attending)
     flops = attended + count_flops([node for node in branch.region if node not in attending])
@@ -74,28 +71,28 @@ def dense_report(branch: FoundBranch) -> BranchReport:
         index=branch.index,
         kind=branch.kind,
         name=branch.name,
-        kept=None,
+        kept=None if step is None or form is None else step.kept,
         flops=flops,
-        pruned_flops=flops,
-        refusal=branch.refusal if isinstance(branch, RefusedBranch) else None,
+        pruned_flops=flops if form is None else count_flops(form),
+        refusal=None if step is None else branch.refusal,
         attended_flops=attended,
         keys=_keys(attending, branch),
     )
 
 
-def _attends(node: Node, branch: FoundBranch) -> bool:
+def _attends(node: Node, branch: Branch) -> bool:
     """Whether a call is a product of values that the branch makes, not of one and a weight."""
     operands = [arg for arg in node.all_input_nodes if arg in branch.region]
     return counts_flops(node) and len(operands) > 1
 
 
-def _keys(attending: Sequence[Node], branch: FoundBranch) -> int | None:
+def _keys(attending: Sequence[Node], branch: Branch) -> int | None:
     """Returns the longest token axis that the attention of a branch reads.
 
     A refused branch has no axes: there it is the last dim of the first product, the scores, or of
     the keys that an attention op reads.
     """
-    if not isinstance(branch, Branch):
+    if branch.refusal is not None:
         if not attending:
             return None
         if is_attention(attending[0]):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.analyse.branches import FoundBranch
+from passes.analyse.branches import Branch
 from passes.base import Context, Draft
 from passes.graph import copy_graph, memory_owner, outputs_of, written
 
@@ -28,7 +28,7 @@ class CaptureOutputs:
         return replace(draft, graph_module=graph_module, features=features)
 
 
-def capture_outputs(graph_module: GraphModule, branches: Iterable[FoundBranch]) -> GraphModule:
+def capture_outputs(graph_module: GraphModule, branches: Iterable[Branch]) -> GraphModule:
     """Returns a copy of a graph whose outputs end with the output of every branch, in order.
 
     An output that a later op overwrites is cloned first.

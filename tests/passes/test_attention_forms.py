@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastvar_fx
 from fastvar_fx import Schedule
-from passes.analyse.branches import Branch, RefusedBranch
 from passes.analyse.rules.attention import attention_flops, is_attention
 from passes.refusal import RefusedError
 from passes.rewrite.prune import Step, prune
@@ -416,7 +415,7 @@ def thrice(op: Any, *args: Any, tokens_first: bool = False, **kwargs: Any) -> Ca
 def test_backends_of_the_gpu(branch: Call) -> None:
     program = captured(host_of(branch), torch.randn(3, N, N, dtype=F64), [])
     found = found_in(program)
-    assert isinstance(found, Branch), str(getattr(found, "refusal", ""))
+    assert found.refusal is None, str(found.refusal)
     assert found.kind == "attention"
     pruned = prune(
         program.graph_module, [found], STEP, Chosen(indices(3, KEPT)), lambda b: b.out.meta["val"]
@@ -500,7 +499,7 @@ REFUSED: list[tuple[Call, str, str]] = [
 @pytest.mark.parametrize(("branch", "code", "reason"), REFUSED)
 def test_what_depends_on_order_or_place_is_refused(branch: Call, code: str, reason: str) -> None:
     found = found_in(captured(host_of(branch), torch.randn(N, N, N, dtype=F64), []))
-    assert isinstance(found, RefusedBranch)
+    assert found.refusal is not None
     assert found.refusal.code == code, str(found.refusal)
     assert reason in found.refusal.reason, str(found.refusal)
     assert found.refusal.where.partition(".py:")[0].endswith("test_attention_forms")
@@ -581,7 +580,7 @@ def test_residual_adds(residual: Residual) -> None:
     x = torch.randn(3, N, N, dtype=F64)
     program = captured(host, x, [])
     branch = found_in(program)
-    assert isinstance(branch, Branch), str(getattr(branch, "refusal", ""))
+    assert branch.refusal is None, str(branch.refusal)
     index = indices(3, KEPT)
     (got,) = run_pruned(host, program, branch, [x], index)
     kept = torch.zeros(3, N, 1, dtype=torch.bool).scatter(1, index.unsqueeze(-1), True)

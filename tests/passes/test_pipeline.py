@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import fastvar_fx
 import passes
 from passes import Context, Draft, Dump, PassError, RefusedError, StepProgram
-from passes.analyse.branches import RefusedBranch
 from passes.graph import copy_graph
 from passes.refusal import CODES, Refusal
 from passes.user_frames import error_line, is_users
@@ -233,9 +232,9 @@ def refused(block: Block) -> Refusal:
     draft = Draft()
     for each in passes.PIPELINE[:2]:
         draft = each.run(context_of(block), draft)
-    (found,) = [branch for branch in draft.found if isinstance(branch, RefusedBranch)]
-    assert found.refusal.node in draft.graph_module.graph.nodes
-    return found.refusal
+    (found,) = [branch.refusal for branch in draft.found if branch.refusal is not None]
+    assert found.node in draft.graph_module.graph.nodes
+    return found
 
 
 def test_a_refusal_is_false_and_knows_its_node_while_the_graph_lives(block: Block) -> None:

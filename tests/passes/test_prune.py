@@ -79,7 +79,7 @@ def branches_of(program: BlockProgram) -> list[Branch]:
     stream = placeholder_of(program, (("item", "args"), ("item", 0)))
     assert stream is not None
     found = find_branches(program.graph_module.graph, stream, program.result_count)
-    branches = [branch for branch in found if isinstance(branch, Branch)]
+    branches = [branch for branch in found if branch.refusal is None]
     assert len(branches) == len(found)
     return branches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from passes import verify
-from passes.analyse.branches import FoundBranch, find_branches
+from passes.analyse.branches import Branch, find_branches
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
@@ -173,9 +174,9 @@ def test_another_batch_and_another_length_at_once() -> None:
 def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def first_refused(*args: Any) -> list[FoundBranch]:
+    def first_refused(*args: Any) -> list[Branch]:
         first, *rest = find_branches(*args)
-        return [first.refused(Refusal("FVX011", "planted")), *rest]
+        return [replace(first, refusal=Refusal("FVX011", "planted")), *rest]
 
     monkeypatch.setattr(verify, "find_branches", first_refused)
     torch.manual_seed(0)
