@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Final
 
 from passes.analyse.branches import FindBranches
-from passes.analyse.caches import CacheReport, FindCaches
+from passes.analyse.caches import FindCaches
 from passes.analyse.costs import CountFlops
 from passes.analyse.prunable import CheckPrunable
 from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, WithoutRefused
@@ -21,7 +21,6 @@ from passes.rewrite.prune import Operators, Prune, Step
 from passes.trace.calls import Call, Reference, live_inputs, reference
 from passes.trace.capture import Capture
 from passes.trace.fingerprint import LeakedTensorError, fingerprint
-from passes.trace.state import show as _show
 from passes.verify import (
     VerifyBuffered,
     VerifyPermuted,
@@ -83,9 +82,4 @@ def run(context: Context, pipeline: Sequence[Pass] = PIPELINE) -> StepProgram:
         PassError: If a pass fails, which is a bug of the pass.
     """
     draft = _run_passes(pipeline, context, Draft())
-    caches = (
-        CacheReport(_show(draft.inputs[cache.input][1:]), getattr(cache, "reason", None))
-        for cache in draft.caches
-    )
-    shared = {each.name: getattr(draft, each.name) for each in fields(StepProgram)}
-    return StepProgram(**shared | {"caches": tuple(caches)})
+    return StepProgram(**{each.name: getattr(draft, each.name) for each in fields(StepProgram)})

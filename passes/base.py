@@ -15,9 +15,10 @@ from torch.fx import GraphModule, Node
 
 from passes.analyse.branches import KINDS, Branch, Kind
 from passes.refusal import BranchRefusedError, Refusal, RefusedError
+from passes.trace.state import show
 
 if TYPE_CHECKING:
-    from passes.analyse.caches import Buffered, CacheReport, Copied, Growth, LaterRows
+    from passes.analyse.caches import Buffered, Copied, Growth, LaterRows
     from passes.analyse.costs import BranchReport
     from passes.rewrite.prune import Operators, Step
     from passes.trace.calls import Call, Reference
@@ -61,40 +62,60 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A program in the making: each pass returns a new one.
+class StepProgram:
+    """A checked program of one step.
 
     Attributes:
         captured: The captured call, unchanged by later passes.
-        graph_module: The graph as it is now.
+        graph_module: Takes the tensors at `inputs`, then one captured output per entry of
+            `features`; returns results, writes and, at the cache step, the outputs to capture.
         inputs: Where the graph's inputs are read.
-        source: The graph that the branches were found in.
-        found: Its residual branches.
-        expected: What each branch adds in the real call, by index.
-        inputs_after: The inputs of `source` after the real call, which may have overwritten them.
         features: The branches whose outputs the graph returns (cache step) or takes (pruned step).
-        forms: The nodes that compute each pruned branch in the graph, by index.
-        at_earlier_sizes: The same graph at the sizes of an earlier call, if some vary.
         branches: A report on every branch.
         caches: The caches that the graph grows.
         buffered: The same program on buffers, if any cache can be in one.
         seconds: How long each pass took.
     """
 
-    captured: BlockProgram = _UNSET
-    graph_module: GraphModule = _UNSET
-    inputs: tuple[Path, ...] = ()
+    captured: BlockProgram = field(default=_UNSET, repr=False)
+    graph_module: GraphModule = field(default=_UNSET, repr=False)
+    inputs: tuple[Path, ...] = field(default=(), repr=False)
+    features: tuple[int, ...] = ()
+    branches: tuple[BranchReport, ...] = ()
+    caches: tuple[Growth | Copied, ...] = ()
+    buffered: Buffered | None = field(default=None, repr=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def prunes(self) -> tuple[int, ...]:
+        """The branches that prune."""
+        return tuple(branch.index for branch in self.branches if branch.kept is not None)
+
+    @property
+    def why_copied(self) -> dict[str, str | None]:
+        """Why each cache is copied as it grows, by its place; None for one in a buffer."""
+        return {show(self.inputs[c.input][1:]): getattr(c, "reason", None) for c in self.caches}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(StepProgram):
+    """A program in the making: each pass returns a new one.
+
+    Attributes:
+        source: The graph that the branches were found in.
+        found: Its residual branches.
+        expected: What each branch adds in the real call, by index.
+        inputs_after: The inputs of `source` after the real call, which may have overwritten them.
+        forms: The nodes that compute each pruned branch in the graph, by index.
+        at_earlier_sizes: The same graph at the sizes of an earlier call, if some vary.
+    """
+
     source: GraphModule = _UNSET
     found: tuple[Branch, ...] = ()
     expected: Mapping[int, Tensor] = field(default_factory=dict)
     inputs_after: tuple[Any, ...] = ()
-    features: tuple[int, ...] = ()
     forms: Mapping[int, Sequence[Node]] = field(default_factory=dict)
     at_earlier_sizes: GraphModule | None = None
-    branches: tuple[BranchReport, ...] = ()
-    caches: tuple[Growth | Copied, ...] = ()
-    buffered: Buffered | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def newest(self) -> GraphModule:
@@ -109,30 +130,6 @@ class Draft:
         """Returns the draft with a branch refused."""
         found = (replace(b, refusal=refusal) if b.index == branch else b for b in self.found)
         return replace(self, found=tuple(found))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepProgram:
-    """A checked program of one step; its fields are those of the finished draft.
-
-    Attributes:
-        graph_module: Takes the tensors at `inputs`, then one captured output per entry of
-            `features`; returns results, writes and, at the cache step, the outputs to capture.
-    """
-
-    captured: BlockProgram = field(repr=False)
-    graph_module: GraphModule = field(repr=False)
-    inputs: tuple[Path, ...] = field(repr=False)
-    features: tuple[int, ...]
-    branches: tuple[BranchReport, ...]
-    caches: tuple[CacheReport, ...] = ()
-    buffered: Buffered | None = field(default=None, repr=False)
-    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
-
-    @property
-    def prunes(self) -> tuple[int, ...]:
-        """The branches that prune."""
-        return tuple(branch.index for branch in self.branches if branch.kept is not None)
 
 
 class Pass(Protocol):

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from fastvar_fx.engine import inductor_linears
 from fastvar_fx.engine.block import with_own_code
 from fastvar_fx.engine.call import BlockCall
-from fastvar_fx.engine.executor import Compiled
+from fastvar_fx.engine.executor import Compiled, Executor
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
 
@@ -43,7 +43,7 @@ class _Region:
         self.fell_back = False
 
 
-class Compilation:
+class Compilation(Executor):
     """The compiled regions of a transformed model; they are compiled at their first call.
 
     Attributes:

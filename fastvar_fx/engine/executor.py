@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from torch.fx import GraphModule
 
@@ -27,32 +27,18 @@ class Compiled:
     linears: str | None = None
 
 
-class Executor(Protocol):
-    """Runs what the blocks run: eagerly, compiled, or with a clock."""
+class Executor:
+    """Runs what the blocks run: this one eagerly, subclasses compiled or with a clock."""
 
     @property
     def compiled(self) -> Compiled | None:
         """What was compiled so far; None if nothing is to be compiled."""
+        return None
 
     @property
     def makes_cuda_graphs(self) -> bool:
         """Whether programs are recorded as CUDA graphs, each by itself."""
-
-    def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
-        """Returns the outputs of a program's graph."""
-
-    def run_dense(self, call: BlockCall) -> Any:
-        """Returns what a block's own forward returns."""
-
-    def anew(self) -> Executor:
-        """Returns one for a copy of the model."""
-
-
-class Eager:
-    """Runs everything eagerly."""
-
-    compiled: Final = None
-    makes_cuda_graphs: Final = False
+        return False
 
     def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
         """Returns the outputs of a program's graph."""
@@ -62,9 +48,9 @@ class Eager:
         """Returns what a block's own forward returns."""
         return call.site.forward(call.block, *call.args, **call.kwargs)
 
-    def anew(self) -> Eager:
-        """Returns itself: it holds nothing."""
+    def anew(self) -> Executor:
+        """Returns one for a copy of the model."""
         return self
 
 
-EAGER: Final = Eager()
+EAGER: Final = Executor()

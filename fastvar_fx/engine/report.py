@@ -163,9 +163,9 @@ class Caches:
             return None
         found: dict[str, str | None] = {}
         for record in engine.store.records.values():
-            for cache in record.caches:
-                name = f"{record.block}.{cache.name}"
-                found[name] = found.get(name) or cache.copied
+            for place, reason in record.caches.items():
+                name = f"{record.block}.{place}"
+                found[name] = found.get(name) or reason
         copied = {name: reason for name, reason in found.items() if reason is not None}
         return cls(
             buffered=len(found) - len(copied),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import passes
@@ -16,7 +16,6 @@ from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind, meta_of
 from fastvar_fx.errors import FastVARError, ModelError, RunError
-from passes.analyse.caches import CacheReport
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
 
@@ -35,7 +34,7 @@ class StepRecord:
         branches: A report on each branch.
         program: The program's number; None if there is none.
         refusal: Why the whole block stays dense.
-        caches: The caches that it grows.
+        caches: Why each cache that it grows is copied, by its place; None for one in a buffer.
     """
 
     layer: int
@@ -45,7 +44,7 @@ class StepRecord:
     branches: tuple[BranchReport, ...] = ()
     program: int | None = None
     refusal: Refusal | None = None
-    caches: tuple[CacheReport, ...] = ()
+    caches: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Store:
             program = StaysDense(call)
         else:
             self.records[site.layer, step] = replace(
-                at, branches=made.branches, program=entry.number, caches=made.caches
+                at, branches=made.branches, program=entry.number, caches=made.why_copied
             )
             program = Program(made, call, self._buffers)
         site.programs.setdefault(step, []).append(program)

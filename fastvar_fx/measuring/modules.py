@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from fastvar_fx.engine.call import BlockCall, BlockSite
 from fastvar_fx.engine.engine import Engine
-from fastvar_fx.engine.executor import Eager
+from fastvar_fx.engine.executor import Executor
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.store import Store
@@ -127,7 +127,7 @@ def overhead(modules: Mapping[Variant, ModuleTimes], step: int) -> float:
     return (pruned[PTS] + pruned[CTR]) / branches
 
 
-class ModuleClock(Eager):
+class ModuleClock(Executor):
     """Runs blocks eagerly and reads the clock where the module changes in their graphs.
 
     Programs of dense steps are made at the first call of each: do not measure that run.

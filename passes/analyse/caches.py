@@ -78,14 +78,6 @@ class Buffered:
     growths: tuple[Growth, ...]
 
 
-@dataclass(frozen=True)
-class CacheReport:
-    """A cache that a program grows: where it is, and why it is copied, if it is."""
-
-    name: str
-    copied: str | None
-
-
 class FindCaches:
     """Finds the caches that the graph grows, and what later steps append to each."""
 
