@@ -76,11 +76,10 @@ class Compilation(Executor):
     @property
     def compiled(self) -> Compiled:
         """What was compiled so far."""
-        choice = inductor_linears.choice_in(self._options)
         return Compiled(
             graphs=dict(sorted(self.graphs.items())),
             failures=tuple(self.failures),
-            linears=None if choice is None else str(choice),
+            linears=inductor_linears.choice_in(self._options),
         )
 
     def anew(self) -> Compilation:

@@ -18,7 +18,7 @@ in oneDNN already, with AMX where the CPU has it, eagerly and compiled; oneDNN h
 from __future__ import annotations
 
 import platform
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -63,6 +63,28 @@ class Machine(NamedTuple):
             torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
         )
 
+    @property
+    def reason_to_stay(self) -> str:
+        """Why float32 layers run in the library that torch takes; empty if oneDNN is faster."""
+        if not self.onednn:
+            return "torch was built without oneDNN"
+        if not self.mkl:
+            return "torch's BLAS is not MKL"
+        if self.vendor != "AMD":
+            return f"MKL on {self.vendor or 'another'} CPU"
+        return "" if self.isa == "AVX512" else "MKL is as fast without AVX-512"
+
+    @property
+    def choice(self) -> str:
+        """The layers, the library and the reason, as a line for the user."""
+        if self.reason_to_stay:
+            return f"CPU linears: torch's own library ({self.reason_to_stay})"
+        size = f"2**{_LEAST_PRODUCTS.bit_length() - 1}"
+        return (
+            f"CPU linears of {size} and more float32 products: oneDNN (AMD CPU, on which torch's "
+            f"BLAS, MKL, does not use AVX-512)"
+        )
+
 
 def _vendor() -> str:
     try:
@@ -71,36 +93,6 @@ def _vendor() -> str:
         text = platform.processor()
     vendors = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
     return next((name for mark, name in vendors.items() if mark in text), "")
-
-
-class Choice(NamedTuple):
-    """Whether layers run in oneDNN, not in the library that torch takes, and why."""
-
-    onednn: bool
-    reason: str
-
-    def __str__(self) -> str:
-        """Names the layers, the library and the reason."""
-        if not self.onednn:
-            return f"CPU linears: torch's own library ({self.reason})"
-        size = f"2**{_LEAST_PRODUCTS.bit_length() - 1}"
-        return f"CPU linears of {size} and more float32 products: oneDNN ({self.reason})"
-
-
-def choose(machine: Machine, dtype: torch.dtype) -> Choice:
-    """Returns the library for large linear layers of a dtype on a machine."""
-    own = partial(Choice, False)
-    if dtype is not torch.float32:
-        return own(f"torch takes the library for {dtype}")
-    if not machine.onednn:
-        return own("torch was built without oneDNN")
-    if not machine.mkl:
-        return own("torch's BLAS is not MKL")
-    if machine.vendor != "AMD":
-        return own(f"MKL on {machine.vendor or 'another'} CPU")
-    if machine.isa != "AVX512":
-        return own("MKL is as fast without AVX-512")
-    return Choice(True, "AMD CPU, on which torch's BLAS, MKL, does not use AVX-512")
 
 
 def with_pass(options: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +108,11 @@ def with_pass(options: dict[str, Any]) -> dict[str, Any]:
     return {**others, "options": {_OPTION: linears, **settings}}
 
 
-def choice_in(options: dict[str, Any]) -> Choice | None:
+def choice_in(options: dict[str, Any]) -> str | None:
     """Returns what the pass in options of `torch.compile` chose; None if it is not among them."""
     machine = Machine.here()
     linears = (options.get("options") or {}).get(_OPTION)
-    return choose(machine, torch.float32) if linears is _inductor_pass(machine) else None
+    return machine.choice if linears is _inductor_pass(machine) else None
 
 
 @cache
@@ -134,19 +126,18 @@ def _inductor_pass(machine: Machine) -> CustomGraphPass:
 
         def uuid(self) -> bytes:
             """Returns a part of the key in Inductor's cache of graphs."""
-            choice = choose(machine, torch.float32)
-            return get_hash_for_files((__file__,), repr((machine, choice)))
+            return get_hash_for_files((__file__,), repr((machine, machine.choice)))
 
     _registered_op()  # a graph from Inductor's cache calls it too
     return FasterLinears()
 
 
 def move_linears(graph: Graph, machine: Machine) -> None:
-    """Rewrites a graph of ATen ops in place: its layers run in the library that is chosen."""
+    """Rewrites a graph of ATen ops in place: its layers run in the library that is faster."""
+    if machine.reason_to_stay:
+        return
     layers = {node: parts for node in graph.nodes if (parts := _linear_parts(node)) is not None}
     for node, parts in layers.items():
-        if not choose(machine, node.meta["val"].dtype).onednn:
-            continue
         with graph.inserting_before(node):
             linear = graph.call_function(_registered_op(), parts)
         linear.meta = dict(node.meta)
@@ -156,7 +147,7 @@ def move_linears(graph: Graph, machine: Machine) -> None:
 
 
 def _linear_parts(node: Node) -> tuple[Any, Node, Any] | None:
-    """Returns x (M, K), weight (N, K) and bias (N) of a large linear layer on a CPU."""
+    """Returns x (M, K), weight (N, K) and bias (N) of a large float32 linear layer on a CPU."""
     if node.target not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) or node.kwargs:
         return None
     operands: Any = node.args
@@ -165,7 +156,7 @@ def _linear_parts(node: Node) -> tuple[Any, Node, Any] | None:
     if not _is_transposed(transposed) or (bias is not None and bias.meta["val"].dim() != 1):
         return None
     weight, made = transposed.args[0], node.meta["val"]
-    if made.device.type != "cpu":
+    if made.device.type != "cpu" or made.dtype is not torch.float32:
         return None
     products = made.numel() * weight.meta["val"].shape[1]
     if type(products) is not int or products < _LEAST_PRODUCTS:  # neither if it is symbolic
