@@ -11,7 +11,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
@@ -117,11 +117,11 @@ class Recording:
             with _seeded(self._generators, _SEED):
                 self._graph.warm_up(lambda: trace(self._fast, generate))
             state = Snapshot(roots(self._fast, (), {}))
-            with _seeded(self._generators, _SEED), _restored(state):
-                self._rehearse(generate)
-            # The state that this run leaves is in the graph's memory and not computed yet.
-            with _seeded(self._generators, _SEED), _restored(state):
-                output = self._capture(generate)
+            for attempt in (self._rehearse, self._capture):
+                with _seeded(self._generators, _SEED), ExitStack() as after:
+                    # The state that a capture leaves is in the graph's memory, not computed yet.
+                    after.callback(state.restore)
+                    output = attempt(generate)
             _check_output(output, self._graph.device)
         except BaseException:
             reset(self._fast)
@@ -350,15 +350,6 @@ def _seeded(generators: Sequence[torch.Generator], seed: int | None) -> Iterator
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-
-
-@contextmanager
-def _restored(state: Snapshot) -> Iterator[None]:
-    """Restores the model's attributes after a run."""
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 def _generators(
