@@ -8,7 +8,7 @@ every call for which its rule cannot say that dropping tokens is sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -18,6 +18,7 @@ from torch.fx import Node
 from passes.analyse.axes import (
     Axes,
     AxesError,
+    Dim,
     broadcast,
     has_batch,
     has_tokens,
@@ -117,6 +118,11 @@ class Site:
         """The shape of the (single) result."""
         return list(self.node.meta["val"].shape)
 
+    def stream_dim(self) -> tuple[Axes, int]:
+        """Returns the axes of `self` and the argument `dim`, which is one of them, from 0 on."""
+        axes = self.stream("self")
+        return axes, self.dim("dim", len(axes))
+
     def dim(self, name: str, rank: int) -> int:
         """Returns the argument `name` as a dim in [0, rank)."""
         return int(self.args[name]) % rank
@@ -161,6 +167,20 @@ class Site:
                 self.refuse("FVX012", f"it {what} the token axis")
             if has_batch(axes[d]):
                 self.refuse("FVX013", f"it {what} the batch axis")
+
+    def keep_apart(self, dims: Collection[Dim], verb: str) -> None:
+        """Refuses an op that combines the entries of `dims` if they are tokens or samples."""
+        if any(map(has_tokens, dims)):
+            self.refuse("FVX013", f"it {verb} over the tokens")
+        if any(map(has_batch, dims)):
+            self.refuse("FVX013", f"it {verb} over the samples of the batch")
+
+    def results(self, first: Axes, others: Axes | None = None) -> Axes | list[Axes]:
+        """Returns the axes of one result, or the list of several: the others are like the first."""
+        values = self.node.meta["val"]
+        if not isinstance(values, (tuple, list)):
+            return first
+        return [first] + [first if others is None else others] * (len(values) - 1)
 
     def refuse(self, code: str, reason: str) -> NoReturn:
         """Refuses this call."""
@@ -239,14 +259,9 @@ def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any,
 
 def pointwise(site: Site) -> Axes:
     """Broadcasts all tensor operands."""
-    return broadcast_operands(site, site.tensors)
-
-
-def broadcast_operands(site: Site, names: Sequence[str]) -> Axes:
-    """Broadcasts the operands of these names."""
-    inside = [axes for n in names if (axes := site.axes(site.args[n])) is not None]
+    inside = [axes for name in site.tensors if (axes := site.axes(site.args[name])) is not None]
     result = broadcast(inside)
-    for name in names:
+    for name in site.tensors:
         site.meet(name, result)
     return filled(result, site.out_shape)
 

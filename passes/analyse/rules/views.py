@@ -17,7 +17,7 @@ from passes.analyse.axes import (
     plain_dim,
     regroup,
 )
-from passes.analyse.rules.site import Site, broadcast_operands, filled, rule
+from passes.analyse.rules.site import Site, filled, rule
 from passes.graph import op_name
 
 
@@ -32,9 +32,8 @@ def _view(site: Site) -> Axes:
 
 @rule("aten::unflatten")
 def _unflatten(site: Site) -> Axes:
-    before = site.stream("self")
+    before, dim = site.stream_dim()
     axes = regroup(before, site.out_shape)
-    dim = site.dim("dim", len(before))
     site.resize("sizes", axes[dim : dim + 1 + len(axes) - len(before)])
     return axes
 
@@ -67,11 +66,6 @@ def _expand(site: Site) -> Axes:
     return axes
 
 
-@rule("aten::expand_as")
-def _expand_as(site: Site) -> Axes:
-    return broadcast_operands(site, ["self", "other"])
-
-
 @rule("aten::repeat", "aten::tile")
 def _repeat(site: Site) -> Axes:
     axes = site.stream("self")
@@ -82,27 +76,22 @@ def _repeat(site: Site) -> Axes:
 
 @rule("aten::repeat_interleave")
 def _repeat_interleave(site: Site) -> Axes:
-    axes = site.stream("self")
     if not isinstance(site.args["repeats"], int) or site.args["dim"] is None:
         site.refuse("FVX010", "it repeats by a tensor, or flattens")
-    dim = site.dim("dim", len(axes))
-    return tuple(
-        (*a, *plain_dim(site.args["repeats"])) if d == dim else a for d, a in enumerate(axes)
-    )
+    axes, dim = site.stream_dim()
+    return (*axes[:dim], (*axes[dim], *plain_dim(site.args["repeats"])), *axes[dim + 1 :])
 
 
 @rule("aten::select")
 def _select(site: Site) -> Axes:
-    axes = site.stream("self")
-    dim = site.dim("dim", len(axes))
+    axes, dim = site.stream_dim()
     site.keep_tokens_whole(axes, [dim], "selects one position of")
     return axes[:dim] + axes[dim + 1 :]
 
 
 @rule("aten::slice", "aten::narrow")
 def _slice(site: Site) -> Axes:
-    axes = site.stream("self")
-    dim = site.dim("dim", len(axes))
+    axes, dim = site.stream_dim()
     size, result = site.node.args[0].meta["val"].shape[dim], site.out_shape[dim]  # type: ignore[union-attr]
     if size == result:
         if "length" in site.args and has_tokens(axes[dim]):
@@ -130,8 +119,7 @@ def _drop_leading(site: Site, axes: Axes, dim: int, result: int) -> Axes:
 @rule("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split", "aten::unbind",
       "aten::unsafe_chunk", "aten::unsafe_split")  # fmt: skip
 def _split(site: Site) -> list[Axes]:
-    axes = site.stream("self")
-    dim = site.dim("dim", len(axes))
+    axes, dim = site.stream_dim()
     site.keep_tokens_whole(axes, [dim], "splits")
     parts = site.node.meta["val"]
     if len(parts[0].shape) < len(axes):  # unbind
@@ -152,8 +140,7 @@ def _getitem(site: Site) -> Axes:
 
 @rule("aten::glu")
 def _glu(site: Site) -> Axes:
-    axes = site.stream("self")
-    dim = site.dim("dim", len(axes))
+    axes, dim = site.stream_dim()
     site.keep_tokens_whole(axes, [dim], "halves")
     return tuple(plain_dim(site.out_shape[d]) if d == dim else a for d, a in enumerate(axes))
 
