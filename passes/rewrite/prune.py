@@ -143,23 +143,28 @@ def prune(
 
 
 class _Rewriter:
+    """Builds the pruned graph.
+
+    Attributes:
+        graph: The graph in the making.
+        dense: The dense form of each node of the source.
+        selected: What each branch of the block has selected, by index.
+    """
+
     def __init__(
         self, graph_module: GraphModule, branches: list[Branch], step: Step, operators: Operators
     ) -> None:
+        self.step = step
+        self.operators = operators
+        self.graph = Graph()
+        self.dense: dict[Node, Node] = {}
+        self.selected: dict[int, Node] = {}
         self._source = graph_module
-        self._operators = operators
-        self._graph = Graph()
-        self._dense: dict[Node, Node] = {}
-        selected: dict[int, Node] = {}
-        self._emitters = [
-            _BranchEmitter(self._graph, branch, step, operators, self._dense, selected)
-            for branch in branches
-        ]
+        self._emitters = [_BranchEmitter(self, branch) for branch in branches]
 
     def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
         inputs = [self._copy(node) for node in self._source.graph.find_nodes(op="placeholder")]
-        caches = [self._cache_input(e.branch, captured(e.branch)) for e in self._emitters]
-        adds = {e.branch.add: (e, c) for e, c in zip(self._emitters, caches, strict=True)}
+        adds = {e.branch.add: (e, self._cache_input(e.branch, captured)) for e in self._emitters}
         for node in self._source.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
@@ -170,75 +175,61 @@ class _Rewriter:
                 self._copy(node)
             for emitter in self._emitters:
                 emitter.emit(node)
-        self._output()
-        self._graph.eliminate_dead_code(is_impure_node=partial(has_effect, random=False))
-        read = [place for place in drop_unread_inputs(self._graph) if place < len(inputs)]
-        return PrunedGraph(GraphModule(self._source, self._graph), tuple(read), self._forms())
+        made = dict(self.dense)
+        for emitter in reversed(self._emitters):
+            made |= emitter.emitted
+        self.graph.output([made[value] for value in outputs_of(self._source.graph)])
+        self.graph.eliminate_dead_code(is_impure_node=partial(has_effect, random=False))
+        read = [place for place in drop_unread_inputs(self.graph) if place < len(inputs)]
+        forms = {emitter.branch.index: self._form(emitter) for emitter in self._emitters}
+        return PrunedGraph(GraphModule(self._source, self.graph), tuple(read), forms)
 
-    def _cache_input(self, branch: Branch, example: Tensor) -> Node:
-        node = self._graph.placeholder(f"captured_{branch.index}")
-        node.meta = {"val": example, "fastvar": {"input": f"captured {branch.name}"}}
+    def _cache_input(self, branch: Branch, captured: Callable[[Branch], Tensor]) -> Node:
+        node = self.graph.placeholder(f"captured_{branch.index}")
+        node.meta = {"val": captured(branch), "fastvar": {"input": f"captured {branch.name}"}}
         return node
 
     def _copy(self, node: Node) -> Node:
-        self._dense[node] = self._graph.node_copy(node, self._dense.__getitem__)
-        return self._dense[node]
+        self.dense[node] = self.graph.node_copy(node, self.dense.__getitem__)
+        return self.dense[node]
 
     def _add(self, node: Node, out: Node, restored: Node) -> None:
         """Emits the residual add, into the restored output where that saves an allocation."""
         plain = node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs
         same = restored.meta["val"].dtype == node.meta["val"].dtype
-        if not (plain and same and self._operators.restores_anew):
-            self._copy(node).replace_input_with(self._dense[out], restored)
+        if not (plain and same and self.operators.restores_anew):
+            self._copy(node).replace_input_with(self.dense[out], restored)
             return
-        (trunk,) = [self._dense[arg] for arg in node.all_input_nodes if arg is not out]
-        add = self._graph.call_function(torch.ops.aten.add_.Tensor, (restored, trunk))
+        (trunk,) = [self.dense[arg] for arg in node.all_input_nodes if arg is not out]
+        add = self.graph.call_function(torch.ops.aten.add_.Tensor, (restored, trunk))
         add.meta = dict(node.meta)
-        self._dense[node] = add
+        self.dense[node] = add
 
-    def _output(self) -> None:
-        made = dict(self._dense)
-        for emitter in reversed(self._emitters):
-            made |= emitter.emitted
-        self._graph.output([made[value] for value in outputs_of(self._source.graph)])
-
-    def _forms(self) -> dict[int, list[Node]]:
-        forms = {}
-        for emitter in self._emitters:
-            dense = [self._dense[node] for node in emitter.branch.region]
-            both = {*dense, *emitter.emitted.values()}
-            forms[emitter.branch.index] = [node for node in self._graph.nodes if node in both]
-        return forms
+    def _form(self, emitter: _BranchEmitter) -> list[Node]:
+        """Returns the nodes of a branch that are left, in either form."""
+        both = {*(self.dense[node] for node in emitter.branch.region), *emitter.emitted.values()}
+        return [node for node in self.graph.nodes if node in both]
 
 
 class _BranchEmitter:
     """Emits one branch on the kept tokens.
 
-    `selected` holds the selections of all branches of the block, by the branch that made them.
+    Attributes:
+        branch: The branch.
+        emitted: The pruned form of its nodes.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        branch: Branch,
-        step: Step,
-        operators: Operators,
-        dense: dict[Node, Node],
-        selected: dict[int, Node],
-    ) -> None:
+    def __init__(self, rewriter: _Rewriter, branch: Branch) -> None:
         self.branch = branch
-        self._graph = graph
         self.emitted: dict[Node, Node] = {}
-        self._step = step
-        self._kept = step.kept
-        self._operators = operators
-        self._dense = dense
-        self._selected = selected
-        self._selector = 0 if step.selects_once else branch.index
-        self._taken: dict[Node, Node] = {}
-        self._gathered: dict[tuple[Node, Axes], Node] = {}
+        self._rewriter = rewriter
+        self._dense = rewriter.dense
+        self._kept = rewriter.step.kept
+        self._operators = rewriter.operators
+        self._selector = 0 if rewriter.step.selects_once else branch.index
+        self._taken: dict[tuple[Node, Axes | None], Node] = {}
         self._region = set(branch.region)
-        if not step.kept:  # ops may fail on no tokens, so only what becomes new state is emitted
+        if not self._kept:  # ops may fail on no tokens, so only what becomes new state is emitted
             states = [node for node in branch.region if any(u.op == "output" for u in node.users)]
             self._region = inputs_within(states, self._region)
 
@@ -264,18 +255,19 @@ class _BranchEmitter:
             for name in names[len(node.args) :]
             if name in node.kwargs or (name, None) in edits
         }
-        self.emitted[node] = self._call(node.target, positional, keyword, node)
+        self.emitted[node] = self._call(node.target, positional, node, keyword)
         self._check(node)
 
     def restored(self, cache: Node) -> Node:
         """Emits the restoration of the branch's full output."""
-        out, scales = self.branch.out, (self._step.cached_scale, self._step.scale)
+        out, step = self.branch.out, self._rewriter.step
         if self._kept:
             kept, selection = self.emitted[out], self._selection(out)
         else:
-            kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), {}, out)
-            selection = self._call(_no_tokens, (cache,), {}, out)
-        return self._call(self._operators.restore, (kept, selection, cache, *scales), {}, out)
+            kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), out)
+            selection = self._call(_no_tokens, (cache,), out)
+        parts = (kept, selection, cache, step.cached_scale, step.scale)
+        return self._call(self._operators.restore, parts, out)
 
     def _argument(self, name: str, value: Any, edits: Mapping[Slot, Edit], like: Node) -> Any:
         edit = edits.get((name, None))
@@ -297,7 +289,7 @@ class _BranchEmitter:
         if value in self.branch.entries:
             return self._take(value)
         if isinstance(edit, Gather):
-            return self._gather(value, edit.axes)
+            return self._take(value, edit.axes)
         return self._dense[value]
 
     def _resized(self, sizes: Iterable[Any], axes: Axes, like: Node) -> list[Any]:
@@ -307,7 +299,7 @@ class _BranchEmitter:
             kept = dim_size(dim, self._kept)
             if isinstance(size, Node):
                 dropped, dense = dim_size(dim) - kept, self._dense[size]
-                resized.append(self._call(operator.sub, (dense, dropped), {}, like))
+                resized.append(self._call(operator.sub, (dense, dropped), like))
             elif size == -1 and self._kept:
                 resized.append(-1)
             else:
@@ -318,39 +310,37 @@ class _BranchEmitter:
         count = self._kept + edit.around
         if not isinstance(value, Node):
             return edit.compute(value, count)
-        return self._call(edit.compute, (self._dense[value], count), {}, like)
+        return self._call(edit.compute, (self._dense[value], count), like)
 
     def _selection(self, like: Node) -> Node:
         """What is selected of the trunk as this branch reads it, or as the first branch does."""
-        if self._selector not in self._selected:
+        selected = self._rewriter.selected
+        if self._selector not in selected:
             read = [entry for entry in self.branch.entries if entry in self._dense]
             source = self._dense[read[-1]]  # a later alias may not be there yet
-            made = self._call(self._operators.select, (source, self._kept), {}, like)
-            self._selected[self._selector] = made
-        return self._selected[self._selector]
+            made = self._call(self._operators.select, (source, self._kept), like)
+            selected[self._selector] = made
+        return selected[self._selector]
 
-    def _kept_index(self, like: Node) -> Node:
-        selection = self._selection(like)
-        if isinstance(selection.meta["val"], Tensor):
-            return selection
-        return self._call(operator.getitem, (selection, 0), {}, like)
+    def _take(self, value: Node, axes: Axes | None = None) -> Node:
+        """Emits the kept tokens of a trunk value, or of a side input that meets these axes."""
+        if (value, axes) not in self._taken:
+            dense, selection = self._dense[value], self._selection(value)
+            if axes is None:
+                made = self._call(self._operators.take, (dense, selection), value)
+            else:
+                if not isinstance(selection.meta["val"], Tensor):
+                    selection = self._call(operator.getitem, (selection, 0), value)
+                layout = SideLayout.of(value.meta["val"].shape, axes, self._kept)
+                made = self._call(take_side, (dense, selection, *layout), value)
+            self._taken[value, axes] = made
+        return self._taken[value, axes]
 
-    def _take(self, entry: Node) -> Node:
-        if entry not in self._taken:
-            parts = (self._dense[entry], self._selection(entry))
-            self._taken[entry] = self._call(self._operators.take, parts, {}, entry)
-        return self._taken[entry]
-
-    def _gather(self, side: Node, axes: Axes) -> Node:
-        if (side, axes) not in self._gathered:
-            layout = SideLayout.of(side.meta["val"].shape, axes, self._kept)
-            index = self._kept_index(side)
-            parts = (self._dense[side], index, *layout)
-            self._gathered[side, axes] = self._call(take_side, parts, {}, side)
-        return self._gathered[side, axes]
-
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:
-        node = self._graph.call_function(target, args, kwargs)
+    def _call(
+        self, target: Any, args: tuple[Any, ...], like: Node, kwargs: dict[str, Any] | None = None
+    ) -> Node:
+        kwargs = kwargs or {}
+        node = self._rewriter.graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k != "val"}
         node.meta["fastvar"] = self.branch.label | {"kept": self._kept}
         try:
