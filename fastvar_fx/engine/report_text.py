@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,15 @@ _HEADER = (
 
 def table(report: Report) -> str:
     """Returns a table; blocks that do the same share a line."""
+    savings = [_skipping_line(report.skipping), _pruning_line(report.pruning)]
     if not report.rows:
-        return "\n".join([_empty(report), *_savings(report), *_compiled_notes(report)])
+        return "\n".join([_empty(report), *savings, *_compiled_notes(report)])
     lines = [_HEADER, *(_line(group) for group in _grouped(report.rows))]
     for step in sorted({row.step for row in report.rows}):
         dense, pruned = report.flops(step)
         if dense != pruned:
             lines.append(f"step {step}: {_change(dense, pruned)}")
-    lines += [*_savings(report), *_notes(report), *_payoff(report)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *savings, *_notes(report), *_payoff(report)])
 
 
 def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
@@ -100,11 +101,13 @@ def _cache_lines(caches: Caches | None) -> list[str]:
         f"KV caches: {caches.buffered} in buffers, grown in place {caches.appended} times and "
         f"moved {caches.moved} times"
     )
+    lines = [text]
     by_reason: dict[str, list[str]] = {}
     for name, reason in caches.copied.items():
         by_reason.setdefault(reason, []).append(name)
-    more = {reason: f" (+{len(n) - 1})" * (len(n) > 1) for reason, n in by_reason.items()}
-    return [text, *(f"copied as it grows: {n[0]}{more[r]}, for {r}" for r, n in by_reason.items())]
+    for reason, (name, *more) in by_reason.items():
+        lines.append(f"copied as it grows: {name}{f' (+{len(more)})' * bool(more)}, for {reason}")
+    return lines
 
 
 def _compiled_notes(report: Report) -> list[str]:
@@ -128,10 +131,6 @@ def _payoff(report: Report) -> list[str]:
         )
         lines.append(f"step {step}: {dense} dense, {pruned} pruned: {verdict}")
     return lines
-
-
-def _savings(report: Report) -> list[str]:
-    return [_skipping_line(report.skipping), _pruning_line(report.pruning)]
 
 
 def _skipping_line(skipping: Skipping) -> str:
@@ -178,19 +177,13 @@ def _empty(report: Report) -> str:
     return f"no step that captures or prunes was met; blocks saw token counts {seen}"
 
 
-def _flops(count: int) -> str:
-    value = float(count)
-    for unit in ("", "K", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}P"
+def _scaled(count: float, base: int, digits: int, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if count < base:
+            return f"{count:.{digits}g}{unit}"
+        count /= base
+    return f"{count:.{digits}g}{units[-1]}"
 
 
-def _bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"
+_flops = partial(_scaled, base=1000, digits=3, units=("", "K", "M", "G", "T", "P"))
+_bytes = partial(_scaled, base=1024, digits=4, units=(" B", " KiB", " MiB", " GiB"))
