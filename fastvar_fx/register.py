@@ -39,7 +39,7 @@ def axis_rule(*ops: str, attention: bool = False) -> Callable[[Rule], Rule]:
     for name in ops:
         if name.count("::") != 1:
             raise ValueError(f'axis_rule takes op names as "namespace::op"; found {name!r}')
-    return rule(*ops, attends=attention)
+    return rule(*ops, attends=attention, declared=True)
 
 
 def register_opaque(
@@ -99,7 +99,7 @@ def register_opaque(
     name = f"{_NAMESPACE}::{_free_name(kernel)}"
     op = torch.library.custom_op(name, function, mutates_args=(), schema=found)
     op.register_fake(fake)
-    rule(name, attends=chosen is opaque.attention)(chosen)
+    rule(name, attends=chosen is opaque.attention, declared=True)(chosen)
     return op
 
 

@@ -69,6 +69,16 @@ def example_values(args: Any) -> Any:
     return torch.fx.node.map_arg(args, lambda node: node.meta["val"])
 
 
+def draws_numbers(node: Node) -> bool:
+    """Whether a call draws random numbers, as dropout does unless it is off or its rate is 0."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    args = bind(node)
+    on = args.get("train") is not False and args.get("p", args.get("dropout_p", 1)) != 0
+    return on and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def inputs_within(roots: Iterable[Node], within: set[Node]) -> set[Node]:
     """Returns the nodes of a set that `roots` are computed from, roots of the set included.
 

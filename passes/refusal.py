@@ -20,7 +20,6 @@ class Code(NamedTuple):
 
 
 _NOTHING: Final = "none needed: this branch stays dense, the rest prunes"
-_RULE: Final = "register an axis rule for the op with axis_rule, or leave this kind dense"
 
 CODES: Final = {
     "FVX001": Code(
@@ -38,7 +37,7 @@ CODES: Final = {
     "FVX004": Code(
         "the block holds no residual branch", "choose the modules that hold the adds as blocks"
     ),
-    "FVX010": Code("an op has no axis rule", _RULE),
+    "FVX010": Code("no axis rule covers the call of an op", _NOTHING),
     "FVX011": Code("the token axis is reshaped", _NOTHING),
     "FVX012": Code("the branch reads the token axis by position", _NOTHING),
     "FVX013": Code("the branch mixes tokens other than by attention", _NOTHING),
@@ -54,9 +53,9 @@ CODES: Final = {
     ),
     "FVX017": Code(
         "the rewritten graph does not reproduce the block",
-        "check the axis rules and opaque kernels you declared: one leaves something out",
+        "look for a value that depends on the number or the order of the tokens",
     ),
-    "FVX018": Code("the rewritten op does not run on the kept tokens", _RULE),
+    "FVX018": Code("the rewritten op does not run on the kept tokens", _NOTHING),
     "FVX019": Code(
         "the graph depends on a size that varies", "none needed: every size gets its own graph"
     ),
@@ -94,10 +93,12 @@ class Refusal:
     _node: weakref.ref[Node] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def at(cls, node: Node, code: str, reason: str, nearest: str = "") -> Refusal:
-        """Returns a refusal because of one node."""
+    def at(
+        cls, node: Node, code: str, reason: str, *, advice: str = "", nearest: str = ""
+    ) -> Refusal:
+        """Returns a refusal because of one node; for the arguments see `refuse`."""
         op, line, held = str(node.target), where(node), weakref.ref(node)
-        return cls(code, reason, op, line, nearest=nearest, _node=held)
+        return cls(code, reason, op, line, advice, nearest, held)
 
     def __bool__(self) -> bool:
         return False
@@ -152,8 +153,18 @@ class BranchRefusedError(RefusedError):
         self.branch = branch
 
 
-def refuse(code: str, reason: str, node: Node | None = None, nearest: str = "") -> NoReturn:
-    """Refuses with `code`, naming the op and the user's line of `node`."""
+def refuse(
+    code: str, reason: str, node: Node | None = None, *, advice: str = "", nearest: str = ""
+) -> NoReturn:
+    """Refuses with `code`, naming the op and the user's line of `node`.
+
+    Args:
+        code: A key of `CODES`.
+        reason: The case at hand.
+        node: The node at fault.
+        advice: What the user can do in this case; if empty, the hint of the code applies.
+        nearest: What came closest to being accepted.
+    """
     if node is None:
-        raise RefusedError(Refusal(code, reason, nearest=nearest))
-    raise RefusedError(Refusal.at(node, code, reason, nearest))
+        raise RefusedError(Refusal(code, reason, advice=advice, nearest=nearest))
+    raise RefusedError(Refusal.at(node, code, reason, advice=advice, nearest=nearest))

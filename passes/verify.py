@@ -19,8 +19,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from passes.analyse.branches import Branch, find_branches, stream_node
 from passes.analyse.caches import Buffered, Copied, Growth, new_buffer
+from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft, Pass
-from passes.graph import outputs_of
+from passes.graph import draws_numbers, outputs_of
 from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
 from passes.rewrite.capture_outputs import capture_outputs
 from passes.rewrite.prune import Operators, Scale, Step, prune
@@ -30,6 +31,13 @@ _TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest relative difference of a graph that runs the same ops; 4 epsilons for other dtypes."""
 _PERMUTATION: Final = {torch.float64: 1e-8, torch.float32: 1e-3}
 """The same where sums run in another order, as over permuted keys; 16 epsilons otherwise."""
+
+
+_FAST_PATH: Final = (
+    "torch's own fast path of an nn.TransformerEncoderLayer may return another dtype than the "
+    "layer's ops under autocast: call torch.backends.mha.set_fastpath_enabled(False)"
+)
+_RANDOM: Final = "switch dropout off, or draw the numbers outside the block and hand them in"
 
 
 class VerifyTranslation:
@@ -49,7 +57,7 @@ class VerifyTranslation:
         count = len(outputs) - len(draft.found)
         mismatch = check_translation(outputs[:count], [*results, *written])
         if mismatch is not None:
-            raise RefusedError(mismatch)
+            raise RefusedError(_explained(mismatch, draft.graph_module))
         indices = (branch.index for branch in draft.found)
         expected = dict(zip(indices, outputs[count:], strict=True))
         return replace(draft, expected=expected, inputs_after=tuple(inputs))
@@ -78,7 +86,8 @@ class VerifyPermuted:
         operators.outputs.clear()  # the rewrite ran them on example values
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
-        outputs = _attempt(pruned.graph_module, *(inputs[i] for i in pruned.inputs), *expected)
+        taken = [inputs[i] for i in pruned.inputs]
+        outputs = _attempt(pruned.graph_module, pruned.graph_module, *taken, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         _check_branches(made, draft, pruned.graph_module)
         wrong = difference(*_unpruned(context, draft, outputs, inputs), pruned.graph_module)
@@ -108,7 +117,7 @@ class VerifySubset:
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
         run = _WithOperators(draft.graph_module, context.operators, operators).run
-        _attempt(run, *inputs, *expected)
+        _attempt(draft.graph_module, run, *inputs, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         local = ((branch, output) for branch, output in made if branch.kind != "attention")
         _check_branches(local, draft, draft.graph_module)
@@ -229,8 +238,8 @@ class _WithOperators(Interpreter):
         return (made,) if isinstance(n.meta["val"], tuple) else made
 
 
-def _attempt(run: Callable[..., Any], *inputs: Any) -> Sequence[Tensor]:
-    """Runs a pruned graph.
+def _attempt(graph: GraphModule, run: Callable[..., Any], *inputs: Any) -> Sequence[Tensor]:
+    """Runs a pruned graph by `run`.
 
     Raises:
         RefusedError: FVX017, if it fails: a kernel may not accept the shapes of kept tokens.
@@ -240,7 +249,8 @@ def _attempt(run: Callable[..., Any], *inputs: Any) -> Sequence[Tensor]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        refuse("FVX017", f"it fails on the kept tokens: {type(error).__name__}: {error}")
+        reason = f"it fails on the kept tokens: {type(error).__name__}: {error}"
+        refuse("FVX017", reason, advice=declared_advice(graph.graph.nodes))
     return outputs
 
 
@@ -307,12 +317,22 @@ def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Ref
         return Refusal("FVX002", f"{len(made)} outputs, the block returns {len(expected)}")
     for place, (a, b) in enumerate(zip(made, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return Refusal("FVX002", f"output {place} is {_meta(a)}, the block returns {_meta(b)}")
+            text = f"output {place} is {_meta(a)}, the block returns {_meta(b)}"
+            return Refusal("FVX002", text, advice=_FAST_PATH if a.dtype != b.dtype else "")
         error = _largest_difference(a, b)
         if not error <= _tolerance([b.dtype], _TRANSLATION, 4):
             text = f"output {place} differs by {error:.1e} (relative) at {_place(a, b)}"
             return Refusal("FVX002", text)
     return None
+
+
+def _explained(mismatch: Refusal, graph_module: GraphModule) -> Refusal:
+    """Adds to a mismatch that the block draws random numbers, if it does."""
+    drawing = next(filter(draws_numbers, graph_module.graph.nodes), None)
+    if drawing is None:
+        return mismatch
+    reason = f"{mismatch.reason}: it draws random numbers"
+    return Refusal.at(drawing, mismatch.code, reason, advice=_RANDOM)
 
 
 def difference(
@@ -332,7 +352,7 @@ def difference(
         error = _largest_difference(a, b)
         if not error <= limit:
             text = f"with permuted tokens it differs by {error:.1e} (relative) at {_place(a, b)}"
-            return Refusal("FVX017", text)
+            return Refusal("FVX017", text, advice=declared_advice(graph_module.graph.nodes))
     return None
 
 

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.analyse.axes import Axes, dim_size, shape_of
 from passes.analyse.branches import Branch
-from passes.analyse.rules.site import Edit, Gather, Recount, Replace, Resize, Slot
+from passes.analyse.rules.site import (
+    Edit,
+    Gather,
+    Recount,
+    Replace,
+    Resize,
+    Slot,
+    declared_advice,
+)
 from passes.base import Context, Draft
 from passes.graph import (
     bind,
@@ -332,6 +340,9 @@ class _BranchEmitter:
                 if not isinstance(selection.meta["val"], Tensor):
                     selection = self._call(operator.getitem, (selection, 0), value)
                 layout = SideLayout.of(value.meta["val"].shape, axes, self._kept)
+                if layout.batch < 0 and selection.meta["val"].shape[0] > 1:
+                    op = next(user for user in value.users if user in self._region)
+                    self._refuse(_SHARED, op)
                 made = self._call(take_side, (dense, selection, *layout), value)
             self._taken[value, axes] = made
         return self._taken[value, axes]
@@ -346,7 +357,7 @@ class _BranchEmitter:
         try:
             node.meta["val"] = target(*example_values(args), **example_values(kwargs))
         except Exception as error:
-            refuse("FVX018", first_line(error) or type(error).__name__, like)
+            self._refuse(first_line(error) or type(error).__name__, like)
         return node
 
     def _check(self, node: Node) -> None:
@@ -357,7 +368,15 @@ class _BranchEmitter:
         for expected, value in pairs:
             wanted = shape_of(expected, self._kept)
             if isinstance(value, Tensor) and list(value.shape) != wanted:
-                refuse("FVX018", f"it returns {list(value.shape)} where {wanted} is expected", node)
+                self._refuse(f"it returns {list(value.shape)} where {wanted} is expected", node)
+
+    def _refuse(self, reason: str, node: Node) -> NoReturn:
+        refuse("FVX018", reason, node, advice=declared_advice(self.branch.region))
+
+
+_SHARED: Final = (
+    "it takes per-token values that all samples share, but each sample keeps tokens of its own"
+)
 
 
 def _no_tokens(cached: Tensor) -> Tensor:

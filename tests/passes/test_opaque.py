@@ -214,3 +214,4 @@ def test_a_kernel_that_does_not_take_the_gathered_table_is_refused() -> None:
     assert row.refusal is not None
     assert row.refusal.code == "FVX017"
     assert "ValueError: the table is (L, 1, c)" in row.refusal.reason
+    assert "check what you declared for fastvar_fx_opaque.one_table" in row.refusal.hint

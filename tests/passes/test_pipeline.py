@@ -194,6 +194,31 @@ def test_a_wrong_rewrite_before_the_check_is_refused(block: Block) -> None:
         passes.run(context_of(block), (capture, Doubles(), *rest))
 
 
+def test_a_mismatch_of_dtypes_names_the_fast_path_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(C, 2, 2 * C, batch_first=True, norm_first=True).eval()
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RefusedError, match=r"float32, the block returns .* bfloat16") as caught,
+    ):
+        passes.run(context_of(layer))
+    assert caught.value.refusal.code == "FVX002"
+    assert "set_fastpath_enabled(False)" in caught.value.refusal.hint
+
+
+def test_a_mismatch_of_random_numbers_names_the_line_that_draws_them() -> None:
+    class Noisy(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0.1 * self.fc(torch.rand_like(x))
+
+    with pytest.raises(RefusedError, match="FVX002") as caught:
+        passes.run(context_of(Noisy()))
+    refusal = caught.value.refusal
+    assert "it draws random numbers" in refusal.reason
+    assert refusal.op == "aten.rand_like.default"
+    assert refusal.where.partition(".py:")[0].endswith("test_pipeline")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -580,6 +580,22 @@ def dropout_off(m: Host, h: Tensor) -> Tensor:
     return F.dropout(h, 0.5, training=False)
 
 
+def dropout_at_rate_0(m: Host, h: Tensor) -> Tensor:
+    h = F.dropout(F.alpha_dropout(h, 0.0, True), 0.0) + torch.native_dropout(h, 0.0, True)[0]
+    return F.dropout(F.feature_alpha_dropout(F.dropout1d(h, 0.0), 0.0, True) * 2, 0.0, inplace=True)
+
+
+def parts_of_numbers(m: Host, h: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(h)
+    return torch.ldexp(mantissa * 2, exponent)
+
+
+def ranks(m: Host, h: Tensor) -> Tensor:
+    lowest, highest = h.aminmax(dim=-1, keepdim=True)
+    middle = h.median(-1, keepdim=True).values + h.kthvalue(2, -1, keepdim=True)[0]
+    return (h - lowest) / (highest - lowest) + middle * h.round().mode(-1, keepdim=True).indices
+
+
 def makes(m: Host, h: Tensor) -> Tensor:
     return h + torch.zeros_like(h) + torch.ones_like(h[..., :1]) + torch.full_like(h, 2.0)
 
@@ -708,6 +724,9 @@ REWRITES: list[tuple[Function, tuple[Side, ...]]] = [
     (features_scan, ()),
     (pads, ()),
     (dropout_off, ()),
+    (dropout_at_rate_0, ()),
+    (parts_of_numbers, ()),
+    (ranks, ()),
     (makes, ()),
     (where_mask, (Side((N, N, 1), tokens=(1,), batch=0, boolean=True),)),
     (where_mask, (Side((N, 1), tokens=(0,), boolean=True),)),
@@ -914,6 +933,10 @@ def random_dropout(m: Host, h: Tensor) -> Tensor:
     return F.dropout(h, 0.5, training=True)
 
 
+def where_true(m: Host, h: Tensor) -> Tensor:
+    return h + torch.where(h > 0)[0].sum()
+
+
 def random_noise(m: Host, h: Tensor) -> Tensor:
     return h * torch.randn_like(h)
 
@@ -1057,6 +1080,7 @@ REFUSALS: list[tuple[Function, tuple[Side, ...], str, str]] = [
     (conv_kernel_3, (), "FVX013", "kernel of (3,)"),
     (conv_tokens_as_channels, (), "FVX013", "fixed length"),
     (random_dropout, (), "FVX013", "dropout is active"),
+    (where_true, (), "FVX010", "it lists where a value is true"),
     (random_noise, (), "FVX013", "random numbers"),
     (pooled_queries, (Side((N, N, N), batch=0),), "FVX013", "queries that are not tokens"),
     (values_from_outside, (Side((N, N, N), batch=0),), "FVX013", "not the same tokens"),
@@ -1102,8 +1126,21 @@ def test_side_without_a_sample_axis_where_the_op_has_none_to_give() -> None:
     assert_prunes(einsum_side, (side,), 1, KEPT)
     with pytest.raises(BranchRefusedError) as caught:
         assert_prunes(einsum_side, (side,), N, KEPT)
-    assert caught.value.refusal.code == "FVX018"
+    refusal = caught.value.refusal
+    assert (refusal.code, refusal.op) == ("FVX018", "aten.einsum.default")
+    assert "per-token values that all samples share" in refusal.reason
     assert caught.value.branch == 0
+
+
+def test_a_hint_names_a_missing_rule_only_where_a_rule_is_missing() -> None:
+    def hint(function: Function) -> str:
+        found = found_in(captured(host_of(function), torch.randn(N, N, N, dtype=F64), []))
+        assert found.refusal is not None
+        return found.refusal.hint
+
+    assert "axis_rule" in hint(diagonal)
+    assert "axis_rule" not in hint(implicit_einsum)
+    assert "switch it off" in hint(random_dropout)
 
 
 @pytest.mark.parametrize("kept", [1, 2, N])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from passes.analyse.axes import Axes
 from passes.analyse.rules.site import Site, pointwise, rule
+from passes.graph import draws_numbers
 
 
 @rule(
@@ -18,14 +19,26 @@ def _unary(site: Site) -> Axes:
     return site.stream("self")
 
 
-@rule("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout")
+@rule("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout",
+      "aten::feature_alpha_dropout", "aten::native_dropout")  # fmt: skip
 def _dropout(site: Site) -> Axes | list[Axes]:
-    if site.args["train"]:
-        site.refuse("FVX013", "dropout is active: random masks differ per token")
-    return site.results(site.stream("input"))
+    if draws_numbers(site.node):
+        site.refuse(
+            "FVX013",
+            "dropout is active: random masks differ per token",
+            advice="switch it off for inference, as model.eval() does for nn.Dropout",
+        )
+    return pointwise(site)
 
 
-rule("aten::masked_fill", "aten::copy", "aten::where", "aten::expand_as")(pointwise)
+rule("aten::masked_fill", "aten::copy", "aten::expand_as")(pointwise)
+
+
+@rule("aten::where")
+def _where(site: Site) -> Axes | list[Axes]:
+    if "self" not in site.args:
+        site.refuse("FVX010", "it lists where a value is true: the list has no token axis")
+    return pointwise(site)
 
 
 @rule("aten::bernoulli", "aten::rand_like", "aten::randn_like", "aten::normal", "aten::uniform")

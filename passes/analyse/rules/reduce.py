@@ -20,7 +20,8 @@ def _reduced(site: Site, axes: Axes, dims: Collection[int]) -> None:
     "aten::sum", "aten::mean", "aten::amax", "aten::amin", "aten::prod", "aten::logsumexp",
     "aten::var", "aten::std", "aten::linalg_vector_norm", "aten::norm", "aten::all", "aten::any",
     "aten::argmax", "aten::argmin", "aten::var_mean", "aten::std_mean", "aten::max", "aten::min",
-    "aten::nansum", "aten::count_nonzero",
+    "aten::nansum", "aten::count_nonzero", "aten::median", "aten::nanmedian", "aten::mode",
+    "aten::kthvalue", "aten::aminmax",
 )  # fmt: skip
 def _reduction(site: Site) -> Axes | list[Axes]:
     if "other" in site.args:  # max(self, other) and min(self, other)

@@ -8,7 +8,7 @@ every call for which its rule cannot say that dropping tokens is sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -115,8 +115,9 @@ class Site:
 
     @property
     def out_shape(self) -> list[int]:
-        """The shape of the (single) result."""
-        return list(self.node.meta["val"].shape)
+        """The shape of the result, or of the first of several."""
+        value = self.node.meta["val"]
+        return list((value[0] if isinstance(value, (tuple, list)) else value).shape)
 
     def stream_dim(self) -> tuple[Axes, int]:
         """Returns the axes of `self` and the argument `dim`, which is one of them, from 0 on."""
@@ -182,9 +183,9 @@ class Site:
             return first
         return [first] + [first if others is None else others] * (len(values) - 1)
 
-    def refuse(self, code: str, reason: str) -> NoReturn:
-        """Refuses this call."""
-        refuse(code, reason, self.node)
+    def refuse(self, code: str, reason: str, *, advice: str = "") -> NoReturn:
+        """Refuses this call; for the arguments see `passes.refusal.refuse`."""
+        refuse(code, reason, self.node, advice=advice)
 
 
 def _plain(value: Any) -> Any:
@@ -200,26 +201,28 @@ def _plain(value: Any) -> Any:
 
 
 class Entry(NamedTuple):
-    """What is known of an op: its axis rule, and whether it is an attention."""
+    """What is known of an op: its axis rule, whether it is an attention, and who said so."""
 
     rule: Rule
     attends: bool = False
+    declared: bool = False
 
 
 _TABLE: dict[object, Entry] = {}
 
 
-def rule(*targets: object, attends: bool = False) -> Callable[[Rule], Rule]:
+def rule(*targets: object, attends: bool = False, declared: bool = False) -> Callable[[Rule], Rule]:
     """Registers an axis rule.
 
     Args:
         targets: Ops as `"namespace::name"`, which covers all overloads and the in-place form, or
             functions that appear as call targets in a graph.
         attends: Whether these ops are attentions, whose keys are their second tensor.
+        declared: Whether it is the user's rule.
     """
 
     def register(function: Rule) -> Rule:
-        _TABLE.update(dict.fromkeys(targets, Entry(function, attends)))
+        _TABLE.update(dict.fromkeys(targets, Entry(function, attends, declared)))
         return function
 
     return register
@@ -245,7 +248,8 @@ def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any,
     """
     found = find_entry(node)
     if found is None:
-        refuse("FVX010", "no axis rule is registered for this op", node)
+        advice = "register an axis rule for the op with axis_rule, or leave this kind dense"
+        refuse("FVX010", "no axis rule is registered for this op", node, advice=advice)
     site = Site(node, axes)
     try:
         result = found.rule(site)
@@ -257,13 +261,20 @@ def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any,
 # --- what rules share --------------------------------------------------------------------------
 
 
-def pointwise(site: Site) -> Axes:
+def pointwise(site: Site) -> Axes | list[Axes]:
     """Broadcasts all tensor operands."""
     inside = [axes for name in site.tensors if (axes := site.axes(site.args[name])) is not None]
     result = broadcast(inside)
     for name in site.tensors:
         site.meet(name, result)
-    return filled(result, site.out_shape)
+    return site.results(filled(result, site.out_shape))
+
+
+def declared_advice(nodes: Iterable[Node]) -> str:
+    """Returns the advice to check what the user declared for these calls; empty if nothing."""
+    entries = ((str(node.target), find_entry(node)) for node in nodes)
+    names = sorted({name for name, entry in entries if entry is not None and entry.declared})
+    return f"check what you declared for {', '.join(names)}: it leaves something out" * bool(names)
 
 
 def filled(axes: Axes, shape: Sequence[int]) -> Axes:
