@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Final
 
@@ -18,11 +18,10 @@ _SAME_WEIGHT: Final = 0.99
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules of one list, or of sister lists: a candidate for the blocks."""
+    """Modules of one list, or of sister lists, with their names: a candidate for the blocks."""
 
     owner: Any
-    names: list[str]
-    modules: list[nn.Module]
+    modules: dict[nn.Module, str] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
@@ -38,9 +37,8 @@ class _Group:
     def add(self, candidates: Iterable[tuple[str, nn.Module]]) -> None:
         """Adds modules by name, each once."""
         for name, module in candidates:
-            if not isinstance(module, _NO_FORWARD) and all(module is not m for m in self.modules):
-                self.names.append(name)
-                self.modules.append(module)
+            if not isinstance(module, _NO_FORWARD):
+                self.modules.setdefault(module, name)
 
     def is_sister_of(self, other: _Group) -> bool:
         """Whether it holds blocks of the same classes in another list of the same owner."""
@@ -116,13 +114,12 @@ def _look(model: nn.Module) -> dict[str, nn.Module]:
     # Chunks that wrap blocks weigh as much, up to a small projection: the innermost list counts.
     heaviest = [group for group in groups if group.weight >= _SAME_WEIGHT * best]
     found = max(heaviest, key=lambda group: (len(group.modules), -group.submodules))
-    names: dict[int, str] = {}
-    modules = {}
+    names: dict[nn.Module, str] = {}
     for group in groups:
         if group.is_sister_of(found):
-            for name, module in zip(group.names, group.modules, strict=True):
-                modules[names.setdefault(id(module), name)] = module
-    return modules
+            for module, name in group.modules.items():
+                names.setdefault(module, name)
+    return {name: module for module, name in names.items()}
 
 
 def _groups(model: nn.Module) -> list[_Group]:
@@ -135,7 +132,7 @@ def _groups(model: nn.Module) -> list[_Group]:
             place = (lists.get(id(owner), id(owner)), key)
         for _, item in items:
             lists.setdefault(id(item), place)
-        group = groups.setdefault(place, _Group(place[0], [], []))
+        group = groups.setdefault(place, _Group(place[0]))
         group.add(_candidates(owner_name, owner, items))
     return [group for group in groups.values() if group.modules]
 
@@ -166,9 +163,7 @@ def _lists(
 ) -> Iterator[tuple[str, nn.Module, str, list[tuple[str, nn.Module]]]]:
     """Yields the lists of modules in a model: the owner's name, the owner, the key, the items."""
     for name, module in reachable(model):
-        held: list[tuple[str, Any]] = list(module.named_children())
-        held += [(k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple))]
-        for key, value in held:
+        for key, value in _held(module):
             if isinstance(value, _LISTS):
                 items = [(f"{_join(name, key)}.{i}", m) for i, m in enumerate(value)]
                 modules = [(n, m) for n, m in items if isinstance(m, nn.Module)]
@@ -190,10 +185,13 @@ def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield name, module
-        stack += [(_join(name, n), m) for n, m in module.named_children()]
-        for key, value in vars(module).items():
-            if isinstance(value, (list, tuple)):
-                plain = enumerate(value)
-                stack += [
-                    (_join(name, f"{key}.{i}"), m) for i, m in plain if isinstance(m, nn.Module)
-                ]
+        for key, value in _held(module):
+            one = isinstance(value, nn.Module)
+            items = [(key, value)] if one else [(f"{key}.{i}", m) for i, m in enumerate(value)]
+            stack += [(_join(name, n), m) for n, m in items if isinstance(m, nn.Module)]
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the children of a module, then its plain lists and tuples, by name."""
+    yield from module.named_children()
+    yield from ((k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple)))
