@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ def draws_numbers(node: Node) -> bool:
     args = bind(node)
     on = args.get("train") is not False and args.get("p", args.get("dropout_p", 1)) != 0
     return on and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def reach(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """Yields nodes and all that follow from them, depth first and each once."""
+    stack, seen = list(start), set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += following(node)
 
 
 def inputs_within(roots: Iterable[Node], within: set[Node]) -> set[Node]:

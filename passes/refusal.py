@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
+
+from torch.fx import Node
 
 from passes.user_frames import where
-
-if TYPE_CHECKING:
-    from torch.fx import Node
 
 
 class Code(NamedTuple):

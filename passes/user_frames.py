@@ -6,10 +6,9 @@ import re
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from torch.fx import Node
+from torch.fx import Node
 
 _LIBRARIES: Final = frozenset({"torch", "einops", "passes", "contextlib", "importlib"})
 _GENERATED: Final = "<eval_with_key>"

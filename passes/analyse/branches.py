@@ -26,6 +26,7 @@ from passes.graph import (
     op_name,
     outputs_of,
     placeholder_of,
+    reach,
     written,
 )
 from passes.refusal import Refusal, RefusedError, refuse
@@ -168,12 +169,10 @@ class _Trunk:
         self.regions = [inputs_within([out], between) for _, out in self.adds]
         for state in outputs[results:]:
             if state in between and not any(state in region for region in self.regions):
-                self._claim(inputs_within([state], between))
-
-    def _claim(self, cone: set[Node]) -> None:
-        """Gives values that only become new state to the branch they are computed from."""
-        nearest = max(self.regions, key=lambda region: len(region & cone))
-        nearest |= cone
+                # What only becomes new state belongs to the branch it is computed from.
+                cone = inputs_within([state], between)
+                nearest = max(self.regions, key=lambda region: len(region & cone))
+                nearest |= cone
 
     def _survey(self, node: Node) -> None:
         pair = self._split(node)
@@ -196,7 +195,8 @@ class _Trunk:
             return None
         for trunk, out in ((a, b), (b, a)):
             if out in self._heavy:
-                if trunk not in self._heavy or _depends(out, self._roots.get(trunk, trunk)):
+                root = self._roots.get(trunk, trunk)
+                if trunk not in self._heavy or root in reach([out], lambda n: n.all_input_nodes):
                     return trunk, out
         at = f" at {where(node)}" if where(node) else ""
         self._nearest = f"{node.target}{at}, to which no matrix product or attention contributes"
@@ -234,19 +234,6 @@ class _Trunk:
 def _shape(node: Node) -> tuple[int, ...] | None:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _depends(node: Node, on: Node) -> bool:
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current is on:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
 
 
 def _examine(trunk: _Trunk, index: int) -> Branch:
@@ -307,14 +294,9 @@ def _fills_a_cache(node: Node, known: set[Node]) -> bool:
     A preallocated cache is filled with all tokens, pruned or not: where a step's tokens are in it
     is a number in the model's code. So keys and values are computed densely, and queries pruned.
     """
-    stack, seen = [node], set(known)
-    while stack:
-        current = stack.pop()
-        if any(memory_owner(target).op == "placeholder" for target in written(current)):
-            return True
-        seen.add(current)
-        stack += [user for user in current.users if user not in seen]
-    return False
+    users = reach([node], lambda current: current.users.keys() - known)
+    targets = (target for user in users for target in written(user))
+    return any(memory_owner(target).op == "placeholder" for target in targets)
 
 
 def _propagate(region: tuple[Node, ...], axes: AxesByNode) -> dict[Node, dict[Slot, Edit]]:
@@ -380,13 +362,13 @@ def _attended(
 
 def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:
     """Whether a softmax goes into a product with values: then it is an attention's."""
-    stack = [user for user in softmax.users if user in region]
-    while stack:
-        node = stack.pop()
-        if op_name(node) in _PRODUCTS:
-            return op_name(node) != "aten::linear"
-        stack += [user for user in node.users if user in region]
-    return False
+
+    def users(node: Node) -> list[Node]:
+        found = () if op_name(node) in _PRODUCTS else node.users
+        return [user for user in found if user in region]
+
+    names = map(op_name, reach([softmax], users))
+    return next((name != "aten::linear" for name in names if name in _PRODUCTS), False)
 
 
 def _name(region: tuple[Node, ...], inside: set[Node]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -17,9 +17,7 @@ from passes.analyse.rules.attention import attention_flops, is_attention, key_co
 from passes.base import Context, Draft
 from passes.graph import example_values
 from passes.refusal import Refusal
-
-if TYPE_CHECKING:
-    from passes.rewrite.prune import Step
+from passes.rewrite.prune import Step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ every call for which its rule cannot say that dropping tokens is sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.fx import Node
@@ -28,9 +28,6 @@ from passes.analyse.axes import (
 )
 from passes.graph import bind
 from passes.refusal import refuse
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Rule = Callable[["Site"], "Axes | list[Axes]"]
 
