@@ -20,7 +20,7 @@ from passes.trace.state import show
 if TYPE_CHECKING:
     from passes.analyse.caches import Buffered, Copied, Growth, LaterRows
     from passes.analyse.costs import BranchReport
-    from passes.rewrite.prune import Operators, Step
+    from passes.rewrite.prune import Step
     from passes.trace.calls import Call, Reference
     from passes.trace.capture import BlockProgram
     from passes.trace.state import Path
@@ -41,7 +41,6 @@ class Context:
         kinds: Kinds of branches that prune.
         step: The pruned step; None at the cache step, whose program also returns its branches'
             outputs.
-        operators: Selection and restoration, at a pruned step.
         captured: The outputs that the cache step returned, by branch index, at a pruned step.
         later: What later steps append to caches; None leaves caches as they are.
         dump: Writes the graphs, if given.
@@ -51,14 +50,9 @@ class Context:
     real: Reference
     kinds: Sequence[Kind] = KINDS
     step: Step | None = None
-    operators: Operators | None = None
     captured: Mapping[int, Tensor] = field(default_factory=dict)
     later: LaterRows | None = None
     dump: Dump | None = None
-
-    def __post_init__(self) -> None:
-        if (self.step is None) != (self.operators is None):
-            raise ValueError("a pruned step takes both step= and operators=, the cache step none")
 
 
 @dataclass(frozen=True, kw_only=True)

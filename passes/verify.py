@@ -80,9 +80,8 @@ class VerifyPermuted:
             return draft
         operators = PermutedTokens()
         tokens = wanted[0].out.meta["val"].shape[1]
-        step = Step(tokens, (tokens,), (tokens,))
-        source = draft.graph_module
-        pruned = prune(source, wanted, step, operators, lambda branch: branch.out.meta["val"])
+        step = Step(tokens, (tokens,), (tokens,), operators)
+        pruned = prune(draft.graph_module, wanted, step, lambda branch: branch.out.meta["val"])
         operators.outputs.clear()  # the rewrite ran them on example values
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
@@ -111,12 +110,12 @@ class VerifySubset:
             BranchRefusedError: FVX017, if a branch adds something else for a kept token.
         """
         wanted, step = draft.prunable(context.kinds), context.step
-        if step is None or context.operators is None or step.kept == 0 or not wanted:
+        if step is None or step.kept == 0 or not wanted:
             return draft
         operators = SomeTokens()
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
-        run = _WithOperators(draft.graph_module, context.operators, operators).run
+        run = _WithOperators(draft.graph_module, step.operators, operators).run
         _attempt(draft.graph_module, run, *inputs, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         local = ((branch, output) for branch, output in made if branch.kind != "attention")

@@ -211,13 +211,13 @@ class Store:
         if step != schedule.cache_step:
             scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
             last, once = step == plan.drawn_steps - 1, plan.method.once == "block"
-            at = passes.Step(schedule.kept(step), *scales, last=last, selects_once=once)
+            kept, method = schedule.kept(step), plan.method
+            at = passes.Step(kept, *scales, method, last=last, selects_once=once)
         context = passes.Context(
             call=live,
             real=real,
             kinds=plan.kinds,
             step=at,
-            operators=plan.method if at else None,
             captured=role.captured,
             later=plan.later_rows(step),
             dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,

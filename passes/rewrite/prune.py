@@ -69,12 +69,13 @@ class Operators(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What a pruned step keeps.
+    """What a pruned step keeps, and how.
 
     Attributes:
         kept: How many tokens.
         cached_scale: The scale it restores from.
         scale: Its own scale.
+        operators: Selection and restoration.
         last: Whether no step comes after it.
         selects_once: Whether all branches of a block keep the tokens that the first one selects.
     """
@@ -82,6 +83,7 @@ class Step:
     kept: int
     cached_scale: Scale
     scale: Scale
+    operators: Operators
     last: bool = True
     selects_once: bool = False
 
@@ -93,14 +95,13 @@ class Prune:
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft whose graph takes the captured outputs and prunes."""
-        if context.step is None or context.operators is None:
+        if context.step is None:
             return draft
         wanted = draft.prunable(context.kinds)
         pruned = prune(
             draft.graph_module,
             wanted,
             context.step,
-            context.operators,
             lambda branch: branch.out.meta["val"].new_empty(context.captured[branch.index].shape),
         )
         return replace(
@@ -132,7 +133,6 @@ def prune(
     graph_module: GraphModule,
     branches: Iterable[Branch],
     step: Step,
-    operators: Operators,
     captured: Callable[[Branch], Tensor],
 ) -> PrunedGraph:
     """Rewrites `branches` to run on the kept tokens of a step.
@@ -140,14 +140,13 @@ def prune(
     Args:
         graph_module: The captured graph; it stays as it is.
         branches: Branches found in it, in the order of the captured inputs.
-        step: How many tokens each branch keeps, in [0, L], and the scales.
-        operators: Selection and restoration.
+        step: How many tokens each branch keeps, in [0, L], the scales and the operators.
         captured: Returns an example (a fake tensor) of a branch's captured output.
 
     Raises:
         BranchRefusedError: FVX018 if a rewritten op does not run on the kept tokens.
     """
-    return _Rewriter(graph_module, list(branches), step, operators).run(captured)
+    return _Rewriter(graph_module, branches, step).run(captured)
 
 
 class _Rewriter:
@@ -159,11 +158,8 @@ class _Rewriter:
         selected: What each branch of the block has selected, by index.
     """
 
-    def __init__(
-        self, graph_module: GraphModule, branches: list[Branch], step: Step, operators: Operators
-    ) -> None:
+    def __init__(self, graph_module: GraphModule, branches: Iterable[Branch], step: Step) -> None:
         self.step = step
-        self.operators = operators
         self.graph = Graph()
         self.dense: dict[Node, Node] = {}
         self.selected: dict[int, Node] = {}
@@ -205,7 +201,7 @@ class _Rewriter:
         """Emits the residual add, into the restored output where that saves an allocation."""
         plain = node.target is torch.ops.aten.add.Tensor and len(node.args) == 2 and not node.kwargs
         same = restored.meta["val"].dtype == node.meta["val"].dtype
-        if not (plain and same and self.operators.restores_anew):
+        if not (plain and same and self.step.operators.restores_anew):
             self._copy(node).replace_input_with(self.dense[out], restored)
             return
         (trunk,) = [self.dense[arg] for arg in node.all_input_nodes if arg is not out]
@@ -233,7 +229,7 @@ class _BranchEmitter:
         self._rewriter = rewriter
         self._dense = rewriter.dense
         self._kept = rewriter.step.kept
-        self._operators = rewriter.operators
+        self._operators = rewriter.step.operators
         self._selector = 0 if rewriter.step.selects_once else branch.index
         self._taken: dict[tuple[Node, Axes | None], Node] = {}
         self._region = set(branch.region)

@@ -37,7 +37,6 @@ SCALES = ((2, 2), (3, 3), (4, 4))
 HEADS, HEAD = 4, 4
 C = HEADS * HEAD
 SCALE = HEAD**-0.5
-STEP = Step(KEPT, (1, 1), (2, N // 2))
 
 # -- cores: q (B, L, H, c) over k and v (B, M, G, c), mask (B, H, L, M) or less -----------------
 
@@ -417,9 +416,8 @@ def test_backends_of_the_gpu(branch: Call) -> None:
     found = found_in(program)
     assert found.refusal is None, str(found.refusal)
     assert found.kind == "attention"
-    pruned = prune(
-        program.graph_module, [found], STEP, Chosen(indices(3, KEPT)), lambda b: b.out.meta["val"]
-    )
+    step = Step(KEPT, (1, 1), (2, N // 2), Chosen(indices(3, KEPT)))
+    pruned = prune(program.graph_module, [found], step, lambda b: b.out.meta["val"])
     (call,) = [node for node in pruned.graph_module.graph.nodes if is_attention(node)]
     assert sorted(call.meta["val"][0].shape) == sorted((3, KEPT, 2, N // 2))
     assert N not in call.args

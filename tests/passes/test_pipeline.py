@@ -66,8 +66,8 @@ def context_of(block: nn.Module, **given: Any) -> Context:
 
 def pruned_context(block: nn.Module, **given: Any) -> Context:
     captured = {index: torch.zeros(B, L, C) for index in range(2)}
-    step = passes.Step(3, (L,), (L,))
-    return context_of(block, step=step, operators=FirstTokens(), captured=captured, **given)
+    step = passes.Step(3, (L,), (L,), FirstTokens())
+    return context_of(block, step=step, captured=captured, **given)
 
 
 @pytest.fixture
@@ -131,11 +131,6 @@ def test_each_pass_that_changes_the_graph_is_dumped_once(block: Block, tmp_path:
     before, after = ((tmp_path / f"block.{n}.py").read_text() for n in ("0_capture", "1_prune"))
     assert "select" not in before
     assert "select" in after
-
-
-def test_a_step_without_operators_is_an_error(block: Block) -> None:
-    with pytest.raises(ValueError, match="takes both step= and operators="):
-        context_of(block, step=passes.Step(3, (L,), (L,)))
 
 
 # -- passes of one's own, and passes that fail --------------------------------------------------

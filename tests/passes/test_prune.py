@@ -3,6 +3,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from passes.trace.state import get, roots
 assert_expected_inline = pytest.importorskip("expecttest").assert_expected_inline
 
 B, L, C, KEPT = 2, 6, 4, 3
-STEP = Step(KEPT, (1, 2), (2, 3))
 
 
 def select(x: Tensor, kept: int) -> Tensor:
@@ -56,6 +56,9 @@ class Named:
     restores_anew = False
 
 
+STEP = Step(KEPT, (1, 2), (2, 3), Named())
+
+
 class FFN(nn.Module):
     """A feed-forward branch with a side input per token, and ops before and behind it."""
 
@@ -85,7 +88,7 @@ def branches_of(program: BlockProgram) -> list[Branch]:
 
 
 def pruned_of(program: BlockProgram, branches: list[Branch], step: Step = STEP) -> PrunedGraph:
-    return prune(program.graph_module, branches, step, Named(), feature)
+    return prune(program.graph_module, branches, step, feature)
 
 
 def feature(branch: Branch) -> Tensor:
@@ -170,7 +173,7 @@ def forward(self, arg0_1, arg1_1, arg2_1, arg3_1, arg4_1, arg5_1, arg6_1, arg7_1
 
 def test_no_kept_token_leaves_only_the_restoration() -> None:
     program = program_of(ffn(), torch.randn(B, L, C), torch.randn(L, 1))
-    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3)))
+    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3), Named()))
     assert_expected_inline(
         listing(pruned.graph_module),
         """\
@@ -199,7 +202,7 @@ class Convolved(nn.Module):
 
 def test_ops_that_fail_on_no_token_are_not_emitted_for_none() -> None:
     program = program_of(Convolved(), torch.randn(B, L, C))
-    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3)))
+    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3), Named()))
     assert "conv1d.default" not in ops(pruned.graph_module)
 
 
@@ -325,7 +328,7 @@ def test_state_grows_by_the_kept_tokens() -> None:
 def test_state_is_still_written_when_no_token_is_kept() -> None:
     module, x = two(), torch.randn(B, L, C)
     program = program_of(module, x)
-    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3)))
+    pruned = pruned_of(program, branches_of(program), Step(0, (1, 2), (2, 3), Named()))
     result, grown = run(program, pruned, module, x)
     torch.testing.assert_close(result, x + 0.5 + 1.5)
     torch.testing.assert_close(grown, module.past)
@@ -394,7 +397,7 @@ def test_an_op_that_does_not_run_on_the_kept_tokens() -> None:
             return x[:, : index.shape[1] + 1]
 
     with pytest.raises(BranchRefusedError, match="FVX018") as caught:
-        prune(program.graph_module, branches_of(program), STEP, Wrong(), feature)
+        prune(program.graph_module, branches_of(program), replace(STEP, operators=Wrong()), feature)
     assert caught.value.branch == 0
 
 
@@ -471,8 +474,8 @@ def test_a_restored_output_of_its_own_is_added_into() -> None:
     module, x, side = ffn(), torch.randn(B, L, C), torch.randn(L, 1)
     program = program_of(module, x, side)
     branches = branches_of(program)
-    plain = prune(program.graph_module, branches, STEP, Named(), feature)
-    fresh = prune(program.graph_module, branches, STEP, Fresh(), feature)
+    plain = prune(program.graph_module, branches, STEP, feature)
+    fresh = prune(program.graph_module, branches, replace(STEP, operators=Fresh()), feature)
     assert ops(fresh.graph_module)["add_.Tensor"] == 1
     assert ops(plain.graph_module)["add_.Tensor"] == 0
     (a, *_), (b, *_) = (run(program, made, module, x, side) for made in (plain, fresh))

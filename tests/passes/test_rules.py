@@ -223,13 +223,12 @@ def run_pruned(
 ) -> list[Tensor]:
     """Runs the rewritten graph; restoration puts zeros where no token was kept."""
     kept = index.shape[1]
-    step = Step(kept, (1, 1), (2, N // 2))
+    step = Step(kept, (1, 1), (2, N // 2), Chosen(index))
     example = branch.out.meta["val"]
     pruned = prune(
         program.graph_module,
         [branch],
         step,
-        Chosen(index),
         lambda b: b.out.meta["val"].new_empty(example.shape[0], 1, N),
     )
     origin = roots(host, tuple(inputs), {})
