@@ -98,7 +98,7 @@ def transform(  # noqa: PLR0913
         buffers_caches=kv_buffer,
     )
     engine = Engine(plan)
-    fast, copies = copy_structure(model)
+    fast, copies = copy_structure(model, found.values())
     for layer, block in enumerate(found.values()):
         prunes = bool(plan.pruned_steps) and schedule.prunes_layer(layer)
         if prunes or skipped:

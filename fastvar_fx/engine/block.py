@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from functools import partial
 from pickle import PicklingError
 from typing import Any, Final, NoReturn
 
 from torch import nn
 
 from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
+from fastvar_fx.engine.copy_model import class_forward
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import EAGER
-from fastvar_fx.errors import ModelError
+from passes import Call
+from passes.trace.calls import undone
 
 RUNTIME: Final = "_fastvar"
 """The attribute of a transformed block that holds its runtime."""
+_OWN: Final = "_fastvar_own"
+"""The attribute of a block that holds a forward that was set on the block itself."""
 
 
 class BlockRuntime:
@@ -58,14 +63,12 @@ class BlockRuntime:
 
 
 def attach(engine: Engine, layer: int, block: nn.Module, *, prunes: bool) -> None:
-    """Gives a copied block a subclass of its class, whose forward calls a `BlockRuntime`.
-
-    Raises:
-        ModelError: If the block has a forward set on itself that is no method of it.
-    """
+    """Gives a copied block a subclass of its class, whose forward calls a `BlockRuntime`."""
     kind = type(block)
-    forward = _take_forward(engine.plan.blocks[layer], block)
-    object.__setattr__(block, RUNTIME, BlockRuntime(engine, layer, forward, prunes=prunes))
+    own = vars(block).get("forward")
+    if own is not None:
+        vars(block)["forward"] = InstanceForward(block, own)
+    object.__setattr__(block, RUNTIME, BlockRuntime(engine, layer, kind.forward, prunes=prunes))
     members = {
         "forward": _own_forward(kind),
         "__module__": kind.__module__,
@@ -99,21 +102,53 @@ class _NewBlock:
         )
 
 
-def _take_forward(name: str, block: nn.Module) -> Forward:
-    """Returns the forward that a call of the block runs, as a function of the block and its input.
+class InstanceForward:
+    """A forward that was set on a block itself before `transform`.
 
-    A forward set on the block itself, as patches do, is removed: it would hide the runtime's.
+    It may call the forward of the block's class, as hooks of accelerate and diffusers do; then it
+    stays around the runtime, as if it had been set after `transform`. Or it takes that forward's
+    place, as patches do; then it is what the runtime runs. The first call shows which.
     """
-    own = vars(block).pop("forward", None)
-    if own is None:
-        return type(block).forward
-    if isinstance(own, types.MethodType) and own.__self__ is block:
-        return own.__func__
-    raise ModelError(
-        f"{name} has an instance attribute `forward` that is a {type(own).__name__}, not a method "
-        f"of the block; set it as block.forward = types.MethodType(function, block), with the "
-        f"block as first argument"
-    )
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self._block = block
+        self._forward = forward
+        self._stays: bool | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one call of the block."""
+        if self._stays is None:
+            self._decide(args, kwargs)
+        forward = self._forward if self._stays else partial(class_forward, self._block)
+        return forward(*args, **kwargs)
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        block = self._block
+        runtime: BlockRuntime = vars(block)[RUNTIME]
+        object.__setattr__(block, RUNTIME, _reached)
+        try:
+            with undone(Call(self._forward, block, args, kwargs)) as trial:
+                trial.run()
+            self._stays = False
+        except _ReachedError:
+            self._stays = True
+        finally:
+            object.__setattr__(block, RUNTIME, runtime)
+        if not self._stays:
+            object.__setattr__(block, _OWN, self._forward)
+            runtime.site.forward = with_own_code(_run_own, "forward")
+
+
+class _ReachedError(BaseException):
+    """A trial run has come to the forward of the block's class."""
+
+
+def _reached(*_: Any) -> NoReturn:
+    raise _ReachedError
+
+
+def _run_own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._fastvar_own(*args, **kwargs)  # type: ignore[operator]
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

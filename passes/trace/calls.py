@@ -72,22 +72,51 @@ def reference(call: Call) -> Reference:
     Returns:
         The tensors of the result and the tensors written, in the order of a program's outputs.
     """
-    origin = call.roots()
-    snapshot = Snapshot(origin)
-    clones = {id(t): _private(t) for t in snapshot.tensors.values()}
-
-    def private(_: Path, value: Any) -> Any:
-        return clones.get(id(value), value)
-
-    try:
-        snapshot.substitute(private)
-        with torch.compiler.set_stance("force_eager"):
-            result = call.forward(*origin["args"], **origin["kwargs"])
-        writes = list(snapshot.writes(private))
-    finally:
-        snapshot.restore()
+    with undone(call) as trial:
+        result, writes = trial.run(), trial.writes()
     written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
+
+
+@contextlib.contextmanager
+def undone(call: Call) -> Iterator[Trial]:
+    """Lets a call be run for real: within it, copies stand in the place of tensors.
+
+    At the end, everything that the call can reach is as it was.
+    """
+    trial = Trial(call)
+    try:
+        trial.snapshot.substitute(trial.copy_of)
+        yield trial
+    finally:
+        trial.snapshot.restore()
+
+
+class Trial:
+    """A call that runs on copies of all tensors that it may overwrite.
+
+    Attributes:
+        snapshot: What the call can reach.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._forward = call.forward
+        self._origin = call.roots()
+        self.snapshot = Snapshot(self._origin)
+        self._copies = {id(t): _private(t) for t in self.snapshot.tensors.values()}
+
+    def copy_of(self, _: Path, value: Any) -> Any:
+        """Returns what stands in the place of a value."""
+        return self._copies.get(id(value), value)
+
+    def run(self) -> Any:
+        """Runs the call, and returns its result."""
+        with torch.compiler.set_stance("force_eager"):
+            return self._forward(*self._origin["args"], **self._origin["kwargs"])
+
+    def writes(self) -> list[Write]:
+        """Returns what the call has changed."""
+        return list(self.snapshot.writes(self.copy_of))
 
 
 def _private(tensor: Tensor) -> Tensor:
