@@ -23,6 +23,8 @@ class Schedule:
             1 on the last steps skips them (see `transform`).
         cache_step: 0-based index of the step whose branch outputs are captured (the paper's K-N).
         layers: Indices of the blocks that prune, ascending; None means all.
+        prefix: Whether the blocks get all maps so far at every step, as in loops without a KV
+            cache. The last map prunes; those before it stay whole.
 
     Source: FastVAR, arXiv 2503.23367; the presets hold its settings for Infinity and HART.
 
@@ -36,6 +38,7 @@ class Schedule:
     ratios: tuple[float, ...]
     cache_step: int
     layers: tuple[int, ...] | None
+    prefix: bool
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Schedule:
         *,
         cache_step: int | None = None,
         layers: Iterable[int] | None = None,
+        prefix: bool = False,
     ) -> None:
         """Checks and stores a schedule.
 
@@ -52,6 +56,7 @@ class Schedule:
             ratios: Pruning ratios in [0, 1] of the last steps.
             cache_step: 0-based; None means the last step before the pruned ones.
             layers: Blocks that prune, counted from 0; None means all.
+            prefix: Whether the blocks get all maps so far at every step.
 
         Raises:
             ScheduleError: If a value is out of its range or they contradict each other.
@@ -64,9 +69,12 @@ class Schedule:
         default = len(maps) - len(self.ratios) - 1
         object.__setattr__(self, "cache_step", default if cache_step is None else cache_step)
         object.__setattr__(self, "layers", _layers(layers))
+        object.__setattr__(self, "prefix", prefix)
         self._check()
 
     def _check(self) -> None:
+        if not isinstance(self.prefix, bool):
+            raise ScheduleError(f"prefix is True or False; found {self.prefix!r}")
         if not self.scales:
             raise ScheduleError("a schedule needs at least one scale; found none")
         if len({len(scale) for scale in self.scales}) > 1:
@@ -104,8 +112,12 @@ class Schedule:
         return self.ratios[step - first] if step >= first else 0.0
 
     def tokens(self, step: int) -> int:
-        """Returns L, the token count of a step."""
+        """Returns L, the token count of a step's map."""
         return prod(self.scales[step])
+
+    def length(self, step: int) -> int:
+        """Returns how many tokens the blocks get at a step: with `prefix`, of all maps so far."""
+        return sum(map(self.tokens, range(step + 1))) if self.prefix else self.tokens(step)
 
     def kept(self, step: int) -> int:
         """Returns how many tokens a step keeps: L - int(L * ratio)."""
@@ -160,6 +172,7 @@ class Schedule:
             (*self.ratios, *[added] * len(scales)),
             cache_step=self.cache_step,
             layers=self.layers,
+            prefix=self.prefix,
         )
         for step in range(self.steps, made.steps):
             if made.tokens(step) <= made.tokens(step - 1):
@@ -192,7 +205,13 @@ class Schedule:
             )
         first = self.steps - len(self.ratios)
         ratios = [0.0 if first + i in steps else ratio for i, ratio in enumerate(self.ratios)]
-        return Schedule(self.scales, ratios, cache_step=self.cache_step, layers=self.layers)
+        return Schedule(
+            self.scales,
+            ratios,
+            cache_step=self.cache_step,
+            layers=self.layers,
+            prefix=self.prefix,
+        )
 
     # --- as data -------------------------------------------------------------------------------
 
@@ -211,12 +230,12 @@ class Schedule:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ScheduleError(f"a schedule is read from a JSON object; {error}") from error
-        known = {"scales", "ratios", "cache_step", "layers"}
+        known = {"scales", "ratios", "cache_step", "layers", "prefix"}
         if not isinstance(data, dict) or not {"scales", "ratios"} <= data.keys() <= known:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise ScheduleError(
-                f"a schedule has the keys scales and ratios, and may have cache_step and layers; "
-                f"found {found}"
+                f"a schedule has the keys scales and ratios, and may have cache_step, layers and "
+                f"prefix; found {found}"
             )
         try:
             return cls(**data)

@@ -130,7 +130,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     engine.generation.check_skipped()
     report = engine.report()
     if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
-        wanted = [plan.schedule.tokens(step) for step in plan.pruned_steps]
+        wanted = [plan.schedule.length(step) for step in plan.pruned_steps]
         raise NothingPrunedError(
             f"the schedule prunes steps of {wanted} tokens, but the run never came to one; "
             f"its blocks saw token counts {engine.generation.seen or 'no call of a block'}. Give "
@@ -285,7 +285,7 @@ def _check_schedule(
     steps = range(schedule.steps - len(skipped))
     if step_of is not None or not any(step in schedule.pruned_steps for step in steps):
         return skipped
-    counts = [schedule.tokens(step) for step in steps]
+    counts = [schedule.length(step) for step in steps]
     shared = [step for step in steps[schedule.cache_step :] if counts.count(counts[step]) > 1]
     if shared:
         raise ScheduleError(

@@ -91,6 +91,7 @@ Schedule: fastvar_fx.schedule
     *
     cache_step: int | None = None
     layers: Iterable[int] | None = None
+    prefix: bool = False
     -> None
     function extend
         *scales: int | Sequence[int]
@@ -102,6 +103,9 @@ Schedule: fastvar_fx.schedule
     property full_steps
         -> tuple[int, ...]
     function kept
+        step: int
+        -> int
+    function length
         step: int
         -> int
     classmethod preset

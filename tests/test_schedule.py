@@ -166,7 +166,8 @@ def test_json_that_is_no_schedule(text: str, message: str) -> None:
 
 def test_json_is_an_object_of_plain_values() -> None:
     data = json.loads(Schedule([1, 2], [0.5], layers=[1]).to_json())
-    assert data == {"scales": [[1, 1], [2, 2]], "ratios": [0.5], "cache_step": 0, "layers": [1]}
+    scales, shared = [[1, 1], [2, 2]], {"ratios": [0.5], "cache_step": 0, "layers": [1]}
+    assert data == {"scales": scales, **shared, "prefix": False}
 
 
 # -- longer schedules ---------------------------------------------------------------------------

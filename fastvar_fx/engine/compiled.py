@@ -149,7 +149,7 @@ class Compilation(Executor):
 
     def _place(self, tokens: int) -> str:
         steps = range(self._schedule.steps)
-        found = [str(step) for step in steps if self._schedule.tokens(step) == tokens]
+        found = [str(step) for step in steps if self._schedule.length(step) == tokens]
         return f"step {' or '.join(found) or '-'} ({tokens} tokens)"
 
 

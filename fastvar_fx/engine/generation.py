@@ -111,11 +111,11 @@ class Generation:
         self._last_layer = 0  # the last block that captured; there may be others that never run
         self._watch = Watch(schedule, plan.pruned_steps)
         self._cache_step = schedule.cache_step
-        self._cache_tokens = schedule.tokens(schedule.cache_step)
+        self._cache_tokens = schedule.length(schedule.cache_step)
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
         late = (schedule.cache_step, *plan.pruned_steps) if plan.pruned_steps else ()
-        self._late_steps = {schedule.tokens(step): step for step in late}
-        self._tokens = [schedule.tokens(step) for step in range(schedule.steps)]
+        self._late_steps = {schedule.length(step): step for step in late}
+        self._tokens = [schedule.length(step) for step in range(schedule.steps)]
         self._forget_skipping()
 
     # --- the state machine ----------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Generation:
         if progress.began and not expected:
             progress.began = False
             raise RunError(
-                f"{call.site.name}: step {step} ({schedule.tokens(step)} tokens) came without the "
+                f"{call.site.name}: step {step} ({call.tokens} tokens) came without the "
                 f"steps before it: the features of cache step {self._cache_step} "
                 f"({self._cache_tokens} tokens) or of the pruned step before are missing. Dense so "
                 f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "

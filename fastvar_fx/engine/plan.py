@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -11,10 +11,13 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from fastvar_fx.engine.prefix import Around, within
+from fastvar_fx.errors import RunError
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from passes.analyse.branches import Kind
 from passes.analyse.caches import LaterRows
+from passes.rewrite.prune import Step
 
 StepOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], int | None]
 """Returns the step of a block call, (block, args, kwargs) -> index, or None if it is no step."""
@@ -61,6 +64,46 @@ class Plan:
     def drawn_steps(self) -> int:
         """How many steps the loop draws."""
         return self.schedule.steps - len(self.skipped_steps)
+
+    def around(self, step: int, length: int) -> Around:
+        """Returns how many of the `length` tokens that blocks get are before and after the map.
+
+        With `prefix` the map of the step is the last one, unless the blocks get all maps of the
+        schedule, those that are not drawn yet included.
+
+        Raises:
+            RunError: If the map cannot be among them.
+        """
+        schedule = self.schedule
+        tokens = schedule.tokens(step)
+        if length != tokens and (length < tokens or not schedule.prefix):
+            raise RunError(
+                f"step {step} has a map of {tokens} tokens, but a block got {length}. Give the "
+                f"schedule that the loop runs; if its blocks get all maps so far, or all maps, "
+                f"with prefix=True"
+            )
+        all_maps = schedule.prefix and length == schedule.length(schedule.steps - 1)
+        after = length - schedule.length(step) if all_maps else 0
+        return length - tokens - after, after
+
+    def pruned(self, step: int, around: Around, captured: Collection[int]) -> Step:
+        """Returns what a pruned step keeps.
+
+        Args:
+            step: The step.
+            around: How many tokens come before and after its map, which all stay.
+            captured: The lengths of the captured outputs, which are all equal.
+        """
+        schedule, cache_step, method = self.schedule, self.schedule.cache_step, self.method
+        cached = self.around(cache_step, *captured) if captured else around
+        return Step(
+            schedule.kept(step) + sum(around),
+            schedule.scales[cache_step],
+            schedule.scales[step],
+            within(method, around, cached) if any(around + cached) else method,
+            last=step == self.drawn_steps - 1,
+            selects_once=method.once == "block",
+        )
 
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.

@@ -223,7 +223,7 @@ class Report:
             rows=rows,
             cache_step=plan.schedule.cache_step,
             prunes=bool(plan.pruned_steps),
-            unmet={s: plan.schedule.tokens(s) for s in plan.pruned_steps if s not in met},
+            unmet={s: plan.schedule.length(s) for s in plan.pruned_steps if s not in met},
             dense_calls=dict(sorted(generation.dense_calls.items())),
             early_calls=dict(sorted(generation.early_calls.items())),
             trace_seconds=store.trace_seconds,
@@ -294,7 +294,7 @@ def _dense_flops(
     schedule: Schedule, step: int, traced: StepRecord, branch: BranchReport, caches: bool
 ) -> int:
     """Returns a branch's FLOPs at a step, dense, scaled from a traced one where all was dense."""
-    now, then = traced.tokens, schedule.tokens(step)
+    now, then = traced.tokens, schedule.length(step)
     keys = max(branch.keys or 0, now)
     since = sum(schedule.tokens(s) for s in range(traced.step + 1, step + 1))
     later = keys + since if caches else then

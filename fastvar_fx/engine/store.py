@@ -18,6 +18,7 @@ from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind, met
 from fastvar_fx.errors import FastVARError, ModelError, RunError
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
+from passes.trace.state import get
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class StepRecord:
         layer: The block's index.
         block: Its module path.
         step: The step.
-        tokens: The step's tokens.
+        tokens: The tokens that the block gets.
         branches: A report on each branch.
         program: The program's number; None if there is none.
         refusal: Why the whole block stays dense.
@@ -122,9 +123,7 @@ class Store:
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
         """Binds a program to the block of a call, and records what it does."""
         site, made = call.site, entry.program
-        at = StepRecord(
-            layer=site.layer, block=site.name, step=step, tokens=self._plan.schedule.tokens(step)
-        )
+        at = StepRecord(layer=site.layer, block=site.name, step=step, tokens=call.tokens)
         program: Program | StaysDense
         if isinstance(made, Refusal):
             log.info("%s stays dense at step %d: %s", site.name, step, made)
@@ -207,12 +206,10 @@ class Store:
         self, live: passes.Call, step: int, role: Role, real: passes.Reference, name: str
     ) -> passes.StepProgram | Refusal:
         plan, schedule = self._plan, self._plan.schedule
+        around = plan.around(step, get(live.roots(), live.stream).shape[1])
         at = None
         if step != schedule.cache_step:
-            scales = (schedule.scales[schedule.cache_step], schedule.scales[step])
-            last, once = step == plan.drawn_steps - 1, plan.method.once == "block"
-            kept, method = schedule.kept(step), plan.method
-            at = passes.Step(kept, *scales, method, last=last, selects_once=once)
+            at = plan.pruned(step, around, {x.shape[1] for x in role.captured.values()})
         context = passes.Context(
             call=live,
             real=real,

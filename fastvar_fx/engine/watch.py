@@ -12,10 +12,10 @@ class Watch:
     """The token counts of the generations that ended without a pruned step."""
 
     def __init__(self, schedule: Schedule, pruned_steps: tuple[int, ...]) -> None:
-        self._wanted = [schedule.tokens(step) for step in pruned_steps]
-        self._known = {schedule.tokens(step) for step in range(schedule.steps)}
-        self._structure = {schedule.tokens(step) for step in range(schedule.cache_step)}
-        self._cached = schedule.tokens(schedule.cache_step)
+        self._wanted = [schedule.length(step) for step in pruned_steps]
+        self._known = {schedule.length(step) for step in range(schedule.steps)}
+        self._structure = {schedule.length(step) for step in range(schedule.cache_step)}
+        self._cached = schedule.length(schedule.cache_step)
         self._current: list[int] = []
         self._ended: list[list[int]] = []
         self._raised = False

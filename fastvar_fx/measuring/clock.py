@@ -95,16 +95,16 @@ def per_step(
     sums = [0.0] * schedule.steps
     step, before = -1, list[float]()
     for tokens, amount in passes:
-        if step + 1 < schedule.steps and tokens == schedule.tokens(step + 1):
+        if step + 1 < schedule.steps and tokens == schedule.length(step + 1):
             step += 1
-        elif step < 0 and schedule.steps > 1 and tokens == schedule.tokens(1) and before:
+        elif step < 0 and schedule.steps > 1 and tokens == schedule.length(1) and before:
             step, sums[0] = 1, sum(before)
-        elif step < 0 or tokens != schedule.tokens(step):
+        elif step < 0 or tokens != schedule.length(step):
             before.append(amount)
             continue
         sums[step] += amount
     if step < (schedule.steps if drawn is None else drawn) - 1:
-        wanted = [schedule.tokens(s) for s in range(schedule.steps)]
+        wanted = [schedule.length(s) for s in range(schedule.steps)]
         raise RunError(
             f"the schedule has steps of {wanted} tokens, but the blocks ran on "
             f"{[tokens for tokens, _ in passes]}; give the schedule that the loop runs"
