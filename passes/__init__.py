@@ -20,7 +20,7 @@ from passes.rewrite.kv_append import AppendKV
 from passes.rewrite.prune import Operators, Prune, Step
 from passes.trace.calls import Call, Reference, live_inputs, reference
 from passes.trace.capture import Capture
-from passes.trace.fingerprint import LeakedTensorError, fingerprint
+from passes.trace.fingerprint import Fingerprint, LeakedTensorError, fingerprint
 from passes.verify import (
     VerifyBuffered,
     VerifyPermuted,
@@ -54,6 +54,7 @@ __all__ = [
     "Context",
     "Draft",
     "Dump",
+    "Fingerprint",
     "LeakedTensorError",
     "Operators",
     "Pass",

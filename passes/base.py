@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from passes.rewrite.prune import Step
     from passes.trace.calls import Call, Reference
     from passes.trace.capture import BlockProgram
+    from passes.trace.fingerprint import Fingerprint
     from passes.trace.state import Path
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,19 @@ class StepProgram:
     def prunes(self) -> tuple[int, ...]:
         """The branches that prune."""
         return tuple(branch.index for branch in self.branches if branch.kept is not None)
+
+    def moved(self, made_for: Fingerprint, call: Fingerprint) -> StepProgram:
+        """Returns the program for the places of another call.
+
+        Args:
+            made_for: The fingerprint of the call that it was made for.
+            call: An equal fingerprint.
+        """
+        to = dict(zip(made_for.inputs, call.inputs, strict=True))
+        held = self.captured.conditions
+        conditions = replace(held, places=tuple((to[path], dim) for path, dim in held.places))
+        captured = replace(self.captured, **vars(call.facts) | {"conditions": conditions})
+        return replace(self, captured=captured, inputs=tuple(to[path] for path in self.inputs))
 
     @property
     def why_copied(self) -> dict[str, str | None]:

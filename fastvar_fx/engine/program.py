@@ -15,7 +15,8 @@ from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.structure import Structure
 from passes import StepProgram
 from passes.trace.capture import BlockProgram
-from passes.trace.state import Path, Snapshot, Write, apply, get
+from passes.trace.outcome import Write
+from passes.trace.state import Path, Snapshot, get
 from passes.trace.symbols import Place, Varying
 
 if TYPE_CHECKING:
@@ -56,8 +57,12 @@ class Program:
         metas = map(_Meta.of, values, open_dims)
         self._inputs = list(zip(readers, metas, strict=True))
         self._form = call.form
-        self._read = frozenset(made.inputs)
-        self._structure = Structure.of_arguments(call.args, call.kwargs, self._read)
+        self._asked = program.touched - {*made.inputs}
+        self._aliases = [
+            (_reader(block, path).read, _reader(block, first).read)
+            for path, first in program.aliases.items()
+        ]
+        self._structure = Structure.of_arguments(call.args, call.kwargs, self._asked)
         origin = call.roots()
         self._plain = {path: _find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
@@ -71,11 +76,8 @@ class Program:
             for path, expected in guards.items()
             if _module_of(block, path) is None
         ]
-        self._single = program.result.is_leaf()
         self._result = program.result
-        self._result_leaves = program.result_leaves
         self._writes = [_writer(block, write) for write in program.writes]
-        self._result_count = program.result_count
         self._autocast = _autocast()
 
     # --- which calls it holds for ----------------------------------------------------------------
@@ -111,7 +113,9 @@ class Program:
 
     def _built_like(self, call: BlockCall) -> bool:
         """Whether the arguments are built as those of the call that the program was made for."""
-        return self._structure == Structure.of_arguments(call.args, call.kwargs, self._read)
+        if any(argument(call) is not held(call) for argument, held in self._aliases):
+            return False
+        return self._structure == Structure.of_arguments(call.args, call.kwargs, self._asked)
 
     def inputs(self, call: BlockCall) -> list[Any]:
         """Returns the graph's inputs for the call that the program was made for."""
@@ -192,13 +196,16 @@ class Program:
         if outputs:
             inputs += [outputs[branch] for branch in self.captured]
         made = executor.run_program(graph, inputs, call)
-        place = self._result_count
-        for writer in self._writes:
-            place = writer(made, place, call)
-        result = made[0] if self._single else self._structured(made)
+        tensors = iter(made)
+        find = partial(_read, call.block, call)
+        result = self._result.make(tensors, find)
+        # All is found before anything is written: a write may move what others refer to.
+        values = [write.value and write.value.make(tensors, find) for write, _ in self._writes]
+        owners = [owner(call) for _, owner in self._writes]
+        for (write, _), owner, value in zip(self._writes, owners, values, strict=True):
+            write.apply(owner, value)
         # At the cache step, the captured outputs come last.
-        captured = {} if outputs else dict(zip(self.captured, made[place:], strict=True))
-        return result, captured
+        return result, {} if outputs else dict(zip(self.captured, tensors, strict=True))
 
     def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.
@@ -209,10 +216,6 @@ class Program:
         if self._buffers is None or self._buffers.replayed:
             return False
         return not (torch.is_grad_enabled() or call.compiling)
-
-    def _structured(self, made: Sequence[Tensor]) -> Any:
-        leaves = _fill_tensors(self._result_leaves, made, 0)
-        return pytree.tree_unflatten(leaves, self._result)
 
 
 class StaysDense:
@@ -307,6 +310,10 @@ def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
 
 def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
     return _find(_root(block, root, call), path)
+
+
+def _read(block: nn.Module, call: BlockCall, path: Path) -> Any:
+    return get(_root(block, path[0][1], call), path[1:])
 
 
 def _root(block: nn.Module, root: str, call: BlockCall) -> Any:
@@ -414,32 +421,25 @@ def _autocast() -> tuple[torch.dtype | None, torch.dtype | None]:
 # --- writing state -------------------------------------------------------------------------------
 
 
-def _fill_tensors(leaves: Sequence[Any], made: Sequence[Tensor], place: int) -> list[Any]:
-    filled = []
-    for leaf in leaves:
-        filled.append(made[place] if leaf is ... else leaf)
-        place += leaf is ...
-    return filled
+class _Writer(NamedTuple):
+    """Replays a write of a call.
+
+    Attributes:
+        write: What the call changed.
+        owner: Returns the container that it changed.
+    """
+
+    write: Write
+    owner: Callable[[BlockCall], Any]
 
 
-def _writer(block: nn.Module, write: Write) -> Callable[[Sequence[Tensor], int, BlockCall], int]:
-    """Returns a function that writes from a graph's outputs, and returns where the next begin."""
+def _writer(block: nn.Module, write: Write) -> _Writer:
     (_, root), *rest = write.path
-    count = sum(leaf is ... for leaf in write.leaves)
-    owner = get(block, tuple(rest)) if root == "module" and _is_module_path(rest) else None
-    plain = not (write.deleted or write.buffer)
-    fixed = owner if isinstance(owner, nn.Module) and plain else None
-    single = fixed is not None and count == 1 and len(write.leaves) == 1
-
-    def replay(made: Sequence[Tensor], place: int, call: BlockCall) -> int:
-        if single:
-            setattr(fixed, write.step[1], made[place])
-            return place + 1
-        container = get(_root(block, root, call), tuple(rest))
-        apply(write, container, _fill_tensors(write.leaves, made, place))
-        return place + count
-
-    return replay
+    if root == "module" and _is_module_path(rest):
+        owner = get(block, tuple(rest))
+        if isinstance(owner, nn.Module):
+            return _Writer(write, lambda call: owner)
+    return _Writer(write, lambda call: get(_root(block, root, call), tuple(rest)))
 
 
 def _is_module_path(path: Sequence[Any]) -> bool:

@@ -54,7 +54,8 @@ class _Entry:
 
     number: int
     step: int
-    fingerprint: tuple[Any, ...]
+    metas: tuple[Any, ...]
+    fingerprint: passes.Fingerprint | None
     program: passes.StepProgram | Refusal
 
 
@@ -152,7 +153,7 @@ class Store:
             found = self._with_open_sizes(call, step, role)
             return found or self._equal_or_new(call, step, role, call.as_captured())
         except RefusedError as error:
-            return _Entry(-1, step, (), error.refusal)
+            return _Entry(-1, step, (), None, error.refusal)
         except passes.LeakedTensorError as error:
             raise ModelError(
                 f"{call.site.name} cannot be traced: {error}. Keep such state in attributes, lists "
@@ -176,7 +177,7 @@ class Store:
             try:
                 entry = self._equal_or_new(call, step, role, opened)
             except RefusedError as error:
-                entry = _Entry(-1, step, (), error.refusal)
+                entry = _Entry(-1, step, (), None, error.refusal)
             made = entry.program
             if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
                 known.remove(program)
@@ -191,14 +192,14 @@ class Store:
         real = None if kind in self._met else passes.reference(live)
         self._met.add(kind)
         metas = tuple((i, meta_of(t)) for i, t in sorted(role.captured.items()))
-        mark = (metas, *_fingerprint(live, real))
+        mark = _fingerprint(live, real)
         for entry in self._entries:
-            if entry.step == step and entry.fingerprint == mark:
-                return entry
+            if (entry.step, entry.metas, entry.fingerprint) == (step, metas, mark):
+                return _moved(entry, mark)
         number = len(self._entries)
         name = f"{number:02}_{call.site.name}_step{step}"
         program = self._make(live, step, role, real or passes.reference(live), name)
-        entry = _Entry(number, step, mark, program)
+        entry = _Entry(number, step, metas, mark, program)
         self._entries.append(entry)
         return entry
 
@@ -231,7 +232,15 @@ class Store:
             return Refusal("FVX020", str(error))
 
 
-def _fingerprint(call: passes.Call, real: passes.Reference | None) -> tuple[Any, ...]:
+def _moved(entry: _Entry, call: passes.Fingerprint) -> _Entry:
+    """Returns an entry whose program reads and writes the places of a call."""
+    made, mark = entry.program, entry.fingerprint
+    if isinstance(made, Refusal) or mark is None:
+        return entry
+    return replace(entry, program=made.moved(mark, call), fingerprint=call)
+
+
+def _fingerprint(call: passes.Call, real: passes.Reference | None) -> passes.Fingerprint:
     try:
         return passes.fingerprint(call)
     except RefusedError:

@@ -64,21 +64,21 @@ class Structure:
 
     @classmethod
     def of_arguments(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], read: Collection[Path]
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Collection[Path]
     ) -> Structure:
         """Returns the structure of a call's arguments.
 
         Args:
             args: Positional arguments.
             kwargs: Keyword arguments.
-            read: Where a graph reads its inputs; the shapes of other tensors are part of the
-                structure.
+            asked: Where tensors are that a forward asked for their shape or the like; it is part of
+                the structure.
         """
         made = cls()
         for root, items in (("args", enumerate(args)), ("kwargs", kwargs.items())):
             for key, value in items:
                 path = (("item", root), ("item", key))
-                made._parts.append(made._argument(path, value, read))
+                made._parts.append(made._argument(path, value, asked))
         return made
 
     # --- blocks ---------------------------------------------------------------------------------
@@ -105,19 +105,19 @@ class Structure:
 
     # --- arguments ------------------------------------------------------------------------------
 
-    def _argument(self, path: Path, value: Any, read: Collection[Path]) -> Any:
+    def _argument(self, path: Path, value: Any, asked: Collection[Path]) -> Any:
         if isinstance(value, Tensor):
             number = self._number(value)
-            return number if path in read else (number, value.shape, value.dtype, value.device)
+            return (number, value.shape, value.dtype, value.device) if path in asked else number
         if isinstance(value, PLAIN):
             return type(value)
         if isinstance(value, (dict, list, tuple, deque)) and type(value) is not torch.Size:
             steps = value.keys() if isinstance(value, dict) else range(len(value))
             places = iter([(*path, ("item", step)) for step in steps])
-            return self._container(value, lambda item: self._argument(next(places), item, read))
-        return self._other(path, value, read)
+            return self._container(value, lambda item: self._argument(next(places), item, asked))
+        return self._other(path, value, asked)
 
-    def _other(self, path: Path, value: Any, read: Collection[Path]) -> Any:
+    def _other(self, path: Path, value: Any, asked: Collection[Path]) -> Any:
         """Returns an argument that is neither a tensor nor a plain value or a container of them."""
         if isinstance(value, _VALUES):
             return value
@@ -130,7 +130,7 @@ class Structure:
             return type(value)
         attributes = vars(value)
         places = iter([(*path, ("attr", name)) for name in attributes])
-        inside = self._container(attributes, lambda item: self._argument(next(places), item, read))
+        inside = self._container(attributes, lambda item: self._argument(next(places), item, asked))
         return type(value), inside
 
     # --- both -----------------------------------------------------------------------------------

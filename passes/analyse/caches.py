@@ -89,7 +89,7 @@ class FindCaches:
         if later is None:
             return draft
         paths = list(enumerate(draft.inputs))
-        stored = [(*write.path, write.step) for write in draft.captured.writes]
+        stored = [write.place for write in draft.captured.writes]
         rewritten = [i for i, path in paths if any(path[: len(s)] == s for s in stored)]
         given = [i for i, p in paths if p[0][1] != "module" and p != context.call.stream]
         found = find_growing(draft.graph_module, rewritten, given)

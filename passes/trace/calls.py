@@ -9,20 +9,21 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import SymInt, Tensor, nn
+from torch import Tensor, nn
 from torch.fx.traceback import set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.refusal import Refusal, RefusedError, refuse
+from passes.refusal import Refusal, RefusedError
 from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
-from passes.trace.state import Path, Roots, Snapshot, Write, get, roots
-from passes.trace.symbols import NOTHING_VARIES, Symbols, Varying
+from passes.trace.outcome import Outcome, Recipe, Write
+from passes.trace.state import Path, Roots, Snapshot, get, roots
+from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
 from passes.user_frames import error_line, first_line, innermost_user_frame
 
 Forward = Callable[..., Any]
@@ -73,9 +74,8 @@ def reference(call: Call) -> Reference:
         The tensors of the result and the tensors written, in the order of a program's outputs.
     """
     with undone(call) as trial:
-        result, writes = trial.run(), trial.writes()
-    written = [leaf for write in writes for leaf in write.leaves if isinstance(leaf, Tensor)]
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)], written
+        outcome = trial.outcome(trial.run())
+    return outcome.results, outcome.written
 
 
 @contextlib.contextmanager
@@ -114,9 +114,9 @@ class Trial:
         with torch.compiler.set_stance("force_eager"):
             return self._forward(*self._origin["args"], **self._origin["kwargs"])
 
-    def writes(self) -> list[Write]:
-        """Returns what the call has changed."""
-        return list(self.snapshot.writes(self.copy_of))
+    def outcome(self, result: Any) -> Outcome:
+        """Returns what the call returned, which is `result`, and what it changed."""
+        return Outcome(self.snapshot, result, self.copy_of)
 
 
 def _private(tensor: Tensor) -> Tensor:
@@ -130,15 +130,33 @@ def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
     return [_private(value) if isinstance(value, Tensor) else value for value in values]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a call on stand-ins showed, apart from the ops that it ran.
+
+    Attributes:
+        result: How the call's result is made.
+        writes: What the call changed.
+        constants: The plain values that it could read, by path.
+        aliases: Places in its arguments of objects that the module holds too, and where it does.
+        touched: The tensors that it used or asked anything of.
+        conditions: For which values of the sizes that vary its ops stay the same.
+    """
+
+    result: Recipe
+    writes: tuple[Write, ...]
+    constants: dict[Path, Any] = field(repr=False)
+    aliases: dict[Path, Path] = field(default_factory=dict)
+    touched: frozenset[Path] = frozenset()
+    conditions: Conditions = field(default_factory=Conditions)
+
+
 class FakeCall:
-    """A call that runs on fake tensors; afterwards it knows its result's and writes' structure.
+    """A call that runs on fake tensors; afterwards it knows what it returned and changed.
 
     Attributes:
         snapshot: What the call can reach.
         symbols: The stand-ins of sizes that vary.
-        result: The structure of what the call returned.
-        result_leaves: Its leaves; a tensor's place holds `...`.
-        writes: What the call changed; a tensor's place among the leaves holds `...`.
     """
 
     def __init__(self, call: Call) -> None:
@@ -147,10 +165,10 @@ class FakeCall:
         self._varying = call.varying
         self.snapshot = Snapshot(self._origin)
         self.symbols = Symbols(call.varying)
-        self.result: pytree.TreeSpec | None = None
-        self.result_leaves: list[Any] = []
-        self.writes: list[Write] = []
+        self._recipes: tuple[Recipe, tuple[Write, ...]] | None = None
         self._fakes: dict[int, Tensor] = {}
+        self._used: set[int] = set()
+        self._touched: frozenset[Path] = frozenset()
         self._given: list[weakref.ref[Tensor]] = []
 
     @contextlib.contextmanager
@@ -169,6 +187,8 @@ class FakeCall:
         finally:
             self.snapshot.restore()
             torch.clear_autocast_cache()
+            tensors = snapshot.tensors.items()
+            self._touched = frozenset(p for p, t in tensors if id(self._fakes[id(t)]) in self._used)
             self.note(self._fakes.values())
             self._fakes.clear()
 
@@ -179,16 +199,24 @@ class FakeCall:
 
     def run(self, *_: Any) -> list[Tensor]:
         """Runs the call; the fakes it is given are those already in place."""
-        with _UserCalls(self.note), CanonicalOps():
+        with _UserCalls(self.note, self._used), CanonicalOps():
             result = self._forward(*self._origin["args"], **self._origin["kwargs"])
-        leaves, self.result = pytree.tree_flatten(result)
-        if any(isinstance(leaf, SymInt) for leaf in leaves):
-            refuse("FVX001", "it returns a number that depends on a size that varies")
-        self.result_leaves = _mark_tensors(leaves)
-        writes = list(self.snapshot.writes(self._fake))
-        self.writes = [replace(w, leaves=tuple(_mark_tensors(w.leaves))) for w in writes]
-        written = [leaf for write in writes for leaf in write.leaves]
-        return [leaf for leaf in [*leaves, *written] if isinstance(leaf, Tensor)]
+        outcome = Outcome(self.snapshot, result, self._fake)
+        self._recipes = outcome.result, outcome.writes
+        return [*outcome.results, *outcome.written]
+
+    def facts(self) -> Facts:
+        """Returns what the call showed, after it ran."""
+        assert self._recipes is not None
+        result, writes = self._recipes
+        return Facts(
+            result=result,
+            writes=writes,
+            constants=self.snapshot.constants,
+            aliases=self.snapshot.aliases,
+            touched=self._touched,
+            conditions=self.symbols.conditions(),
+        )
 
     def note(self, fakes: Iterable[Tensor]) -> None:
         """Adds fakes that the user's code must not hold afterwards."""
@@ -205,19 +233,17 @@ class FakeCall:
         return [fake for reference in self._given if (fake := reference()) is not None]
 
 
-def _mark_tensors(leaves: Any) -> list[Any]:
-    return [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
 class _UserCalls(TorchFunctionMode):
-    """Notes the user's line of every torch call for the nodes it makes, and what it returned."""
+    """Notes the user's line of every torch call for the nodes it makes, and its tensors."""
 
-    def __init__(self, note: Callable[[Iterable[Tensor]], None]) -> None:
+    def __init__(self, note: Callable[[Iterable[Tensor]], None], used: set[int]) -> None:
         super().__init__()
         self._note = note
+        self._used = used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         set_stack_trace([innermost_user_frame()])
+        self._used |= {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         self._note(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         return result

@@ -16,45 +16,34 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
-from torch.utils import _pytree as pytree
 
 from passes.base import Context, Draft
 from passes.graph import drop_unread_inputs, has_effect
 from passes.refusal import refuse
-from passes.trace.calls import Call, FakeCall
+from passes.trace.calls import Call, Facts, FakeCall
 from passes.trace.fingerprint import layout
-from passes.trace.state import Path, Write, show
-from passes.trace.symbols import Conditions, at_sizes
+from passes.trace.state import Path, show
+from passes.trace.symbols import at_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockProgram:
+class BlockProgram(Facts):
     """A captured call.
 
     Attributes:
-        graph_module: Takes the tensors at `inputs`, returns result leaves, then written tensors.
+        graph_module: Takes the tensors at `inputs`; returns those of the result, then the written.
         inputs: Where each input is read, in the order of the placeholders.
-        result: The structure of what the call returns.
-        result_leaves: Its leaves; a tensor's place holds `...`, other leaves are as returned.
-        writes: What the call changed; a tensor's place among the leaves holds `...`.
-        constants: The plain values the call could read, by path; it holds only while they do.
-        conditions: For which values of the sizes that vary it holds.
         earlier: The same program at the sizes of an earlier call, if some vary.
     """
 
     graph_module: GraphModule
     inputs: tuple[Path, ...]
-    result: pytree.TreeSpec
-    result_leaves: tuple[Any, ...]
-    writes: tuple[Write, ...]
-    constants: dict[Path, Any] = field(repr=False)
-    conditions: Conditions = field(default_factory=Conditions)
     earlier: BlockProgram | None = field(default=None, repr=False)
 
     @property
     def result_count(self) -> int:
-        """How many outputs of the graph are leaves of the result."""
-        return sum(leaf is ... for leaf in self.result_leaves)
+        """How many outputs of the graph are tensors of the result."""
+        return self.result.count
 
 
 class Capture:
@@ -80,24 +69,15 @@ def capture(call: Call) -> BlockProgram:
         graph_module = _trace(fake)
     finally:
         fake.clear_memos()
-    symbols = fake.symbols
-    conditions = symbols.conditions()
+    symbols, facts = fake.symbols, fake.facts()
     paths = [*fake.snapshot.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)
     for path, node in zip(paths, graph_module.graph.find_nodes(op="placeholder"), strict=True):
         node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
     inputs = [paths[place] for place in drop_unread_inputs(graph_module.graph)]
     graph_module.recompile()
-    assert fake.result is not None
-    program = BlockProgram(
-        graph_module=graph_module,
-        inputs=tuple(inputs),
-        result=fake.result,
-        result_leaves=tuple(fake.result_leaves),
-        writes=tuple(fake.writes),
-        constants=fake.snapshot.constants,
-        conditions=conditions,
-    )
+    program = BlockProgram(graph_module=graph_module, inputs=tuple(inputs), **vars(facts))
+    conditions = facts.conditions
     if not conditions.places:
         return program
     if not conditions.hold(*symbols.earlier().values()):

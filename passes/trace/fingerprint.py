@@ -1,8 +1,14 @@
-"""Fingerprints: two calls with equal ones have equal block programs, without tracing both."""
+"""Fingerprints: two calls with equal ones have equal block programs, without tracing both.
+
+Blocks that share one cache object read and write other entries of it, such as those of their own
+layer. So an entry of a container counts by the order in which it is first used, and a program that
+was made for one call is moved to the places of another.
+"""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
@@ -10,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from passes.trace.calls import Call, FakeCall
-from passes.trace.state import Path
+from passes.trace.calls import Call, Facts, FakeCall
+from passes.trace.outcome import Write
+from passes.trace.state import Path, is_beside
 
 _SMALL: Final = 4096
 """Constants of up to this many elements are compared by value, larger ones by identity."""
@@ -21,8 +28,23 @@ class LeakedTensorError(Exception):
     """A forward kept a tensor in a place that no snapshot sees; a stand-in is left there now."""
 
 
-def fingerprint(call: Call) -> tuple[Any, ...]:
-    """Returns the ops that a call runs, with all their arguments and where their inputs are.
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """The ops that a call runs, with all their arguments and where their inputs are.
+
+    Attributes:
+        key: Equal if the programs are, up to the places of inputs and writes.
+        inputs: Where the inputs are read, in the order of their first use.
+        facts: What the call showed.
+    """
+
+    key: tuple[Any, ...]
+    inputs: tuple[Path, ...] = field(compare=False)
+    facts: Facts = field(compare=False)
+
+
+def fingerprint(call: Call) -> Fingerprint:
+    """Returns the fingerprint of a call.
 
     Two calls with equal fingerprints have equal block programs: every value that the forward reads
     and that makes a difference is an argument of an op. It costs a fraction of a capture.
@@ -46,7 +68,7 @@ def fingerprint(call: Call) -> tuple[Any, ...]:
     return mark
 
 
-def _record(call: FakeCall) -> tuple[Any, ...]:
+def _record(call: FakeCall) -> Fingerprint:
     with call.stand_ins() as fakes:
         paths = [*call.snapshot.tensors, *call.symbols.numbers]
         recorder = _Recorder(dict(zip(paths, fakes, strict=True)))
@@ -54,33 +76,58 @@ def _record(call: FakeCall) -> tuple[Any, ...]:
             outputs = call.run(*fakes)
         call.note(recorder.made)
         named = tuple(recorder.name(t) for t in outputs)
-        structure = (call.result, tuple(call.result_leaves), tuple(call.writes))
-        return (tuple(recorder.records), named, structure, call.symbols.conditions().text)
+    facts = call.facts()
+    sizes = tuple((recorder.place(path), dim) for path, dim in facts.conditions.places)
+    writes = tuple(map(recorder.written, facts.writes))
+    key = (tuple(recorder.records), named, facts.result.key, writes, sizes, facts.conditions.text)
+    return Fingerprint(key=key, inputs=tuple(recorder.places), facts=facts)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every op below autograd and autocast, naming tensors by origin."""
+    """Records every op below autograd and autocast, naming tensors by origin.
+
+    Attributes:
+        records: The ops.
+        places: Where inputs are read, in the order of their first use, with their names.
+        made: What the ops returned; it is kept alive, for ids are names.
+    """
 
     def __init__(self, inputs: dict[Path, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.records: list[Any] = []
+        self.places: dict[Path, Any] = {}
+        self.made: list[Tensor] = []
         tensors = {path: t for path, t in inputs.items() if isinstance(t, Tensor)}
-        self._names: dict[int, Any] = {
-            id(t): (path, str(t.shape), t.dtype, t.device) for path, t in tensors.items()
-        }
-        self._paths = {t.untyped_storage()._cdata: path for path, t in tensors.items()}
-        self.made: list[Tensor] = []  # kept alive: their ids are their names
+        self._inputs = {id(t): path for path, t in tensors.items()}
+        self._owners = {t.untyped_storage()._cdata: path for path, t in tensors.items()}
+        self._results: dict[int, Any] = {}
+
+    def place(self, path: Path) -> Any:
+        """Names a place: entries of containers by the order of their first use."""
+        return self.places.setdefault(path, _fixed(path) or (path[0], len(self.places)))
+
+    def written(self, write: Write) -> Any:
+        """Names a write, by what was read where it is and beside it."""
+        at, value = write.place, write.value and write.value.key
+        inside = tuple(i for i, p in enumerate(self.places) if p[: len(at)] == at)
+        beside = tuple(i for i, p in enumerate(self.places) if is_beside(p, at))
+        return _fixed(at) or at[0], inside, beside, value, write.buffer
 
     def name(self, value: Any) -> Any:
+        """Names an argument of an op."""
         if not isinstance(value, Tensor):
             return (type(value), value if isinstance(value, (int, float, str)) else repr(value))
-        return self._names.get(id(value)) or self._constant(value)
+        path = self._inputs.get(id(value))
+        if path is not None:
+            return (self.place(path), str(value.shape), value.dtype, value.device)
+        return self._results.get(id(value)) or self._constant(value)
 
     def _constant(self, value: Tensor) -> Any:
         """Names a tensor of unknown origin: an alias of an input, or a constant of the model."""
         meta = layout(value)
         if isinstance(value, FakeTensor):
-            return ("alias", self._paths.get(value.untyped_storage()._cdata), meta)
+            owner = self._owners.get(value.untyped_storage()._cdata)
+            return ("alias", owner and self.place(owner), meta)
         if value.numel() > _SMALL:
             return ("constant", _Same(value))
         with _disable_current_modes():
@@ -93,10 +140,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         for index, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
-                self._names.setdefault(id(leaf), (len(self.records), index))
+                self._results.setdefault(id(leaf), (len(self.records), index))
                 self.made.append(leaf)
         self.records.append((func, tuple(operands), spec))
         return result
+
+
+def _fixed(path: Path) -> Path | None:
+    """Returns a path of attributes, which two blocks must share; None for one into a container."""
+    inside = path[1:] if path[0][1] == "module" else path[2:]
+    return path if all(kind == "attr" for kind, _ in inside) else None
 
 
 class _Same:

@@ -15,14 +15,12 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from passes.refusal import refuse
 
@@ -61,25 +59,33 @@ def show(path: Path) -> str:
     return text.removeprefix(".")
 
 
-@dataclass(frozen=True)
-class Write:
-    """One thing a call changed.
+def is_beside(path: Path, place: Path) -> bool:
+    """Whether a path leads into a neighbour of a place in a list, or in a dict by number."""
+    (kind, key), at = place[-1], len(place) - 1
+    if len(path) <= at or path[:at] != place[:at] or path[at] == place[-1]:
+        return False
+    return kind == "item" and type(key) is type(path[at][1]) is int
+
+
+class Change(NamedTuple):
+    """One entry of a container that a call changed.
 
     Attributes:
-        path: The container that changed, from the roots.
-        step: The entry of it that was set.
-        spec: The structure of the new value.
-        leaves: Its leaves: tensors, or constants to set as they are.
-        deleted: Whether the entry was removed instead.
+        path: The container, from the roots.
+        step: The entry.
+        value: Its new value; `_MISSING` if it was removed.
         buffer: Whether it is a registered buffer of a module.
     """
 
     path: Path
     step: Step
-    spec: pytree.TreeSpec | None
-    leaves: tuple[Any, ...]
-    deleted: bool = False
+    value: Any
     buffer: bool = False
+
+    @property
+    def removed(self) -> bool:
+        """Whether the entry was removed."""
+        return self.value is _MISSING
 
 
 class Snapshot:
@@ -88,40 +94,47 @@ class Snapshot:
     Attributes:
         tensors: Every tensor by its first path, each tensor once.
         constants: The plain values that the call's own modules and arguments hold, by path.
+        aliases: Places in the arguments of objects that the module holds too, and where it does.
     """
 
     def __init__(self, origin: Roots) -> None:
         self._containers: list[tuple[Path, Any, Contents]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._seen: set[int] = set()
+        self._places: dict[int, Path] = {}
         self.tensors: dict[Path, Tensor] = {}
         self.constants: dict[Path, Any] = {}
+        self.aliases: dict[Path, Path] = {}
         for name, value in origin.items():
             self._visit((("item", name),), value)
 
     def _visit(self, path: Path, value: Any) -> None:
-        if _is_constant(value):
+        if is_constant(value):
             self.constants[path] = value
-            return
-        if id(value) in self._seen:
-            return
-        if isinstance(value, Tensor):
-            self._seen.add(id(value))
-            self.tensors[path] = value
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
                 self._visit((*path, ("item", index)), item)
+        elif (first := self._places.setdefault(id(value), path)) is not path:
+            if path[0] != first[0] == ("item", "module"):
+                self.aliases[path] = first
+        elif isinstance(value, Tensor):
+            self.tensors[path] = value
         elif is_container(value):
-            self._seen.add(id(value))
-            entries = contents(value)
-            self._containers.append((path, value, entries))
-            if isinstance(value, nn.Module):
-                self.constants[*path, ("attr", "training")] = value.training
-                self._registries += [(r, dict(r)) for r in _registries(value)]
-            for step, item in entries.items():
-                setting = isinstance(item, tuple) or _is_constant(item)
-                if not (_is_torch_layer(value) and setting):
-                    self._visit((*path, step), item)
+            self._enter(path, value)
+
+    def _enter(self, path: Path, container: Any) -> None:
+        entries = contents(container)
+        self._containers.append((path, container, entries))
+        if isinstance(container, nn.Module):
+            self.constants[*path, ("attr", "training")] = container.training
+            self._registries += [(r, dict(r)) for r in _registries(container)]
+        for step, item in entries.items():
+            setting = isinstance(item, tuple) or is_constant(item)
+            if not (_is_torch_layer(container) and setting):
+                self._visit((*path, step), item)
+
+    def place_of(self, value: Any) -> Path | None:
+        """Returns where an object was that is neither a tensor, a plain value nor a tuple."""
+        return None if isinstance(value, Tensor) else self._places.get(id(value))
 
     def substitute(self, stand_in: StandIn) -> None:
         """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
@@ -136,11 +149,11 @@ class Snapshot:
         for _, container, held in self._containers:
             fill(container, held)
 
-    def writes(self, since: StandIn) -> Iterator[Write]:
+    def changes(self, since: StandIn) -> Iterator[Change]:
         """Yields what changed since `substitute(since)`.
 
         Raises:
-            RefusedError: FVX001, if a change is of a form that cannot be replayed.
+            RefusedError: FVX001, if a list lost entries.
         """
         for path, container, entries in self._containers:
             before, after = _mapped(path, entries, since), contents(container)
@@ -149,12 +162,12 @@ class Snapshot:
             for step, value in after.items():
                 if not _same(before.get(step, _MISSING), value):
                     buffer = isinstance(container, nn.Module) and step[1] in container._buffers
-                    yield replace(_write(path, step, value), buffer=buffer)
+                    yield Change(path, step, value, buffer)
             for step in before.keys() - after.keys():
-                yield Write(path, step, None, (), deleted=True)
+                yield Change(path, step, _MISSING)
 
 
-def _is_constant(value: Any) -> bool:
+def is_constant(value: Any) -> bool:
     """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
     numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
     return numpy_scalar or isinstance(value, PLAIN)
@@ -177,39 +190,12 @@ def _is_torch_layer(value: Any) -> bool:
     return isinstance(value, nn.Module) and type(value).__module__.startswith("torch.")
 
 
-def apply(write: Write, container: Any, leaves: list[Any]) -> None:
-    """Replays `write` on a live container, with `leaves` for its value."""
-    kind, key = write.step
-    if write.deleted:
-        delattr(container, key) if kind == "attr" else container.pop(key)
-        return
-    assert write.spec is not None
-    value = leaves[0] if write.spec.is_leaf() else pytree.tree_unflatten(leaves, write.spec)
-    if write.buffer:
-        container._buffers[key] = value  # it may not be registered yet
-    elif kind == "attr":
-        setattr(container, key, value)
-    elif isinstance(container, (list, deque)) and key == len(container):
-        container.append(value)
-    else:
-        container[key] = value
-
-
-def _write(path: Path, step: Step, value: Any) -> Write:
-    leaves, spec = pytree.tree_flatten(value)
-    for leaf in leaves:
-        if not (isinstance(leaf, Tensor) or _is_constant(leaf)):
-            where = show((*path[1:], step))
-            refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
-    return Write(path, step, spec, tuple(leaves))
-
-
 def _same(before: Any, after: Any) -> bool:
     if before is after:
         return True
     if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
         return all(map(_same, before, after))
-    plain = _is_constant(before) and _is_constant(after)
+    plain = is_constant(before) and is_constant(after)
     return plain and type(before) is type(after) and bool(before == after)
 
 

@@ -99,7 +99,6 @@ class Symbols:
 
     def tensor(self, path: Path, tensor: Tensor) -> Tensor:
         """Returns a fake of an input, with symbols for the dims that vary."""
-        from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
         dims = self._varying.dims(path)
@@ -114,7 +113,7 @@ class Symbols:
             DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.dim())
         ]
         context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
-        source = ConstantSource(show(path))
+        source = self._source()
         fake = self.mode.from_tensor(plain, source=source, symbolic_context=context)
         for dim in dims:
             self._note(fake.shape[dim], (path, dim), tensor.shape[dim])
@@ -122,17 +121,22 @@ class Symbols:
 
     def number(self, path: Path, value: int) -> None:
         """Makes the stand-in of a number that varies."""
-        from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-        source = ConstantSource(show(path))
-        symbol = self._shapes.create_symbol(
-            value, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        source = self._source()
+        symbol = self._shapes.create_unspecified_symbol(
+            value, source, dynamic_dim=DimDynamic.DYNAMIC
         )
         made = self._shapes.create_symintnode(symbol, hint=value, source=source)
         assert isinstance(made, SymInt)
         self.numbers[path] = made
         self._note(made, (path, None), value)
+
+    def _source(self) -> Any:
+        """Returns what symbols are named after: equal calls must have equal names."""
+        from torch._dynamo.source import ConstantSource
+
+        return ConstantSource(f"size{len(self._places)}")
 
     def _note(self, size: Any, place: Place, value: int) -> None:
         if isinstance(size, SymInt):

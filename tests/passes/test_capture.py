@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import passes
-from passes import Call, Context, LeakedTensorError, fingerprint, reference
+from passes import Call, Context, Fingerprint, LeakedTensorError, fingerprint, reference
 from passes.graph import placeholder_of
 from passes.refusal import RefusedError
 from passes.trace.calls import live_inputs
 from passes.trace.capture import BlockProgram, capture
-from passes.trace.state import Path, Snapshot, apply, get, is_container, roots, show
+from passes.trace.state import Path, Snapshot, get, is_container, roots, show
 
 B, L, C = 2, 4, 6
 
@@ -90,8 +90,8 @@ def replay(program: BlockProgram, module: nn.Module, *args: Any, **kwargs: Any) 
     outputs = run(program, module, *args, **kwargs)[program.result_count :]
     left = iter(outputs)
     for write in program.writes:
-        leaves = [next(left) if leaf is ... else leaf for leaf in write.leaves]
-        apply(write, get(origin, write.path), leaves)
+        value = write.value and write.value.make(left, functools.partial(get, origin))
+        write.apply(get(origin, write.path), value)
     assert not list(left)
 
 
@@ -174,7 +174,7 @@ def test_results_keep_their_structure() -> None:
             return x + 1, {"twice": 2 * x, "name": "n", "count": 3}, None
 
     program = assert_reproduces(Many(), torch.randn(B, L, C))
-    assert program.result_leaves == (..., ..., "n", 3, None)
+    assert program.result.leaves == (..., ..., "n", 3, None)
     assert program.result_count == 2
 
 
@@ -633,7 +633,7 @@ class Settings(nn.Module):
         return x + h.sum(-1, keepdim=True)
 
 
-def print_of(module: nn.Module, *args: Any) -> tuple[Any, ...]:
+def print_of(module: nn.Module, *args: Any) -> Fingerprint:
     args = args or (torch.randn(B, L, C),)
     return fingerprint(Call(forward_of(module), module, args, {}))
 

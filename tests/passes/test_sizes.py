@@ -215,3 +215,17 @@ def test_conditions() -> None:
     with pytest.raises(RefusedError, match="FVX019"):
         capture(Call(block.forward, block, args, {}, varying=Varying({(side, 0): 5})))
     assert Conditions().hold()
+
+
+def test_a_number_that_varies_may_be_negative() -> None:
+    class Signed(nn.Module):
+        def forward(self, x: Tensor, number: int) -> Tensor:
+            return x + number if number > 0 else x - number
+
+    block, x = Signed(), torch.randn(1, 4, C)
+    place = ((("item", "args"), ("item", 1)), None)
+    call = Call(block.forward, block, (x, 3), {}, varying=Varying({place: 2}))
+    conditions = capture(call).conditions
+    assert conditions.hold(7)
+    assert not conditions.hold(-7)
+    assert not conditions.hold(0)
