@@ -320,7 +320,7 @@ def test_prompts_of_other_lengths_open_the_sizes_of_a_shared_cache(
 def test_dynamic_cache_of_transformers() -> None:
     DynamicCache: Any = pytest.importorskip("transformers").DynamicCache
 
-    class Own(DynamicCache):  # type: ignore[misc, valid-type]
+    class Own(DynamicCache):  # type: ignore[misc]
         def get(self, layer: int) -> Any:
             own = self.layers[layer : layer + 1]
             return (own[0].keys, own[0].values) if own else None
