@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import count
 from typing import Any, Final, Literal
 
 import torch
@@ -132,8 +133,5 @@ def _opaque_class(kind: type[nn.Module], *, schema: str | None, **how: Any) -> t
 
 def _free_name(wanted: str) -> str:
     taken = dir(getattr(torch.ops, _NAMESPACE))
-    name, count = wanted, 1
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    return name
+    names = (f"{wanted}_{n}" if n > 1 else wanted for n in count(1))
+    return next(name for name in names if name not in taken)

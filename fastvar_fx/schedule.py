@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isnan, prod
+from math import prod
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -61,15 +61,12 @@ class Schedule:
         Raises:
             ScheduleError: If a value is out of its range or they contradict each other.
         """
-        maps = tuple(_scale(value) for value in _listed("scales", scales))
-        object.__setattr__(self, "scales", maps)
-        object.__setattr__(
-            self, "ratios", tuple(_ratio(value) for value in _listed("ratios", ratios))
-        )
-        default = len(maps) - len(self.ratios) - 1
-        object.__setattr__(self, "cache_step", default if cache_step is None else cache_step)
-        object.__setattr__(self, "layers", _layers(layers))
-        object.__setattr__(self, "prefix", prefix)
+        maps = tuple(map(_scale, _listed("scales", scales)))
+        dropped = tuple(map(_ratio, _listed("ratios", ratios)))
+        if cache_step is None:
+            cache_step = len(maps) - len(dropped) - 1
+        fields = {"scales": maps, "ratios": dropped, "cache_step": cache_step}
+        vars(self).update(fields, layers=_layers(layers), prefix=prefix)  # attributes are frozen
         self._check()
 
     def _check(self) -> None:
@@ -273,7 +270,7 @@ def _scale(value: object) -> Scale:
 def _ratio(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScheduleError(f"a pruning ratio is a number in [0, 1]; found {value!r}")
-    if isnan(value) or not 0 <= value <= 1:
+    if not 0 <= value <= 1:  # nor is NaN
         raise ScheduleError(
             f"a pruning ratio lies in [0, 1], the fraction of tokens dropped; found {value!r}"
         )

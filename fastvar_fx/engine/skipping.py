@@ -107,14 +107,11 @@ def trunk_scale(fast: nn.Module, skipped: Skipped) -> bool:
 
     Source: FoundationVision/Infinity, `Infinity.autoregressive_infer_cfg`.
     """
-    found = False
-    for _, module in reachable(fast):
-        for name, method in _methods(module):
-            signature = inspect.signature(method)
-            if _STOP in signature.parameters:
-                _override(module, name, skipped, _stopping(method, signature))
-                found = True
-    return found
+    found = [(module, *method) for _, module in reachable(fast) for method in _methods(module)]
+    stopping = [each for each in found if _STOP in inspect.signature(each[-1]).parameters]
+    for module, name, method in stopping:
+        _override(module, name, skipped, _stopping(method))
+    return bool(stopping)
 
 
 def accumulator(fast: nn.Module, skipped: Skipped) -> bool:
@@ -126,19 +123,19 @@ def accumulator(fast: nn.Module, skipped: Skipped) -> bool:
 
     Source: FoundationVision/VAR, `VectorQuantizer2`.
     """
-    found = False
-    for _, module in reachable(fast):
-        method = getattr(type(module), _ACCUMULATE, None)
-        if method is not None:
-            _override(module, _ACCUMULATE, skipped, _accumulating(method))
-            found = True
-    return found
+    found = [module for _, module in reachable(fast) if hasattr(type(module), _ACCUMULATE)]
+    for module in found:
+        method = _accumulating(getattr(type(module), _ACCUMULATE))
+        _override(module, _ACCUMULATE, skipped, method)
+    return bool(found)
 
 
 RULES: Final[tuple[LoopRule, ...]] = (trunk_scale, accumulator)
 
 
-def _stopping(method: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+def _stopping(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
     @wraps(method)
     def stopping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
