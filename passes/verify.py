@@ -9,19 +9,20 @@ the tokens it keeps, however many; a value that depends on the token count shows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from passes.analyse.branches import Branch, find_branches, stream_node
 from passes.analyse.caches import Buffered, Copied, Growth, new_buffer
 from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft, Pass
-from passes.graph import draws_numbers, outputs_of
+from passes.graph import copy_graph, draws_numbers, outputs_of
 from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
 from passes.rewrite.capture_outputs import capture_outputs
 from passes.rewrite.prune import Operators, Scale, Step, prune
@@ -86,7 +87,7 @@ class VerifyPermuted:
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
         taken = [inputs[i] for i in pruned.inputs]
-        outputs = _attempt(pruned.graph_module, pruned.graph_module, *taken, *expected)
+        outputs = _attempt(pruned.graph_module, *taken, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         _check_branches(made, draft, pruned.graph_module)
         wrong = difference(*_unpruned(context, draft, outputs, inputs), pruned.graph_module)
@@ -115,8 +116,7 @@ class VerifySubset:
         operators = SomeTokens()
         inputs = live_inputs(context.call, draft.inputs)
         expected = [draft.expected[branch.index] for branch in wanted]
-        run = _WithOperators(draft.graph_module, step.operators, operators).run
-        _attempt(draft.graph_module, run, *inputs, *expected)
+        _attempt(_with_operators(draft.graph_module, step.operators, operators), *inputs, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         local = ((branch, output) for branch, output in made if branch.kind != "attention")
         _check_branches(local, draft, draft.graph_module)
@@ -212,44 +212,36 @@ class SomeTokens(PermutedTokens):
         return cached.clone()  # the graph may add into it
 
 
-class _WithOperators(Interpreter):
-    """Runs a pruned graph with other operators, which saves a second rewrite."""
-
-    def __init__(self, graph_module: GraphModule, own: Operators, other: PermutedTokens) -> None:
-        super().__init__(graph_module)
-        self.extra_traceback = False
-        self._select = own.select
-        self._other: dict[Any, Callable[..., Any]] = {
-            own.select: other.select,
-            own.take: other.take,
-            own.restore: other.restore,
-        }
-
-    def run_node(self, n: Node) -> Any:
-        other = self._other.get(n.target) if n.op == "call_function" else None
-        if other is None:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        first, selection, *rest = args
-        if n.target is not self._select and isinstance(selection, tuple):
-            selection = selection[0]
-        made = other(first, selection, *rest, **kwargs)
-        return (made,) if isinstance(n.meta["val"], tuple) else made
+def _with_operators(pruned: GraphModule, own: Operators, other: PermutedTokens) -> GraphModule:
+    """Returns a copy of a pruned graph that calls other operators, which saves a second rewrite."""
+    graph, copies = copy_graph(pruned.graph)
+    others: dict[Any, Any] = {
+        own.select: other.select,
+        own.take: other.take,
+        own.restore: other.restore,
+    }
+    for node in copies.values():
+        if node.op == "call_function":
+            node.target = others.get(node.target, node.target)
+    for item in graph.find_nodes(op="call_function", target=operator.getitem):
+        if item.args[0].target == other.select:  # `own.select` returned a tuple
+            item.replace_all_uses_with(item.args[0])
+    return GraphModule(pruned, graph)
 
 
-def _attempt(graph: GraphModule, run: Callable[..., Any], *inputs: Any) -> Sequence[Tensor]:
-    """Runs a pruned graph by `run`.
+def _attempt(graph_module: GraphModule, *inputs: Any) -> Sequence[Tensor]:
+    """Runs a pruned graph.
 
     Raises:
         RefusedError: FVX017, if it fails: a kernel may not accept the shapes of kept tokens.
     """
     try:
-        outputs: Sequence[Tensor] = run(*inputs)
+        outputs: Sequence[Tensor] = graph_module(*inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = f"it fails on the kept tokens: {type(error).__name__}: {error}"
-        refuse("FVX017", reason, advice=declared_advice(graph.graph.nodes))
+        refuse("FVX017", reason, advice=declared_advice(graph_module.graph.nodes))
     return outputs
 
 
