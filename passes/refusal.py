@@ -41,7 +41,8 @@ CODES: Final = {
     "FVX012": Code("the branch reads the token axis by position", _NOTHING),
     "FVX013": Code("the branch mixes tokens other than by attention", _NOTHING),
     "FVX014": Code(
-        "a value of the branch is used outside it", "leave this kind dense, or do not return it"
+        "a value of the branch is used outside it",
+        "leave this kind dense, or neither return nor store it",
     ),
     "FVX015": Code(
         "the branch writes in place into a value it does not own",

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Context, Draft
 from passes.graph import bind, memory_owner, op_name, outputs_of, written
 
-_CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
+CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
 SIZE: Final = torch.ops.aten.sym_size.int
 
 
@@ -120,7 +120,7 @@ def find_growing(
     outputs = outputs_of(graph)
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     found: dict[int, Growth | Copied] = {}
-    for cat in [node for node in graph.nodes if op_name(node) in _CATS]:
+    for cat in [node for node in graph.nodes if op_name(node) in CATS]:
         caches = {*rewritten, *(given if cat in outputs else ())}
         for past in {memory_owner(operand) for operand in joined(cat)}:
             if places.get(past) in caches:

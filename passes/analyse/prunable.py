@@ -11,6 +11,7 @@ from torch.fx import Node
 from passes.analyse.axes import Axes
 from passes.analyse.branches import KINDS, Branch
 from passes.analyse.rules.site import Gather
+from passes.analyse.stored import find_stored
 from passes.base import Context, Draft
 from passes.graph import bind
 from passes.refusal import Refusal
@@ -27,6 +28,8 @@ class CheckPrunable:
             return draft
         for branch in draft.prunable(KINDS):
             refusal = _misfit(branch, context.captured.get(branch.index))
+            if refusal is None:
+                refusal = find_stored(branch, draft)
             if refusal is None and not context.step.last:
                 refusal = _needed_later(branch)
             if refusal is not None:
