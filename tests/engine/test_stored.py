@@ -139,7 +139,7 @@ class Gates(Block):
     """A history that no step reads."""
 
     def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
-        gate = self.up(x).sigmoid()
+        gate: Tensor = self.up(x).sigmoid()
         past = getattr(self, "gates", x[:, :0, :1].expand(-1, -1, 2 * C))
         self.gates = torch.cat([past, gate], 1) if past.shape[1] < 50 else gate
         return super().attend(x, shared) * gate[..., :C]
