@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.analyse.branches import Branch, find_branches, stream_node
+from passes.analyse.branches import Branch, find_branches
 from passes.analyse.caches import Buffered, Copied, Growth, new_buffer
 from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft, Pass
@@ -140,8 +140,7 @@ class VerifySizes:
         earlier = draft.captured.earlier
         if earlier is None:
             return draft
-        stream = stream_node(earlier, context.call.stream)
-        found = find_branches(earlier.graph_module.graph, stream, earlier.result_count)
+        found = find_branches(earlier, context.call.stream)
         other = replace(
             draft,
             graph_module=earlier.graph_module,

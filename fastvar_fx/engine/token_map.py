@@ -11,7 +11,6 @@ from fastvar_fx.engine.call import Form, Forward
 from fastvar_fx.errors import RunError
 from passes import Call, reference
 from passes.analyse.branches import find_branches
-from passes.graph import placeholder_of
 from passes.refusal import RefusedError
 from passes.trace.capture import BlockProgram, capture
 from passes.trace.state import Path, get
@@ -66,11 +65,8 @@ def _find(
 
 
 def _carries_trunk(program: BlockProgram, path: Path) -> bool:
-    stream = placeholder_of(program, path)
-    if stream is None:
-        return False
     try:
-        find_branches(program.graph_module.graph, stream, program.result_count)
+        find_branches(program, path)
     except RefusedError:
         return False
     return True

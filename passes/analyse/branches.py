@@ -95,25 +95,13 @@ class FindBranches:
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft with its branches."""
-        stream, results = context.call.stream, draft.captured.result_count
-        graph = draft.graph_module.graph
-        found = find_branches(graph, stream_node(draft, stream), results)
+        graph_module, inputs = draft.graph_module, draft.inputs
+        program = replace(draft.captured, graph_module=graph_module, inputs=inputs)
+        found = find_branches(program, context.call.stream)
         for branch in found:
             for node in branch.region:
                 node.meta["fastvar"] = dict(branch.label)
-        return replace(draft, source=draft.graph_module, found=tuple(found))
-
-
-def stream_node(program: BlockProgram | Draft, stream: Path) -> Node:
-    """Returns the placeholder of a program's (B, L, C) input.
-
-    Raises:
-        RefusedError: FVX003, if the program does not read it.
-    """
-    node = placeholder_of(program, stream)
-    if node is None:
-        refuse("FVX003", "its (B, L, C) input is not read")
-    return node
+        return replace(draft, source=graph_module, found=tuple(found))
 
 
 def counts_flops(node: Node) -> bool:
@@ -121,19 +109,21 @@ def counts_flops(node: Node) -> bool:
     return op_name(node) in _PRODUCTS or is_attention(node)
 
 
-def find_branches(graph: Graph, stream: Node, results: int) -> list[Branch]:
-    """Finds the residual branches of a captured graph.
+def find_branches(program: BlockProgram, stream: Path) -> list[Branch]:
+    """Finds the residual branches of a block program.
 
     Args:
-        graph: A block program's graph.
-        stream: The placeholder of its (B, L, C) input.
-        results: How many outputs are the call's result; those after them are written state.
+        program: The program.
+        stream: Path of its (B, L, C) input.
 
     Raises:
-        RefusedError: FVX003 if no result is reached by a residual stream; FVX004 if the trunk
-            holds no branch.
+        RefusedError: FVX003 if the program does not read the stream, or no result is reached by a
+            residual stream; FVX004 if the trunk holds no branch.
     """
-    trunk = _Trunk(graph, stream, results)
+    node = placeholder_of(program, stream)
+    if node is None:
+        refuse("FVX003", "its (B, L, C) input is not read")
+    trunk = _Trunk(program.graph_module.graph, node, program.result_count)
     return [_examine(trunk, index) for index in range(len(trunk.adds))]
 
 

@@ -14,7 +14,7 @@ from passes.analyse.branches import (
     counts_flops,
     find_branches,
 )
-from passes.graph import op_name, placeholder_of
+from passes.graph import op_name
 from passes.refusal import RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import BlockProgram, capture
@@ -78,9 +78,7 @@ def program_of(body: Body, x: Tensor | None = None) -> BlockProgram:
 
 
 def find(program: BlockProgram) -> list[Branch]:
-    stream = placeholder_of(program, (("item", "args"), ("item", 0)))
-    assert stream is not None
-    return find_branches(program.graph_module.graph, stream, program.result_count)
+    return find_branches(program, (("item", "args"), ("item", 0)))
 
 
 def refusal_of(body: Body, x: Tensor | None = None) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from passes.analyse.branches import Branch, find_branches
-from passes.graph import placeholder_of
 from passes.refusal import BranchRefusedError
 from passes.rewrite import prune as prune_module
 from passes.rewrite.capture_outputs import capture_outputs
@@ -79,9 +78,7 @@ def program_of(module: nn.Module, *args: Tensor) -> BlockProgram:
 
 
 def branches_of(program: BlockProgram) -> list[Branch]:
-    stream = placeholder_of(program, (("item", "args"), ("item", 0)))
-    assert stream is not None
-    found = find_branches(program.graph_module.graph, stream, program.result_count)
+    found = find_branches(program, (("item", "args"), ("item", 0)))
     branches = [branch for branch in found if branch.refusal is None]
     assert len(branches) == len(found)
     return branches

@@ -26,7 +26,6 @@ from passes.analyse.axes import (
     token_dims,
 )
 from passes.analyse.branches import Branch, find_branches
-from passes.graph import placeholder_of
 from passes.refusal import BranchRefusedError
 from passes.rewrite.prune import Step, prune
 from passes.trace.calls import Call
@@ -212,9 +211,7 @@ def captured(host: nn.Module, x: Tensor, sides: list[Tensor]) -> BlockProgram:
 
 
 def found_in(program: BlockProgram) -> Branch:
-    stream = placeholder_of(program, (("item", "args"), ("item", 0)))
-    assert stream is not None
-    (found,) = find_branches(program.graph_module.graph, stream, program.result_count)
+    (found,) = find_branches(program, (("item", "args"), ("item", 0)))
     return found
 
 
