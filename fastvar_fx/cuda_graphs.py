@@ -241,9 +241,9 @@ class _Inputs:
     """The inputs of a recording: copies of tensors, and plain values."""
 
     def __init__(self, inputs: tuple[Any, ...], device: torch.device) -> None:
-        named, self._spec = pytree.tree_flatten_with_path(inputs)
-        self._names = [pytree.keystr(path) for path, _ in named]
-        for name, (_, leaf) in zip(self._names, named, strict=True):
+        leaves, self._spec = pytree.tree_flatten_with_path(inputs)
+        self._named = {pytree.keystr(path): leaf for path, leaf in leaves}
+        for name, leaf in self._named.items():
             if isinstance(leaf, Tensor) and leaf.device != device:
                 raise GraphError(
                     f"input {name} is {_describe(leaf)}, but the generation runs on {device}; move "
@@ -251,14 +251,12 @@ class _Inputs:
                 )
         # Inference tensors could not be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            self._leaves = [
-                leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for _, leaf in named
-            ]
+            self._named = pytree.tree_map_only(Tensor, torch.clone, self._named)
 
     @property
     def values(self) -> tuple[Any, ...]:
         """The arguments of the run, in new containers."""
-        return tuple(pytree.tree_unflatten(self._leaves, self._spec))
+        return tuple(pytree.tree_unflatten(self._named.values(), self._spec))
 
     def fill(self, inputs: tuple[Any, ...]) -> None:
         """Copies other tensors into the recorded ones.
@@ -269,12 +267,12 @@ class _Inputs:
         leaves, spec = pytree.tree_flatten(inputs)
         if spec != self._spec:
             raise GraphError(
-                f"recorded with inputs {', '.join(self._names) or '()'}, {self._spec}\n"
+                f"recorded with inputs {', '.join(self._named) or '()'}, {self._spec}\n"
                 f"found {spec}\nGive inputs of the recorded structure"
             )
-        for name, was, now in zip(self._names, self._leaves, leaves, strict=True):
+        for (name, was), now in zip(self._named.items(), leaves, strict=True):
             _check_like(name, was, now)
-        for was, now in zip(self._leaves, leaves, strict=True):
+        for was, now in zip(self._named.values(), leaves, strict=True):
             if isinstance(was, Tensor):
                 was.copy_(now)
 

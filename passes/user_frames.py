@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Final
@@ -26,13 +27,10 @@ def is_users(module: str) -> bool:
 
 def innermost_user_frame() -> str:
     """Returns the user's innermost frame on the running stack, as a line of a stack trace."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_users_frame(frame, is_users):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    code = frame.f_code
-    return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n'
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        if _is_users_frame(frame, is_users):
+            return f'File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+    return ""
 
 
 def error_line(error: BaseException, users: IsUsers = is_users) -> str:
