@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
+from fastvar_fx.engine.token_map import find_token_map
 from passes import Call
 from passes.trace.state import Path, Roots, roots
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.program import Match
-    from fastvar_fx.engine.token_map import TokenMaps
 
 Forward = Callable[..., Any]
 """A block's own forward, as a function of the block and the call's arguments."""
 Form = tuple[int, tuple[str, ...]]
 """How a call is written: the number of positional arguments and the names of the others."""
+TokenMaps = dict[Forward, dict[Form, Path]]
+"""Where calls have their token maps, by the forward and the form of the call."""
 
 
 class BlockSite:
@@ -43,8 +45,7 @@ class BlockSite:
         self.prunes = prunes
         self.programs: dict[int, list[Any]] = {}
         self._structure: Structure | None = None
-        self._maps = maps
-        self._paths: dict[Form, Path] = {}
+        self._paths = maps.setdefault(forward, {})
 
     def check_structure(self, block: nn.Module) -> None:
         """Drops the programs if the block is built in another way than at the last check."""
@@ -59,7 +60,8 @@ class BlockSite:
         """Returns where the (B, L, C) token map is in calls of this form."""
         path = self._paths.get(form)
         if path is None:
-            path = self._paths[form] = self._maps.find(self.forward, block, args, kwargs)
+            run = partial(self.forward, block)
+            path = self._paths[form] = find_token_map(run, block, args, kwargs)
         return path
 
 

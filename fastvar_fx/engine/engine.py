@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
-from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.call import BlockCall, TokenMaps
 from fastvar_fx.engine.executor import EAGER, Executor
 from fastvar_fx.engine.generation import Generation
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.store import Store
-from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.errors import ModelError, NothingPrunedError
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Engine:
         self.generation = Generation(plan)
         self.buffers = KVBuffers() if plan.buffers_caches else None
         self.store = Store(plan, self.buffers, self._check_anything_pruned)
-        self.token_maps = TokenMaps()
+        self.token_maps: TokenMaps = {}
         self._warned = False
         self.step_times: dict[int, Comparison] = {}
 

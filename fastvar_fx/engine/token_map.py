@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvar_fx.engine.call import Form, Forward
 from fastvar_fx.errors import RunError
 from passes import Call, reference
 from passes.analyse.branches import find_branches
@@ -16,31 +15,22 @@ from passes.trace.capture import BlockProgram, capture
 from passes.trace.state import Path, get
 
 
-class TokenMaps:
-    """Where calls have their token maps, by the forward and the form of the call."""
-
-    def __init__(self) -> None:
-        self._paths: dict[tuple[Forward, Form], Path] = {}
-
-    def find(
-        self, forward: Forward, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Path:
-        """Returns the path of the (B, L, C) token map from the roots of such a call.
-
-        If several arguments could be it, it is the one that the residual stream starts from.
-
-        Raises:
-            RunError: If no argument can be the token map.
-        """
-        key = (forward, (len(args), tuple(kwargs)))
-        if key not in self._paths:
-            self._paths[key] = _find(partial(forward, block), block, args, kwargs)
-        return self._paths[key]
-
-
-def _find(
-    forward: Forward, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def find_token_map(
+    forward: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Path:
+    """Returns the path of the (B, L, C) token map from the roots of a call.
+
+    If several arguments could be it, it is the one that the residual stream starts from.
+
+    Args:
+        forward: The block's own forward, bound to it.
+        block: The block.
+        args: The call's arguments.
+        kwargs: The call's keyword arguments.
+
+    Raises:
+        RunError: If no argument can be the token map.
+    """
     places = [("args", i) for i, value in enumerate(args) if _is_map(value)]
     named = [("kwargs", name) for name, value in kwargs.items() if _is_map(value)]
     paths: list[Path] = [(("item", root), ("item", key)) for root, key in (*places, *named)]

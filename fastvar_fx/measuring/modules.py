@@ -19,13 +19,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fastvar_fx.engine.call import BlockCall, BlockSite
+from fastvar_fx.engine.call import BlockCall, BlockSite, TokenMaps
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import Executor
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.store import Store
-from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.measuring.clock import Clock, per_step
 from fastvar_fx.measuring.runs import Budget, Progress, alternate, no_progress
 from fastvar_fx.measuring.subject import Subject
@@ -137,7 +136,7 @@ class ModuleClock(Executor):
         self._plan = plan
         self._clock = Clock(device)
         self._store = Store(replace(plan, kinds=(), dump_dir=None, buffers_caches=False))
-        self._maps = TokenMaps()
+        self._maps: TokenMaps = {}
         self._sites: dict[str, BlockSite] = {}
         self._marked: dict[GraphModule, GraphModule] = {}
         self._calls: list[tuple[int, _Marks]] = []

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx import CaptureMismatchError, ModelError, RunError, Schedule
-from fastvar_fx.engine.call import BlockCall, BlockSite
+from fastvar_fx.engine.call import BlockCall, BlockSite, TokenMaps
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.generation import DENSE, PASS, Generation
 from fastvar_fx.engine.plan import Plan
-from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.methods import Method
 from passes.analyse.branches import KINDS
 
@@ -43,7 +42,7 @@ class Driver:
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-        maps = TokenMaps()
+        maps: TokenMaps = {}
         self.sites = [
             BlockSite(i, f"blocks.{i}", nn.Identity.forward, maps, prunes=True)
             for i in range(DEPTH)

@@ -19,7 +19,6 @@ from fastvar_fx import Schedule
 from fastvar_fx.engine.call import BlockCall, BlockSite
 from fastvar_fx.engine.compiled import Compilation
 from fastvar_fx.engine.inductor_linears import Machine, choice_in, move_linears, with_pass
-from fastvar_fx.engine.token_map import TokenMaps
 from fastvar_fx.models import VAR_256, build
 
 LARGE, SMALL = (256, 512, 128), (255, 256, 128)
@@ -232,7 +231,7 @@ def compiled(options: dict[str, Any], inputs: list[Tensor]) -> tuple[Tensor, str
     torch._dynamo.reset()
     program = as_inductor_sees(F.linear, *inputs)
     compilation = Compilation(Schedule((1, 2), ()), options, fallback=False)
-    site = BlockSite(0, "block", nn.Identity.forward, TokenMaps(), prunes=True)
+    site = BlockSite(0, "block", nn.Identity.forward, {}, prunes=True)
     call = BlockCall(site, nn.Identity(), (torch.zeros(1, 4, 8),), {})
     result, codes = run_and_get_code(compilation.run_program, program, inputs, call)
     return result, "".join(codes)
