@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,47 @@ def within(method: Method, around: Around, cached_around: Around) -> Method:
         around: How many tokens come before and after it.
         cached_around: The same in the captured output.
     """
-    return Method(
-        select=partial(_select_within, method, around),
-        take=partial(_take_within, method, around),
-        restore=partial(_restore_within, method, around, cached_around),
-        once=method.once,
-    )
+    inside = _Within(method, around, cached_around)
+    return Method(select=inside.select, take=inside.take, restore=inside.restore, once=method.once)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """The operators of `within`."""
+
+    method: Method
+    around: Around
+    cached_around: Around
+
+    def select(self, x: Tensor, kept: int) -> tuple[Tensor, Any]:
+        """Returns all tokens that stay (B, kept), and what the method selected of the map."""
+        inner = self.method.select(_parts(x, self.around)[1], kept - sum(self.around))
+        chosen = inner[0] if isinstance(inner, tuple) else inner
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        before, _, after = _parts(places, self.around)
+        return torch.cat((before, chosen + self.around[0], after), dim=1), inner
+
+    def take(self, x: Tensor, selection: tuple[Tensor, Any]) -> Tensor:
+        """Returns the tokens around the map, and between them what the branch runs on."""
+        index, inner = selection
+        if self.method.take is take_tokens:
+            return take_tokens(x, index)
+        before, tokens, after = _parts(x, self.around)
+        return torch.cat((before, self.method.take(tokens, inner), after), dim=1)
+
+    def restore(
+        self,
+        kept: Tensor,
+        selection: tuple[Tensor, Any],
+        cached: Tensor,
+        cached_scale: Scale,
+        scale: Scale,
+    ) -> Tensor:
+        """Returns the whole output, with that of the map restored."""
+        before, tokens, after = _parts(kept, self.around)
+        captured = _parts(cached, self.cached_around)[1]
+        full = self.method.restore(tokens, selection[1], captured, cached_scale, scale)
+        return torch.cat((before, full, after), dim=1)
 
 
 def _parts(x: Tensor, around: Around) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,38 +71,3 @@ def _parts(x: Tensor, around: Around) -> tuple[Tensor, Tensor, Tensor]:
     before, after = around
     end = x.shape[1] - after
     return x[:, :before], x[:, before:end], x[:, end:]
-
-
-def _select_within(method: Method, around: Around, x: Tensor, kept: int) -> tuple[Tensor, Any]:
-    """Returns all tokens that stay (B, kept), and what the method selected of the map."""
-    inner = method.select(_parts(x, around)[1], kept - sum(around))
-    chosen = inner[0] if isinstance(inner, tuple) else inner
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    before, _, after = _parts(places, around)
-    return torch.cat((before, chosen + around[0], after), dim=1), inner
-
-
-def _take_within(
-    method: Method, around: Around, x: Tensor, selection: tuple[Tensor, Any]
-) -> Tensor:
-    index, inner = selection
-    if method.take is take_tokens:
-        return take_tokens(x, index)
-    before, tokens, after = _parts(x, around)
-    return torch.cat((before, method.take(tokens, inner), after), dim=1)
-
-
-def _restore_within(  # noqa: PLR0913
-    method: Method,
-    around: Around,
-    cached_around: Around,
-    kept: Tensor,
-    selection: tuple[Tensor, Any],
-    cached: Tensor,
-    cached_scale: Scale,
-    scale: Scale,
-) -> Tensor:
-    before, tokens, after = _parts(kept, around)
-    captured = _parts(cached, cached_around)[1]
-    full = method.restore(tokens, selection[1], captured, cached_scale, scale)
-    return torch.cat((before, full, after), dim=1)
