@@ -46,7 +46,7 @@ _ADDS: Final = frozenset({"aten::add", "aten::sub"})
 _PRODUCTS: Final = frozenset(
     {
         "aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm",
-        "aten::einsum", "aten::conv1d", "aten::conv2d", "aten::convolution",
+        "aten::einsum", "aten::_int_mm", "aten::conv1d", "aten::conv2d", "aten::convolution",
         "aten::scaled_dot_product_attention",
     }
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from passes.analyse.axes import Axes, Tag
 from passes.analyse.branches import Branch, Kind, counts_flops
@@ -103,7 +103,7 @@ def _keys(attending: Sequence[Node], branch: Branch) -> int | None:
 
 def count_flops(nodes: Sequence[Node]) -> int:
     """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: mm_flop})
     attention = sum(attention_flops(node) for node in nodes if is_attention(node))
     with torch.no_grad(), counter:
         for node in nodes:

@@ -22,7 +22,7 @@ from passes.refusal import Refusal, RefusedError
 from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
 from passes.trace.outcome import Outcome, Recipe, Write
-from passes.trace.state import Path, Roots, Snapshot, get, roots
+from passes.trace.state import Path, Roots, Snapshot, get, rewrapped, roots
 from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
 from passes.user_frames import error_line, first_line, innermost_user_frame
 
@@ -156,6 +156,7 @@ class FakeCall:
 
     Attributes:
         snapshot: What the call can reach.
+        tensors: Its tensors by path; for a tensor subclass, those that it wraps.
         symbols: The stand-ins of sizes that vary.
     """
 
@@ -164,9 +165,11 @@ class FakeCall:
         self._origin = call.roots()
         self._varying = call.varying
         self.snapshot = Snapshot(self._origin)
+        self.tensors = self.snapshot.inner_tensors()
         self.symbols = Symbols(call.varying)
         self._recipes: tuple[Recipe, tuple[Write, ...]] | None = None
         self._fakes: dict[int, Tensor] = {}
+        self._wrappers: dict[int, Tensor] = {}
         self._used: set[int] = set()
         self._touched: frozenset[Path] = frozenset()
         self._given: list[weakref.ref[Tensor]] = []
@@ -177,7 +180,12 @@ class FakeCall:
         symbols, snapshot = self.symbols, self.snapshot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
-            self._fakes = {id(t): symbols.tensor(p, t) for p, t in snapshot.tensors.items()}
+            self._fakes = {id(t): symbols.tensor(p, t) for p, t in self.tensors.items()}
+            self._wrappers = {
+                id(tensor): rewrapped(tensor, lambda inner: self._fakes[id(inner)])
+                for tensor in snapshot.tensors.values()
+                if id(tensor) not in self._fakes
+            }
         for path in self._varying.numbers:
             symbols.number(path, snapshot.constants[path])
         try:
@@ -188,13 +196,14 @@ class FakeCall:
             self.snapshot.restore()
             torch.clear_autocast_cache()
             tensors = snapshot.tensors.items()
-            self._touched = frozenset(p for p, t in tensors if id(self._fakes[id(t)]) in self._used)
+            self._touched = frozenset(p for p, t in tensors if id(self._fake(p, t)) in self._used)
             self.note(self._fakes.values())
             self._fakes.clear()
+            self._wrappers.clear()
 
     def _fake(self, path: Path, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._fakes[id(value)]
+            return self._wrappers.get(id(value), self._fakes.get(id(value)))
         return self.symbols.numbers.get(path, value)
 
     def run(self, *_: Any) -> list[Tensor]:

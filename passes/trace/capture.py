@@ -8,6 +8,7 @@ ops on the same places share one program.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
+from passes.analyse.rules.site import has_rule
 from passes.base import Context, Draft
 from passes.graph import drop_unread_inputs, has_effect
 from passes.refusal import refuse
@@ -70,7 +72,7 @@ def capture(call: Call) -> BlockProgram:
     finally:
         fake.clear_memos()
     symbols, facts = fake.symbols, fake.facts()
-    paths = [*fake.snapshot.tensors, *symbols.numbers]
+    paths = [*fake.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)
     for path, node in zip(paths, graph_module.graph.find_nodes(op="placeholder"), strict=True):
         node.meta["fastvar"] = {"input": show(path[1:]), "root": path[0][1]}
@@ -96,6 +98,7 @@ def _trace(call: FakeCall) -> GraphModule:
         graph_module: GraphModule = make_fx(
             call.run,
             pre_dispatch=True,
+            decomposition_table=_composites(),
             tracing_mode="real",  # the inputs are fake already, in a mode that knows the symbols
             _error_on_data_dependent_ops=False,
         )(*fakes)
@@ -103,6 +106,22 @@ def _trace(call: FakeCall) -> GraphModule:
     graph_module.graph.eliminate_dead_code(is_impure_node=has_effect)
     _resolve_constants(graph_module, fakes)
     return graph_module
+
+
+def _composites() -> dict[OpOverload, Callable[..., Any]]:
+    """Returns decompositions of the ops of libraries that are made of others and have no axis rule.
+
+    A trace ahead of autograd would keep them whole.
+    """
+    found = {}
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"):
+        namespace, _, rest = name.partition("::")
+        if namespace != "aten":
+            packet, _, overload = rest.partition(".")
+            op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+            if not has_rule(op):
+                found[op] = op.decompose
+    return found
 
 
 def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:

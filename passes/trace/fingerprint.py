@@ -14,7 +14,11 @@ from typing import Any, Final
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass_type,
+)
 
 from passes.trace.calls import Call, Facts, FakeCall
 from passes.trace.outcome import Write
@@ -70,7 +74,7 @@ def fingerprint(call: Call) -> Fingerprint:
 
 def _record(call: FakeCall) -> Fingerprint:
     with call.stand_ins() as fakes:
-        paths = [*call.snapshot.tensors, *call.symbols.numbers]
+        paths = [*call.tensors, *call.symbols.numbers]
         recorder = _Recorder(dict(zip(paths, fakes, strict=True)))
         with recorder:
             outputs = call.run(*fakes)
@@ -135,6 +139,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # the subclass runs ops on the tensors that it wraps
         leaves, spec = pytree.tree_flatten((args, kwargs))
         operands = [self.name(leaf) for leaf in leaves]
         result = func(*args, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.refusal import refuse
 from passes.trace.state import (
@@ -181,6 +182,8 @@ class Outcome:
         return Recipe(spec, tuple(leaves)), tensors
 
     def _leaf(self, part: Any, within: frozenset[int]) -> tuple[Any, list[Tensor]]:
+        if is_traceable_wrapper_subclass(part):
+            refuse("FVX001", f"it returns or stores a {type(part).__name__}, a tensor subclass")
         if isinstance(part, Tensor):
             return ..., [part]
         place = self._snapshot.place_of(part)

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from passes.refusal import refuse
 
@@ -136,6 +137,14 @@ class Snapshot:
         """Returns where an object was that is neither a tensor, a plain value nor a tuple."""
         return None if isinstance(value, Tensor) else self._places.get(id(value))
 
+    def inner_tensors(self) -> dict[Path, Tensor]:
+        """Returns the tensors by path, with those that a subclass wraps in the place of its own."""
+        found: dict[int, tuple[Path, Tensor]] = {}
+        for path, tensor in self.tensors.items():
+            for inner_path, inner in _inner_tensors(path, tensor):
+                found.setdefault(id(inner), (inner_path, inner))
+        return dict(found.values())
+
     def substitute(self, stand_in: StandIn) -> None:
         """Puts `stand_in(path, value)` in the place of every tensor and plain value."""
         for path, container, entries in self._containers:
@@ -165,6 +174,22 @@ class Snapshot:
                     yield Change(path, step, value, buffer)
             for step in before.keys() - after.keys():
                 yield Change(path, step, _MISSING)
+
+
+def _inner_tensors(path: Path, tensor: Tensor) -> Iterator[tuple[Path, Tensor]]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield path, tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inner_tensors((*path, ("attr", name)), getattr(tensor, name))
+
+
+def rewrapped(tensor: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns a tensor whose inner tensors are replaced; one that wraps none is itself replaced."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return replace(tensor)
+    made: Tensor = transform_subclass(tensor, lambda _, inner: rewrapped(inner, replace))
+    return made
 
 
 def is_constant(value: Any) -> bool:

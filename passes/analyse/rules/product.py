@@ -27,7 +27,7 @@ def _linear(site: Site) -> Axes:
     return (*axes[:-1], plain_dim(site.out_shape[-1]))
 
 
-@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
+@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::_int_mm")
 def _matmul(site: Site) -> Axes:
     return _product(site, *site.tensors)
 

@@ -227,7 +227,15 @@ def rule(*targets: object, attends: bool = False, declared: bool = False) -> Cal
 
 def find_entry(node: Node) -> Entry | None:
     """Returns what is known of the op of a call, if anything."""
-    target = node.target
+    return _entry(node.target)
+
+
+def has_rule(target: Any) -> bool:
+    """Whether there is a rule for an op."""
+    return _entry(target) is not None
+
+
+def _entry(target: Any) -> Entry | None:
     if not isinstance(target, torch._ops.OpOverload):
         return _TABLE.get(target)
     name = target._schema.name
