@@ -21,6 +21,8 @@ from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
 from passes.analyse.branches import KINDS, Kind
+from passes.trace.recipes import SHARDED
+from passes.trace.state import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -248,6 +250,12 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} is already transformed; transform the original model with the "
             f"other schedule instead, it was not changed"
+        )
+    sharded = [name for name, tensor in model.named_parameters() if is_sharded(tensor)]
+    if sharded:
+        raise ModelError(
+            f"{len(sharded)} parameters of {type(model).__name__} are DTensors, such as "
+            f"{sharded[0]}: {SHARDED}"
         )
     if model.training:
         raise ModelError(

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastvar_fx.engine.find_blocks import reachable
 from passes.trace.state import PLAIN, Path
@@ -96,7 +97,7 @@ class Structure:
     def _held(self, value: Any) -> Any:
         """Returns what a block holds: a tensor by its number, a container by what is in it."""
         if isinstance(value, Tensor):
-            return type(value), self._number(value)
+            return type(value), self._number(value), _wrapping(value)
         if isinstance(value, (dict, list, tuple, deque)):
             return self._container(value, self._held)
         if isinstance(value, (set, frozenset)):
@@ -147,3 +148,10 @@ class Structure:
         if isinstance(value, dict):
             return dict, [(key, describe(item)) for key, item in value.items()]
         return type(value), [describe(item) for item in value]
+
+
+def _wrapping(tensor: Any) -> str:
+    """Returns how a tensor subclass wraps its tensors, such as the block size of quantisation."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return ""
+    return repr(tensor.__tensor_flatten__()[1])

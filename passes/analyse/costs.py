@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode, mm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from passes.analyse.axes import Axes, Tag
 from passes.analyse.branches import Branch, Kind, counts_flops
@@ -103,10 +103,15 @@ def _keys(attending: Sequence[Node], branch: Branch) -> int | None:
 
 def count_flops(nodes: Sequence[Node]) -> int:
     """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: mm_flop})
+    formulas = {torch.ops.aten._int_mm: _int_mm_flops}  # torch's counter does not know it
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     attention = sum(attention_flops(node) for node in nodes if is_attention(node))
     with torch.no_grad(), counter:
         for node in nodes:
             if counts_flops(node) and not is_attention(node) and callable(node.target):
                 node.target(*example_values(node.args), **example_values(node.kwargs))
     return attention + int(counter.get_total_flops())
+
+
+def _int_mm_flops(left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]

@@ -18,11 +18,12 @@ from torch.fx.traceback import set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.refusal import Refusal, RefusedError
+from passes.refusal import Refusal, RefusedError, refuse
 from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
 from passes.trace.outcome import Outcome, Recipe, Write
-from passes.trace.state import Path, Roots, Snapshot, get, rewrapped, roots
+from passes.trace.recipes import SHARDED, recipe_for_error
+from passes.trace.state import Path, Roots, Snapshot, get, is_sharded, rewrapped, roots, show
 from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
 from passes.user_frames import error_line, first_line, innermost_user_frame
 
@@ -165,6 +166,7 @@ class FakeCall:
         self._origin = call.roots()
         self._varying = call.varying
         self.snapshot = Snapshot(self._origin)
+        self._refuse_sharded()
         self.tensors = self.snapshot.inner_tensors()
         self.symbols = Symbols(call.varying)
         self._recipes: tuple[Recipe, tuple[Write, ...]] | None = None
@@ -173,6 +175,11 @@ class FakeCall:
         self._used: set[int] = set()
         self._touched: frozenset[Path] = frozenset()
         self._given: list[weakref.ref[Tensor]] = []
+
+    def _refuse_sharded(self) -> None:
+        for path, tensor in self.snapshot.tensors.items():
+            if is_sharded(tensor):
+                refuse("FVX001", f"{show(path[1:])} is a DTensor", advice=SHARDED)
 
     @contextlib.contextmanager
     def stand_ins(self) -> Iterator[list[Any]]:
@@ -270,6 +277,7 @@ def _explained() -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         if advice:
             reason = "it calls a kernel that reads the memory of its tensors"
+        advice = advice or recipe_for_error(error)
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
 
 

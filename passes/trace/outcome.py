@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.refusal import refuse
+from passes.trace.recipes import recipe_for_kind
 from passes.trace.state import (
     Change,
     Path,
@@ -157,14 +158,15 @@ class Outcome:
         self.writes = tuple(self._write(change) for change in snapshot.changes(since))
 
     def _write(self, change: Change) -> Write:
-        path, step, value, buffer = change
+        holder, path, step, value, buffer = change
         if change.removed:
             return Write(path, step, None)
         recipe, tensors = self._take_apart(value)
         for leaf in recipe.leaves:
             if not (leaf is ... or isinstance(leaf, (Handed, Made)) or is_constant(leaf)):
-                where = show((*path[1:], step))
-                refuse("FVX001", f"the call stored an object of {type(leaf).__name__} in {where}")
+                kind, where = type(leaf).__name__, show((*path[1:], step))
+                reason = f"the call stored an object of {kind} in {where}"
+                refuse("FVX001", reason, advice=recipe_for_kind(holder))
         self.written += tensors
         return Write(path, step, recipe, buffer)
 

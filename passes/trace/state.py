@@ -72,12 +72,14 @@ class Change(NamedTuple):
     """One entry of a container that a call changed.
 
     Attributes:
+        holder: The container's type.
         path: The container, from the roots.
         step: The entry.
         value: Its new value; `_MISSING` if it was removed.
         buffer: Whether it is a registered buffer of a module.
     """
 
+    holder: type[Any]
     path: Path
     step: Step
     value: Any
@@ -171,12 +173,12 @@ class Snapshot:
             for step, value in after.items():
                 if not _same(before.get(step, _MISSING), value):
                     buffer = isinstance(container, nn.Module) and step[1] in container._buffers
-                    yield Change(path, step, value, buffer)
+                    yield Change(type(container), path, step, value, buffer)
             for step in before.keys() - after.keys():
-                yield Change(path, step, _MISSING)
+                yield Change(type(container), path, step, _MISSING)
 
 
-def _inner_tensors(path: Path, tensor: Tensor) -> Iterator[tuple[Path, Tensor]]:
+def _inner_tensors(path: Path, tensor: Any) -> Iterator[tuple[Path, Tensor]]:
     if not is_traceable_wrapper_subclass(tensor):
         yield path, tensor
         return
@@ -184,12 +186,19 @@ def _inner_tensors(path: Path, tensor: Tensor) -> Iterator[tuple[Path, Tensor]]:
         yield from _inner_tensors((*path, ("attr", name)), getattr(tensor, name))
 
 
-def rewrapped(tensor: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+def rewrapped(tensor: Any, replace: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns a tensor whose inner tensors are replaced; one that wraps none is itself replaced."""
     if not is_traceable_wrapper_subclass(tensor):
         return replace(tensor)
-    made: Tensor = transform_subclass(tensor, lambda _, inner: rewrapped(inner, replace))
+    inside = lambda _, inner: rewrapped(inner, replace)  # noqa: E731
+    made: Tensor = transform_subclass(tensor, inside)  # type: ignore[no-untyped-call]
     return made
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether `value` is a DTensor; only a program that imported them can have any."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
 
 
 def is_constant(value: Any) -> bool:
