@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
 if TYPE_CHECKING:
@@ -179,16 +178,8 @@ def _registered_op() -> torch._ops.OpOverload:
     Inductor lowers torch's own op for oneDNN only if the weight is a constant.
     """
     torch.library.define(_OP, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    torch.library.impl(_OP, "cpu", _onednn_linear)
-    torch.library.register_fake(_OP, _fake_linear)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    torch.library.impl(_OP, "cpu", lambda x, w, bias: onednn(x, w, bias, "none", [], ""))
+    torch.library.register_fake(_OP, lambda x, w, _: x.new_empty(x.shape[0], w.shape[0]))
     op: torch._ops.OpOverload = torch.ops.fastvar_fx.onednn_linear.default
     return op
-
-
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
-
-
-def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
