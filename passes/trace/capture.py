@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
-from passes.analyse.rules.site import has_rule
+from passes.analyse.rules.site import find_entry
 from passes.base import Context, Draft
 from passes.graph import drop_unread_inputs, has_effect
 from passes.refusal import refuse
@@ -120,7 +120,7 @@ def _composites() -> dict[OpOverload, Callable[..., Any]]:
         if namespace != "aten":
             packet, _, overload = rest.partition(".")
             op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-            if not has_rule(op):
+            if find_entry(op) is None:
                 found[op] = op.decompose
     return found
 

@@ -76,7 +76,7 @@ _HARMLESS: Final = frozenset(
 
 def is_attention(node: Node) -> bool:
     """Whether a call is one attention op."""
-    entry = find_entry(node)
+    entry = find_entry(node.target)
     return entry is not None and entry.attends
 
 

@@ -225,17 +225,8 @@ def rule(*targets: object, attends: bool = False, declared: bool = False) -> Cal
     return register
 
 
-def find_entry(node: Node) -> Entry | None:
-    """Returns what is known of the op of a call, if anything."""
-    return _entry(node.target)
-
-
-def has_rule(target: Any) -> bool:
-    """Whether there is a rule for an op."""
-    return _entry(target) is not None
-
-
-def _entry(target: Any) -> Entry | None:
+def find_entry(target: Any) -> Entry | None:
+    """Returns what is known of an op, the target of a call, if anything."""
     if not isinstance(target, torch._ops.OpOverload):
         return _TABLE.get(target)
     name = target._schema.name
@@ -251,7 +242,7 @@ def apply_rule(node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> tuple[Any,
     Raises:
         RefusedError: If the op has no rule, or its rule refuses the call.
     """
-    found = find_entry(node)
+    found = find_entry(node.target)
     if found is None:
         advice = "register an axis rule for the op with axis_rule, or leave this kind dense"
         refuse("FVX010", "no axis rule is registered for this op", node, advice=advice)
@@ -277,7 +268,7 @@ def pointwise(site: Site) -> Axes | list[Axes]:
 
 def declared_advice(nodes: Iterable[Node]) -> str:
     """Returns the advice to check what the user declared for these calls; empty if nothing."""
-    entries = ((str(node.target), find_entry(node)) for node in nodes)
+    entries = ((str(node.target), find_entry(node.target)) for node in nodes)
     names = sorted({name for name, entry in entries if entry is not None and entry.declared})
     return f"check what you declared for {', '.join(names)}: it leaves something out" * bool(names)
 
