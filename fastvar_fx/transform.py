@@ -129,7 +129,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     engine = Engine.of(fast)
     plan, store = engine.plan, engine.store
     run(fast)
-    engine.generation.check_skipped()
+    engine.generation.check_ended()
     report = engine.report()
     if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
         wanted = [plan.schedule.length(step) for step in plan.pruned_steps]

@@ -14,7 +14,8 @@ from torch import nn
 from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
 from fastvar_fx.engine.copy_model import class_forward
 from fastvar_fx.engine.engine import Engine
-from fastvar_fx.engine.executor import EAGER
+from fastvar_fx.engine.executor import EAGER, Executor
+from fastvar_fx.engine.track import Captured
 from passes import Call
 from passes.trace.calls import undone
 
@@ -44,22 +45,30 @@ class BlockRuntime:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
         engine = self._engine
-        generation = engine.generation
         call = BlockCall(self.site, block, args, kwargs)
-        role = generation.at(call)
-        if role.passes:
-            return call.x
-        executor = EAGER if call.compiling else engine.executor
-        if role.step is None:
-            result = executor.run_dense(call)
-        else:
-            program, inputs = engine.store.program_for(call, role)
-            result, captured = program.run(call, inputs, role.captured, executor)
-            if role.captures:
-                generation.capture(call, captured)
-        if engine.plan.skipped_steps:
-            generation.returned(call, result)
-        return result
+        if call.compiling:
+            return _run(engine, call, EAGER)
+        with engine.lock:
+            try:
+                return _run(engine, call, engine.executor)
+            except BaseException:
+                engine.generation.aborted()
+                raise
+
+
+def _run(engine: Engine, call: BlockCall, executor: Executor) -> Any:
+    generation = engine.generation
+    role = generation.at(call)
+    if role.passes:
+        return call.x
+    captured: Captured = {}
+    if role.step is None:
+        result = executor.run_dense(call)
+    else:
+        program, inputs = engine.store.program_for(call, role)
+        result, captured = program.run(call, inputs, role.captured, executor)
+    generation.ran(call, role, result, captured)
+    return result
 
 
 def attach(engine: Engine, layer: int, block: nn.Module, *, prunes: bool) -> None:

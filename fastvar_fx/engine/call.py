@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
 from fastvar_fx.engine.token_map import find_token_map
+from fastvar_fx.engine.track import Storages, storages
 from passes import Call
 from passes.trace.state import Path, Roots, roots
 
@@ -94,6 +95,7 @@ class BlockCall:
         self.tokens: int = self.x.shape[1]
         self.compiling: bool = torch.compiler.is_compiling()
         self._match: Match | None = None
+        self._reads: Storages | None = None
 
     def match(self, step: int) -> Match | None:
         """Returns the program of a step that holds for this call, and its inputs, if there is one.
@@ -108,6 +110,12 @@ class BlockCall:
                     self._match = (program, inputs)
                     break
         return self._match
+
+    def reads(self) -> Storages:
+        """Returns the memory of the arguments besides the token map, as they were at first."""
+        if self._reads is None:
+            self._reads = storages((self.args, self.kwargs), self.x)
+        return self._reads
 
     def roots(self) -> Roots:
         """Returns what paths start from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -34,6 +35,7 @@ class Engine:
         store: The programs.
         token_maps: Which argument of a call is the token map.
         buffers: What KV caches grow in; None if they are left as they are.
+        lock: Held by a block that runs, because making a program puts stand-ins into the model.
         executor: Runs programs and dense forwards.
         step_times: What `fastvar_fx.measure` found, by pruned step.
     """
@@ -45,6 +47,7 @@ class Engine:
         self.buffers = KVBuffers() if plan.buffers_caches else None
         self.store = Store(plan, self.buffers, self._check_anything_pruned)
         self.token_maps: TokenMaps = {}
+        self.lock = threading.RLock()
         self._warned = False
         self.step_times: dict[int, Comparison] = {}
 
@@ -65,6 +68,7 @@ class Engine:
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """Returns one for a copy of the model: outside any generation, without programs."""
         made = memo[id(self)] = Engine(self.plan, self.executor.anew())
+        made.generation = self.generation.copy()
         if self.buffers is not None and made.buffers is not None:
             made.buffers.replayed = self.buffers.replayed
         return made

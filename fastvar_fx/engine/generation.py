@@ -3,34 +3,31 @@
 The token count of a block call (or `step_of`) determines its role. Each block goes through
 
     structure steps    dense; what an earlier generation left is dropped
-    cache step         captures its branch outputs, once per call of the step
-    pruned steps       in order, each call with the outputs of its counterpart at the cache step;
-                       the last call of the last step frees them
+    cache step         captures its branch outputs: one `Track` per call of the step
+    pruned steps       in order, each call with the outputs of the track that it continues; once
+                       the last block has met the last of them, they are freed
 
-A call that comes out of this order is the beginning of another generation (source tokens as many
-as a pruned step's), or an error.
+Which track a call continues is read from the caches that it is handed, else from its other
+arguments, else from the order of calls. A call that comes out of order is the beginning of another
+generation (source tokens as many as a pruned step's), or an error.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
 
 from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.loop import Loop, Place
 from fastvar_fx.engine.plan import Plan
-from fastvar_fx.engine.watch import Watch
+from fastvar_fx.engine.skipped import SkippedSteps
+from fastvar_fx.engine.track import Captured, Live, Storages, Track, live_of
 from fastvar_fx.errors import CaptureMismatchError, ModelError, RunError
-
-_Live = tuple[int, torch.device, torch.dtype]
-"""Batch size, device and dtype of a token map."""
-
-Captured = dict[int, Tensor]
-"""Branch outputs (B, L, C) of one call of a block at the cache step, by branch index."""
 
 
 class Role(NamedTuple):
@@ -38,59 +35,28 @@ class Role(NamedTuple):
 
     Attributes:
         step: The step whose program runs; None for none.
-        captured: At a pruned step, what the cache step captured.
+        track: At a pruned step, the call of the cache step that this one continues.
         captures: Whether the step is the cache step.
         passes: Whether the block returns its input, at a skipped step.
     """
 
     step: int | None = None
-    captured: Captured = {}  # noqa: RUF012
+    track: Track | None = None
     captures: bool = False
     passes: bool = False
+
+    @property
+    def captured(self) -> Captured:
+        """The branch outputs that a pruned step is restored from."""
+        return self.track.outputs if self.track else {}
 
 
 DENSE: Final = Role()
 PASS: Final = Role(passes=True)
 
-_CAPTURED: Final = -1
-"""The position of a block that has captured and not yet pruned."""
-
-
-class Progress:
-    """How far one block is in the generation.
-
-    Attributes:
-        began: Whether a structure or cache step was met since the last generation ended.
-        captured: What each call of the cache step captured; None before and after.
-        live: Batch size, device and dtype of the token map at the cache step, or since samples were
-            dropped.
-        position: Which of the pruned steps was met last; -1 for none.
-        calls: How many calls of that step came before the current one.
-        returns_map: Whether the block returns its token map alone.
-    """
-
-    def __init__(self) -> None:
-        self.began = False
-        self.captured: list[Captured] | None = None
-        self.live: _Live | None = None
-        self.position = _CAPTURED
-        self.calls = 0
-        self.returns_map = True
-
-    def forget(self) -> None:
-        """Frees what was captured."""
-        self.captured = None
-        self.position = _CAPTURED
-        self.calls = 0
-
-    def end(self) -> None:
-        """Ends the generation."""
-        self.forget()
-        self.began = False
-
 
 class Generation:
-    """The current generation of a transformed model.
+    """The current generation of a transformed model, in each thread that runs it.
 
     Attributes:
         prunes: Whether the schedule is followed; if not, every step runs dense.
@@ -107,28 +73,30 @@ class Generation:
         self.dense_calls: Counter[int] = Counter()
         self.early_calls: Counter[int] = Counter()
         self.peak_captured_bytes = 0
-        self._progress = [Progress() for _ in plan.blocks]
+        self._tracks: list[list[Track]] = [[] for _ in plan.blocks]
         self._last_layer = 0  # the last block that captured; there may be others that never run
-        self._watch = Watch(schedule, plan.pruned_steps)
+        self._loop = Loop(plan)
+        self._thread = threading.get_ident()
+        self._loops = {self._thread: self._loop}
         self._cache_step = schedule.cache_step
         self._cache_tokens = schedule.length(schedule.cache_step)
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
+        self._end = len(self._positions) - 1
         late = (schedule.cache_step, *plan.pruned_steps) if plan.pruned_steps else ()
         self._late_steps = {schedule.length(step): step for step in late}
-        self._tokens = [schedule.length(step) for step in range(schedule.steps)]
-        self._forget_skipping()
 
     # --- the state machine ----------------------------------------------------------------------
 
     def at(self, call: BlockCall) -> Role:
-        """Returns the role of a call, and moves on.
+        """Returns the role of a call.
 
         Raises:
             ModelError: If the block is in training mode.
             RunError: If the call comes out of order.
             CaptureMismatchError: If it does not fit what was captured.
         """
-        if self.plan.skipped_steps and self._passes(call):
+        self._enter_thread()
+        if self.plan.skipped_steps and self._loop.skipped.passes(call):
             return PASS
         if not (self.prunes and call.site.prunes):
             return DENSE
@@ -142,6 +110,22 @@ class Generation:
             )
         return self._capturing(call) if step == self._cache_step else self._pruned(call, step)
 
+    def ran(self, call: BlockCall, role: Role, result: Any, outputs: Captured) -> None:
+        """Moves on, after a call of a role other than PASS.
+
+        Args:
+            call: The call.
+            role: What `at` returned for it.
+            result: What the block returned.
+            outputs: What it captured, at the cache step.
+        """
+        if role.captures:
+            self._capture(call, result, outputs)
+        elif role.track is not None and role.step is not None:
+            self._continue(call, role.track, self._positions[role.step], result)
+        if self.plan.skipped_steps:
+            self._loop.skipped.returned(call, result)
+
     def _late_step(self, call: BlockCall) -> int | None:
         """Returns the step, if it is the cache step or a pruned one; notes any other."""
         step_of = self.plan.step_of
@@ -150,71 +134,114 @@ class Generation:
             if step is not None and (step == self._cache_step or step in self._positions):
                 return step
             if step is None or step < self._cache_step:
-                self._structure(call)
+                self._structure(call, step)
             return None
         if call.tokens < self._cache_tokens:
-            self._structure(call)
+            self._structure(call, call.tokens)
             return None
         step = self._late_steps.get(call.tokens)
         if step is None:
             self._note(call, self.dense_calls)
         return step
 
-    def _structure(self, call: BlockCall) -> None:
-        progress = self._progress[call.site.layer]
+    def _structure(self, call: BlockCall, step: int | None) -> None:
+        """Notes a call before the cache step, and whether another generation begins with it."""
         self._note(call, self.dense_calls)
-        if progress.captured is not None:
-            progress.forget()
-        if not progress.began:  # an assignment, even of the same value, is a guard for Dynamo
-            progress.began = True
+        layer = call.site.layer
+        place = self._loop.places[layer]
+        if call.compiling:  # an assignment, even of the same value, is a guard for Dynamo
+            if self._tracks[layer]:
+                self._tracks[layer] = []
+            if not place.began:
+                place.began = True
+            return
+        if place.late or self._own(layer, place) or (step or 0) < (place.step or 0):
+            incomplete = self._incomplete(layer)
+            self._begin(layer, place)
+            if incomplete:
+                _raise_uncertain(call.site.name, "the last step of the last generation ran fewer")
+        place.calls = place.calls + 1 if step == place.step and not place.aborted else 1
+        place.step, place.began, place.ended, place.aborted = step, True, False, False
 
     def _capturing(self, call: BlockCall) -> Role:
         if not call.compiling:
-            self._watch.saw(call.tokens)
+            self._loop.watch.saw(call.tokens)
             call.site.check_structure(call.block)  # users edit models between generations
+            call.reads()
         return Role(self._cache_step, captures=True)
 
-    def capture(self, call: BlockCall, outputs: Captured) -> None:
+    def _capture(self, call: BlockCall, result: Any, outputs: Captured) -> None:
         """Keeps what a call of the cache step captured."""
-        progress = self._progress[call.site.layer]
-        again = progress.position == _CAPTURED and progress.began
-        earlier = progress.captured if again else None
-        progress.captured = [*(earlier or ()), outputs]
-        progress.position, progress.calls, progress.live = _CAPTURED, 0, _live(call)
-        if not call.compiling and call.site.layer >= self._last_layer:
-            self._last_layer = call.site.layer
+        layer = call.site.layer
+        place = self._loop.places[layer]
+        if place.late or place.aborted:  # the step is drawn again, or a generation begins with it
+            step, calls, cut_off = place.step, place.calls, place.cut_off
+            self._begin(layer, place)
+            if self._cache_step:
+                place.step, place.calls, place.cut_off = step, calls, cut_off
+        track = Track(call, place, outputs)
+        self._tracks[layer].append(track)
+        place.began, place.ended = place.began or not self._cache_step, False
+        if call.compiling:
+            return
+        track.reads = call.reads()
+        track.note_written(call, result)
+        track.caches = bool(track.wrote)
+        own = self._own(layer, place)
+        if place.step is not None and len(own) > 2 * place.calls:  # drawn again and again
+            self._tracks[layer].remove(own[0])
+        if layer >= self._last_layer:
+            self._last_layer = layer
             self.peak_captured_bytes = max(self.peak_captured_bytes, self.captured_bytes)
 
     def _pruned(self, call: BlockCall, step: int) -> Role:
-        progress, position = self._progress[call.site.layer], self._positions[step]
+        position = self._positions[step]
+        track = self._track_of(call, step, position)
         if (
-            progress.captured is None
-            or position not in (progress.position, progress.position + 1)
+            track is None
+            or position not in (track.position, track.position + 1)
             or (call.match(step) is None and self._caches_are_empty(call))
         ):
             return self._out_of_order(call, step)
-        progress.calls = progress.calls + 1 if position == progress.position else 0
-        progress.position = position
         if not call.compiling:
-            self._watch.pruned()
-        role = Role(step, self._fitting(call, step, progress))
-        if position == len(self._positions) - 1 and progress.calls == len(progress.captured) - 1:
-            progress.end()
-        return role
+            self._loop.watch.pruned()
+        return Role(step, self._fitting(call, step, track))
+
+    def _continue(self, call: BlockCall, track: Track, position: int, result: Any) -> None:
+        """Notes that a call of a pruned step ran, and frees what was captured after the last."""
+        layer = call.site.layer
+        place = self._loop.places[layer]
+        track.met(position)
+        place.position = position
+        if call.compiling:
+            if position == self._end:
+                self._tracks[layer] = [other for other in self._tracks[layer] if other is not track]
+                place.reset()
+            return
+        place.aborted = False
+        if track.caches:
+            track.note_written(call, result)
+        if position == self._end and layer >= self._last_layer:
+            self._free_ended()
 
     def _out_of_order(self, call: BlockCall, step: int) -> Role:
         """A pruned step's length without this generation's capture: source tokens, or a mistake."""
-        progress, schedule = self._progress[call.site.layer], self.plan.schedule
-        progress.forget()
+        layer, schedule = call.site.layer, self.plan.schedule
+        place = self._loop.places[layer]
         expected = call.tokens in self.early_calls or self._caches_are_empty(call)
-        if progress.began and not expected:
-            progress.began = False
+        others = any(track.place is not place for track in self._tracks[layer])
+        lost = place.began or place.cut_off or place.ended or others
+        self._begin(layer, place)
+        if lost and not expected:
+            place.cut_off = True
             raise RunError(
                 f"{call.site.name}: step {step} ({call.tokens} tokens) came without the "
                 f"steps before it: the features of cache step {self._cache_step} "
                 f"({self._cache_tokens} tokens) or of the pruned step before are missing. Dense so "
                 f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
-                f"scales {schedule.scales}"
+                f"scales {schedule.scales}. A generation that was left for another one, drawn to "
+                f"its end, or continued on a copy of the model is drawn again from its first step; "
+                f"to run two at once, transform or deep-copy the model once for each"
             )
         self._note(call, self.early_calls)
         return DENSE
@@ -222,7 +249,7 @@ class Generation:
     def _note(self, call: BlockCall, calls: Counter[int]) -> None:
         if not call.compiling:
             calls[call.tokens] += 1
-            self._watch.saw(call.tokens)
+            self._loop.watch.saw(call.tokens)
 
     def _caches_are_empty(self, call: BlockCall) -> bool:
         """Whether caches that the block reads at the cache step are empty: a generation begins."""
@@ -231,39 +258,110 @@ class Generation:
         known = [misses for misses in found if misses is not None]
         return bool(known) and all(known)  # some calls of a step may read more than others
 
+    # --- which call of the cache step a call continues ------------------------------------------
+
+    def _track_of(self, call: BlockCall, step: int, position: int) -> Track | None:
+        """Returns the track that a call continues; None if there is none.
+
+        Raises:
+            RunError: If it may be one of several, or none of those that there are.
+        """
+        layer = call.site.layer
+        tracks = self._tracks[layer]
+        if len(tracks) == 1 and not tracks[0].caches and tracks[0].position < position:
+            return tracks[0]
+        if not tracks:
+            return None
+        if not call.compiling:
+            self._drop_split(layer, position)
+            found = continued(self._tracks[layer], call.reads())
+            if found is not None:
+                if found.position == position and not found.followed:
+                    _raise_uncertain(call.site.name, "another one continued the same")
+                found.followed = True
+                return found
+        return self._by_order(call, step, position)
+
+    def _by_order(self, call: BlockCall, step: int, position: int) -> Track | None:
+        """Returns the first track that did not meet the step yet, else one to draw it again."""
+        layer = call.site.layer
+        place = self._loop.places[layer]
+        own = self._settled(layer, place) or self._handed_over(layer)
+        if not own:
+            return None
+        free = [track for track in own if not track.followed]
+        if not free:
+            _raise_uncertain(call.site.name, "it reads what none of them read or wrote")
+        waiting = [track for track in free if track.position < position]
+        if len(waiting) > 1 and waiting[0].position < position - 1:
+            _raise_uncertain(call.site.name, "the pruned step before ran fewer calls")
+        place.counted = place.counted or len(free) > 1
+        if waiting:
+            return waiting[0]
+        again = min(free, key=lambda track: track.draws)
+        alike = not again.reads or again.reads_alike(call.reads())
+        expected = place.aborted or (place.calls == len(own) and not place.cut_off)
+        if place.doubted or not expected or not alike:
+            raise RunError(
+                f"{call.site.name} runs for the {len(own) + 1}. time in step {step}, but ran only "
+                f"{len(own)} times in the cache step {self._cache_step}; give a cache_step at "
+                f"which every block runs as often as in the pruned steps. If the step is drawn "
+                f"again, or two loops alternate, draw the whole generation again, and transform or "
+                f"deep-copy the model once for each loop"
+            )
+        return again
+
+    def _settled(self, layer: int, place: Place) -> list[Track]:
+        """Returns this generation's tracks, without those of a cache step that was drawn again."""
+        own, calls = self._own(layer, place), place.calls
+        drawn = len(own)
+        if place.late or place.step is None or drawn <= calls or drawn % calls:
+            return own
+        pairs = list(zip(own, own[calls:], strict=False))
+        if not all(not a.reads or a.reads_alike(b.reads) for a, b in pairs):
+            return own  # the loop runs more calls from the cache step on
+        place.doubted = not any(a.reads for a, _ in pairs)
+        dropped = own[:-calls]
+        self._tracks[layer] = [track for track in self._tracks[layer] if track not in dropped]
+        return own[-calls:]
+
+    def _own(self, layer: int, place: Place) -> list[Track]:
+        return [track for track in self._tracks[layer] if track.place is place and not track.left]
+
+    def _handed_over(self, layer: int) -> list[Track]:
+        """Returns the tracks of another thread's loop, if it is the only one under way."""
+        places = {id(track.place) for track in self._tracks[layer]}
+        return [*self._tracks[layer]] if len(places) == 1 else []
+
+    def _drop_split(self, layer: int, position: int) -> None:
+        """Drops tracks whose samples went on in several calls, once the next step begins."""
+        tracks = self._tracks[layer]
+        if any(track.parts for track in tracks):
+            self._tracks[layer] = [t for t in tracks if not (t.parts and t.position < position)]
+
     # --- what was captured ----------------------------------------------------------------------
 
-    def _fitting(self, call: BlockCall, step: int, progress: Progress) -> Captured:
-        """Returns what this call of the step is restored from, checked against the live batch."""
-        assert progress.captured is not None
-        if progress.calls >= len(progress.captured):
-            raise RunError(
-                f"{call.site.name} runs for the {progress.calls + 1}. time in step {step}, but ran "
-                f"only {len(progress.captured)} times in the cache step {self._cache_step}; give a "
-                f"cache_step at which every block runs as often as in the pruned steps"
-            )
-        live, was = _live(call), progress.live
-        if live != was and was is not None and progress.captured[progress.calls]:
-            if live[0] < was[0]:
-                self._drop_samples(call, step, progress)
-            if live != progress.live:
-                progress.forget()
-                raise CaptureMismatchError(
-                    f"{call.site.name} at step {step}: asked to restore {_describe(live)} from "
-                    f"what the cache step {self._cache_step} captured, {_describe(was)}. Keep "
-                    f"batch, device and dtype within one generation"
-                )
-        return progress.captured[progress.calls]
+    def _fitting(self, call: BlockCall, step: int, track: Track) -> Track:
+        """Returns the track, or the part of it that the loop still runs."""
+        live, was = live_of(call.x), track.live
+        if live == was or not track.outputs:
+            return track
+        if live[0] < was[0] and live[1:] == was[1:]:
+            return self._part(call, step, track)
+        self._drop(call.site.layer, track)
+        raise CaptureMismatchError(
+            f"{call.site.name} at step {step}: asked to restore {_describe(live)} from what the "
+            f"cache step {self._cache_step} captured, {_describe(was)}. Keep batch, device and "
+            f"dtype within one generation"
+        )
 
-    def _drop_samples(self, call: BlockCall, step: int, progress: Progress) -> None:
-        """Keeps the captured outputs of the samples that the loop still runs, such as a half."""
-        assert progress.captured is not None
-        assert progress.live is not None
-        batch, device, dtype = progress.live
-        live = call.x.shape[0]
-        found = self._first_rows(call, batch, live)
+    def _part(self, call: BlockCall, step: int, track: Track) -> Track:
+        """Returns the track of the samples that the loop still runs in a call, such as a half."""
+        layer, (batch, *_), live = call.site.layer, track.live, call.x.shape[0]
+        rows = track.place.rows.setdefault((batch, live), set())
+        found = self._first_rows(call, batch, live) or rows  # what other calls of the step show
         if len(found) != 1:
-            progress.forget()
+            self._drop(layer, track)
             raise CaptureMismatchError(
                 f"{call.site.name} at step {step}: the cache step {self._cache_step} captured "
                 f"batch {batch}, of which {live} are left; which ones is unknown: "
@@ -271,11 +369,16 @@ class Generation:
                 f"fastvar_fx.transform"
             )
         (first,) = found
-        progress.captured = [
-            {branch: output[first : first + live] for branch, output in outputs.items()}
-            for outputs in progress.captured
-        ]
-        progress.live = (live, device, dtype)
+        rows.add(first)
+        part = track.part(call, first)
+        tracks = self._tracks[layer]
+        if part not in tracks:
+            tracks.insert(tracks.index(track), part)
+        if self.plan.live_rows is not None:
+            tracks.remove(track)
+        else:
+            track.met(self._positions[step])
+        return part
 
     def _first_rows(self, call: BlockCall, batch: int, live: int) -> set[int]:
         """Returns which of `batch` samples may come first now that `live` of them are left."""
@@ -289,17 +392,67 @@ class Generation:
     @property
     def captured_bytes(self) -> int:
         """Bytes of captured outputs held now."""
-        calls = [outputs for progress in self._progress for outputs in progress.captured or ()]
-        return sum(output.nbytes for outputs in calls for output in outputs.values())
+        tracks = [track for tracks in self._tracks for track in tracks if not track.parts]
+        return sum(output.nbytes for track in tracks for output in track.outputs.values())
 
     # --- beginning and end ----------------------------------------------------------------------
 
+    def _begin(self, layer: int, place: Place) -> None:
+        """Ends what a block did in the last generation of its loop, and of loops that are gone."""
+        if torch.compiler.is_compiling():
+            self._tracks[layer] = []
+            place.reset()
+            return
+        alive = {thread.ident for thread in threading.enumerate()}
+        gone = [loop.places[layer] for ident, loop in self._loops.items() if ident not in alive]
+        kept, cut_off = [], place.cut_off and not place.ended
+        for track in self._tracks[layer]:
+            ended = track.position == self._end
+            track.left = track.left or track.place is place or track.place in gone
+            if not track.left or (track.may_go_on() and not ended):
+                kept.append(track)
+            else:
+                cut_off = cut_off or (place.began and not ended)
+        self._tracks[layer] = kept
+        place.cut_off, place.ended = cut_off, False
+        place.reset()
+
+    def _free_ended(self) -> None:
+        """Frees what tracks captured that met the last step."""
+        for layer, tracks in enumerate(self._tracks):
+            ended = [track for track in tracks if track.position == self._end]
+            self._tracks[layer] = [track for track in tracks if track.position != self._end]
+            for place in {id(track.place): track.place for track in ended}.values():
+                if not self._own(layer, place):
+                    place.reset()
+                    place.ended = True
+
+    def _drop(self, layer: int, track: Track) -> None:
+        self._tracks[layer] = [other for other in self._tracks[layer] if other is not track]
+
+    def aborted(self) -> None:
+        """Notes that a call of a block raised an exception: its step may be drawn again."""
+        for place in self._loop.places:
+            place.aborted = True
+
+    def _incomplete(self, layer: int) -> bool:
+        """Whether the last step ran fewer calls than the cache step, told apart by order alone."""
+        place = self._loop.places[layer]
+        met_all = place.counted and place.position == self._end and not place.aborted
+        return met_all and any(t.position < self._end for t in self._own(layer, place))
+
     def reset(self) -> None:
         """Ends the generation, wherever it is, and frees what was captured."""
-        for progress in self._progress:
-            progress.end()
-        self._watch.cut_off()
-        self._forget_skipping()
+        self._tracks = [[] for _ in self._tracks]
+        for loop in self._loops.values():
+            loop.reset()
+
+    def copy(self) -> Generation:
+        """Returns one for a copy of the model, which cannot go on with this generation."""
+        made = Generation(self.plan)
+        for place, tracks in zip(made._loop.places, self._tracks, strict=True):
+            place.cut_off = bool(tracks)
+        return made
 
     @contextmanager
     def running_dense(self) -> Iterator[None]:
@@ -311,99 +464,63 @@ class Generation:
             self.prunes = True
 
     @property
+    def skipped(self) -> SkippedSteps:
+        """The steps that the loop of the current thread leaves out."""
+        self._enter_thread()
+        return self._loop.skipped
+
+    @property
     def seen(self) -> list[int]:
         """Token counts of the calls that ran dense."""
         return sorted(self.dense_calls | self.early_calls)
 
-    # --- skipped steps --------------------------------------------------------------------------
-
-    def _forget_skipping(self) -> None:
-        self._skipping: int | None = None  # the skipped step that the loop is at
-        self._last_tokens: int | None = None  # of the last block call since `drew`
-        self._drew_early = False  # whether blocks ran at a step before the skipped ones
-
-    def drew(self, step: int) -> None:
-        """Notes that the loop has accumulated what it drew at a step, and moves to the next one.
-
-        At skipped steps, the blocks then return their input at once.
-        """
-        self._skipping = step + 1 if step + 1 in self.plan.skipped_steps else None
-        self._last_tokens = None
-
-    def _passes(self, call: BlockCall) -> bool:
-        """Whether the call is at a skipped step, where the block returns its input."""
-        tokens, at = call.tokens, self._skipping
-        if at is not None:
-            if tokens == self._tokens[at]:
-                self._last_tokens = tokens
-                self._check_returns_map(call)
-                return True
-            if self._last_tokens == self._tokens[at]:
-                self._raise_drawn(at)
-        self._last_tokens = tokens
-        if tokens < self._tokens[self.plan.skipped_steps[0]]:
-            self._drew_early = True
-        return False
-
-    def returned(self, call: BlockCall, result: Any) -> None:
-        """Notes what a block returned: at a skipped step, only a token map can be passed on."""
-        self._progress[call.site.layer].returns_map = isinstance(result, Tensor)
-
-    def _check_returns_map(self, call: BlockCall) -> None:
-        if not self._progress[call.site.layer].returns_map:
-            raise RunError(
-                f"{call.site.name} returns more than its token map, so it cannot pass its input "
-                f'on at a skipped step; pass on_full="cache" to transform'
-            )
-
-    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the model; if it drew an image, checks that the steps were skipped.
+    def check_ended(self) -> None:
+        """Checks, at the end of a generation, that it ran as the schedule says.
 
         Raises:
-            RunError: If the loop drew a skipped step.
+            RunError: If blocks ran at a skipped step and their result was used, or if some calls of
+                a step were left out and which ones is unknown.
         """
-        before, self._drew_early = self._drew_early, False
-        try:
-            result = method(*args, **kwargs)
-        except BaseException:
-            self._forget_skipping()
-            raise
-        if self._drew_early:
-            self.check_skipped()
-        self._drew_early = self._drew_early or before
-        return result
+        self._loop.skipped.check()
+        for layer, name in enumerate(self.plan.blocks):
+            if self._incomplete(layer):
+                _raise_uncertain(name, "the last step ran fewer calls")
 
-    def check_skipped(self) -> None:
-        """Checks, at the end of a generation, that the steps were skipped.
+    # --- loops ----------------------------------------------------------------------------------
 
-        Raises:
-            RunError: If blocks ran at a skipped step and their result was used.
-        """
-        if self._last_tokens is not None and self._skipping is not None:
-            self._raise_drawn(self._skipping)
-        skipped, drawn = self.plan.skipped_steps, self._tokens[: self.plan.drawn_steps]
-        only_skipped = {self._tokens[step] for step in skipped} - set(drawn)
-        if self._last_tokens in only_skipped:
-            self._raise_drawn(self._tokens.index(self._last_tokens))
-
-    def _raise_drawn(self, step: int) -> None:
-        at = self._skipping is not None
-        how = "outside its accumulator" if at else "although it was asked to skip it"
-        self._forget_skipping()
-        raise RunError(
-            f"step {step} ({self._tokens[step]} tokens) has ratio 1 and is to be skipped, but the "
-            f'loop draws it {how}. Pass on_full="cache" to transform, which draws the step from '
-            f"the captured features, or on_full= a loop rule of your own. If a generation was cut "
-            f"off, run it again"
-        )
+    def _enter_thread(self) -> None:
+        if torch.compiler.is_compiling():
+            return  # nothing may change
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._thread = thread
+            self._loop = self._loops.setdefault(thread, Loop(self.plan))
 
 
-def _live(call: BlockCall) -> _Live:
-    x = call.x
-    return (x.shape[0], x.device, x.dtype)
+def continued(tracks: Sequence[Track], reads: Storages) -> Track | None:
+    """Returns the only track whose caches a call reads, else the only one whose arguments it reads.
+
+    Args:
+        tracks: The tracks of a block.
+        reads: The memory of the call's arguments.
+    """
+    found = [track for track in tracks if not track.wrote.isdisjoint(reads)]
+    if not found and len(tracks) > 1:
+        times = Counter(storage for track in tracks for storage in track.reads)
+        own = {storage for storage in reads if times[storage] == 1}
+        found = [track for track in tracks if not track.reads.isdisjoint(own)]
+    return found[0] if len(found) == 1 else None
 
 
-def _describe(live: _Live) -> str:
+def _raise_uncertain(block: str, why: str) -> NoReturn:
+    raise RunError(
+        f"{block} runs several times in a step, and which call of the cache step one of a pruned "
+        f"step continues is unknown: {why}. Hand each of them its own caches, or give a cache_step "
+        f"at which every block runs as often as at the pruned steps"
+    )
+
+
+def _describe(live: Live) -> str:
     batch, device, dtype = live
     return f"batch {batch} on {device}, {str(dtype).removeprefix('torch.')}"
 

@@ -59,7 +59,7 @@ class Skipped:
 
         At skipped steps, the blocks then return their input at once.
         """
-        self._engine.generation.drew(step)
+        self._engine.generation.skipped.drew(step)
 
 
 LoopRule = Callable[[nn.Module, Skipped], bool]
@@ -163,7 +163,7 @@ def _accumulating(method: Callable[..., Any]) -> Callable[..., Any]:
             result = _left_out(plan.schedule.scales, si, f_hat)
         else:
             result = method(self, si, SN, f_hat, *args, **kwargs)
-        generation.drew(si)
+        generation.skipped.drew(si)
         return result
 
     return accumulating
@@ -184,7 +184,7 @@ def _left_out(scales: Sequence[Scale], step: int, f_hat: Tensor) -> tuple[Tensor
 def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _generation(self).run(method, self, *args, **kwargs)
+        return _generation(self).skipped.run(method, self, *args, **kwargs)
 
     return watched
 

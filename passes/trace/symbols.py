@@ -106,8 +106,7 @@ class Symbols:
             return self.mode.from_tensor(tensor, static_shapes=True)
         # A view would be rebuilt from its base, whose sizes must not become conditions; nor must
         # those of a buffer, which show as gaps between the rows of a view.
-        expanded = 0 in tensor.stride()
-        stride = (tensor if expanded else torch.empty_like(tensor, device="meta")).stride()
+        stride = tensor.stride() if 0 in tensor.stride() else _dense_stride(tensor)
         plain = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
         kinds = [
             DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.dim())
@@ -205,6 +204,16 @@ class Symbols:
     def _knows(self, node: Node) -> bool:
         size = node.meta.get("val")
         return _is_size(size) and size.node.expr.free_symbols <= self._places.keys()
+
+
+def _dense_stride(tensor: Tensor) -> list[int]:
+    """Returns the strides of a tensor without gaps, whose dims of size 1 are the outermost."""
+    stride, size = [0] * tensor.dim(), 1
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] == 1, tensor.stride(d)))
+    for dim in order:
+        stride[dim] = size
+        size *= tensor.shape[dim]
+    return stride
 
 
 def _is_size(value: Any) -> TypeGuard[Any]:

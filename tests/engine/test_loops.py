@@ -228,8 +228,9 @@ def test_features_of_an_abandoned_generation_are_freed_by_the_next() -> None:
     generation(fast)
     fast.reset()
     steps(fast, range(4))
-    progress = Engine.of(fast).generation._progress
-    features = [weakref.ref(f) for p in progress for c in p.captured or () for f in c.values()]
+    tracks = [track for tracks in Engine.of(fast).generation._tracks for track in tracks]
+    features = [weakref.ref(f) for track in tracks for f in track.outputs.values()]
+    del tracks
     assert len(features) == 4
     assert all(feature() is not None for feature in features)
     fast.reset()

@@ -148,7 +148,7 @@ def test_lengths_that_are_no_step_run_dense() -> None:
 
 def test_source_tokens_as_many_as_the_last_scale_run_dense() -> None:
     fast, net = fast_net(), fast_net(Schedule(SCALES, (0.0,)))
-    want = run(fast)
+    want = run(fast_net())
     for _ in range(2):
         source = tokens(4, seed=9)
         assert torch.equal(fast.step(source), net.step(source))

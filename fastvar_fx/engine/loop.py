@@ -1,0 +1,66 @@
+"""How far a loop is in its generation, block by block."""
+
+from __future__ import annotations
+
+from fastvar_fx.engine.plan import Plan
+from fastvar_fx.engine.skipped import SkippedSteps
+from fastvar_fx.engine.watch import Watch
+
+
+class Place:
+    """How far one block is in the generation of a loop.
+
+    Attributes:
+        began: Whether a structure or cache step was met since the last generation ended.
+        step: The last structure step, as its index or token count; None for none, or an unknown.
+        calls: How many calls that step had.
+        position: Which pruned step was met last; -1 for none.
+        rows: Which samples came first where calls went on with fewer, by both batch sizes.
+        counted: Whether calls of a step were told apart by their order alone.
+        doubted: Whether only the number of calls says that the cache step was drawn again.
+        aborted: Whether a block raised an exception, so that a step may be drawn again.
+        cut_off: Whether a generation that had captured was left before its end.
+        ended: Whether the last generation ran to its end, and nothing came after it.
+    """
+
+    def __init__(self) -> None:
+        self.cut_off = False
+        self.ended = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Waits for another generation."""
+        self.began = False
+        self.step: int | None = None
+        self.calls = 0
+        self.position = -1
+        self.rows: dict[tuple[int, int], set[int]] = {}
+        self.counted = self.doubted = self.aborted = False
+
+    @property
+    def late(self) -> bool:
+        """Whether a pruned step was met."""
+        return self.position >= 0
+
+
+class Loop:
+    """The user's loop, as far as one thread runs it.
+
+    Attributes:
+        places: How far each block is.
+        watch: Notices generations without a pruned step.
+        skipped: The steps that it leaves out.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.places = [Place() for _ in plan.blocks]
+        self.watch = Watch(plan.schedule, plan.pruned_steps)
+        self.skipped = SkippedSteps(plan)
+
+    def reset(self) -> None:
+        """Ends the generation."""
+        for place in self.places:
+            place.reset()
+            place.cut_off = place.ended = False
+        self.watch.cut_off()
+        self.skipped.forget()
