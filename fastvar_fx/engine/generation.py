@@ -174,7 +174,7 @@ class Generation:
         """Keeps what a call of the cache step captured."""
         layer = call.site.layer
         place = self._loop.places[layer]
-        if place.late or place.aborted:  # the step is drawn again, or a generation begins with it
+        if place.late or place.aborted or not place.began:  # drawn again, or a generation begins
             step, calls, cut_off = place.step, place.calls, place.cut_off
             self._begin(layer, place)
             if self._cache_step:
