@@ -9,6 +9,7 @@ from functools import partial
 from pickle import PicklingError
 from typing import Any, Final, NoReturn
 
+import torch
 from torch import nn
 
 from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
@@ -45,12 +46,11 @@ class BlockRuntime:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
         engine = self._engine
-        call = BlockCall(self.site, block, args, kwargs)
-        if call.compiling:
-            return _run(engine, call, EAGER)
+        if torch.compiler.is_compiling():
+            return _run(engine, BlockCall(self.site, block, args, kwargs), EAGER)
         with engine.lock:
             try:
-                return _run(engine, call, engine.executor)
+                return _run(engine, BlockCall(self.site, block, args, kwargs), engine.executor)
             except BaseException:
                 engine.generation.aborted()
                 raise

@@ -175,10 +175,10 @@ class Generation:
         layer = call.site.layer
         place = self._loop.places[layer]
         if place.late or place.aborted or not place.began:  # drawn again, or a generation begins
-            step, calls, cut_off = place.step, place.calls, place.cut_off
+            was = place.step, place.calls, place.began, place.cut_off
             self._begin(layer, place)
             if self._cache_step:
-                place.step, place.calls, place.cut_off = step, calls, cut_off
+                place.step, place.calls, place.began, place.cut_off = was
         track = Track(call, place, outputs)
         self._tracks[layer].append(track)
         place.began, place.ended = place.began or not self._cache_step, False
@@ -187,9 +187,10 @@ class Generation:
         track.reads = call.reads()
         track.note_written(call, result)
         track.caches = bool(track.wrote)
-        own = self._own(layer, place)
-        if place.step is not None and len(own) > 2 * place.calls:  # drawn again and again
-            self._tracks[layer].remove(own[0])
+        if place.step is not None:  # a step that is drawn again and again
+            for other in self._own(layer, place)[: -2 * place.calls]:
+                if not other.may_go_on():
+                    self._drop(layer, other)
         if layer >= self._last_layer:
             self._last_layer = layer
             self.peak_captured_bytes = max(self.peak_captured_bytes, self.captured_bytes)
@@ -221,7 +222,8 @@ class Generation:
         place.aborted = False
         if track.caches:
             track.note_written(call, result)
-        if position == self._end and layer >= self._last_layer:
+        last = position == self._end and layer >= self._last_layer
+        if last and not any(track.goes_on(self._end) for track in self._own(layer, place)):
             self._free_ended()
 
     def _out_of_order(self, call: BlockCall, step: int) -> Role:
@@ -279,6 +281,7 @@ class Generation:
                 if found.position == position and not found.followed:
                     _raise_uncertain(call.site.name, "another one continued the same")
                 found.followed = True
+                self._drop_rejected(layer, found)
                 return found
         return self._by_order(call, step, position)
 
@@ -293,7 +296,7 @@ class Generation:
         if not free:
             _raise_uncertain(call.site.name, "it reads what none of them read or wrote")
         waiting = [track for track in free if track.position < position]
-        if len(waiting) > 1 and waiting[0].position < position - 1:
+        if len(waiting) > 1 and any(track.position < position - 1 for track in waiting):
             _raise_uncertain(call.site.name, "the pruned step before ran fewer calls")
         place.counted = place.counted or len(free) > 1
         if waiting:
@@ -338,6 +341,12 @@ class Generation:
         tracks = self._tracks[layer]
         if any(track.parts for track in tracks):
             self._tracks[layer] = [t for t in tracks if not (t.parts and t.position < position)]
+
+    def _drop_rejected(self, layer: int, found: Track) -> None:
+        """Drops tracks that no loop can continue, for it holds none of their caches any more."""
+        tracks = self._tracks[layer]
+        if found.caches and len(tracks) > 1:
+            self._tracks[layer] = [t for t in tracks if t is found or t.may_go_on() or not t.caches]
 
     # --- what was captured ----------------------------------------------------------------------
 
@@ -420,8 +429,8 @@ class Generation:
     def _free_ended(self) -> None:
         """Frees what tracks captured that met the last step."""
         for layer, tracks in enumerate(self._tracks):
-            ended = [track for track in tracks if track.position == self._end]
-            self._tracks[layer] = [track for track in tracks if track.position != self._end]
+            ended = [track for track in tracks if track.ended(self._end)]
+            self._tracks[layer] = [track for track in tracks if track not in ended]
             for place in {id(track.place): track.place for track in ended}.values():
                 if not self._own(layer, place):
                     place.reset()

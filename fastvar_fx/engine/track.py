@@ -76,6 +76,15 @@ class Track:
         """Whether something is left of what it wrote, so that its loop may still run."""
         return any(map(_exists, self.wrote))
 
+    def ended(self, last: int) -> bool:
+        """Whether it met the last pruned step, with all its samples unless the others are gone."""
+        whole = not self.parts or sum(part.live[0] for part in self.parts.values()) >= self.live[0]
+        return self.position == last and (whole or not self.may_go_on())
+
+    def goes_on(self, last: int) -> bool:
+        """Whether a counterpart at the last pruned step is still to come, as far as one can see."""
+        return self.position == last - 1 and (self.may_go_on() or not self.caches)
+
     def reads_alike(self, reads: Storages) -> bool:
         """Whether a call reads all that is left of what this one read, and there is something."""
         left = set(filter(_exists, self.reads))

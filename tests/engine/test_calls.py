@@ -46,7 +46,8 @@ class Block(nn.Module):
         elif self.form == "tuple":
             cache = (torch.cat([cache[0], k], 1) if cache else k,)
             (k,) = cache
-        return self.o(F.scaled_dot_product_attention(q, k, k)), cache
+        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, k))
+        return out, cache
 
     def feed(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
@@ -68,21 +69,23 @@ class Net(nn.Module):
         self.double().eval()
 
 
+def randn(seed: int, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, WIDTH, generator=generator).double()
+
+
 class Draw:
     """One stream of calls through a net, such as the conditional half of a generation."""
 
     def __init__(self, net: Net, seed: int, *, hand: bool = False, batch: int = 1) -> None:
         self.net, self.seed, self.hand, self.batch = net, seed, hand, batch
-        torch.manual_seed(seed)
-        self.cond = torch.randn(batch, 1, WIDTH).double()
+        self.cond = randn(seed, batch, 1)
         self.caches: list[Any] = [{} if net.form == "dict" else () for _ in net.blocks]
         self.captured: dict[tuple[int, str], Tensor] = {}
         self.rows = slice(None)
 
     def step(self, step: int, try_: int = 0, *, fails: int | None = None) -> Tensor:
-        torch.manual_seed(100 * self.seed + 10 * step + try_)
-        tokens = SCHEDULE.tokens(step)
-        x = torch.randn(self.batch, tokens, WIDTH).double()[self.rows]
+        x = randn(100 * self.seed + 10 * step + try_, self.batch, SCHEDULE.tokens(step))[self.rows]
         for layer in range(DEPTH):
             x = self.block(layer, x[..., : WIDTH - (layer == fails)], step)
         return x
@@ -90,16 +93,18 @@ class Draw:
     def block(self, layer: int, x: Tensor, step: int) -> Tensor:
         if self.hand:
             return self.by_hand(layer, x, step)
-        out = self.net.blocks[layer](x, self.cond[self.rows], self.caches[layer])
+        made = self.net.blocks[layer](x, self.cond[self.rows], self.caches[layer])
         if self.net.form == "tuple":
-            out, self.caches[layer] = out
+            made, self.caches[layer] = made
+        out: Tensor = made
         return out
 
     def by_hand(self, layer: int, x: Tensor, step: int) -> Tensor:
         block: Any = self.net.blocks[layer]
 
         def attend(x: Tensor) -> Tensor:
-            out, self.caches[layer] = block.attend(x, self.cond[self.rows], self.caches[layer])
+            made, self.caches[layer] = block.attend(x, self.cond[self.rows], self.caches[layer])
+            out: Tensor = made
             return out
 
         for name, branch in (("attention", attend), ("ffn", block.feed)):
@@ -107,10 +112,9 @@ class Draw:
                 index = pivotal_indices(x, SCHEDULE.kept(step))[..., None].expand(-1, -1, WIDTH)
                 cached = self.captured[layer, name][self.rows]
                 size = SCHEDULE.scales[CACHE_STEP]
-                full = F.interpolate(
-                    cached.mT.unflatten(2, size), SCHEDULE.scales[step], mode="area"
-                )
-                x = x + full.flatten(2).mT.scatter(1, index, branch(x.gather(1, index)))
+                image = cached.mT.reshape(*cached.mT.shape[:2], *size)
+                full = F.interpolate(image, SCHEDULE.scales[step], mode="area").flatten(2).mT
+                x = x + full.scatter(1, index, branch(x.gather(1, index)))
             else:
                 out = branch(x)
                 self.captured[layer, name] = out
@@ -176,9 +180,11 @@ def test_calls_in_any_order(form: str, order: str) -> None:
 def test_a_call_without_counterpart_at_the_cache_step_is_an_error(form: str) -> None:
     fast = transformed(form)
     for first in "ab":
-        draws = {who: Draw(fast, seed) for seed, who in enumerate("ab")}
+        draws = {"a": Draw(fast, 0), "b": Draw(Net(form), 1)}
         for step in range(3):
-            draws["a"].step(step)
+            for draw in draws.values():
+                draw.step(step)
+        draws["b"].net = fast
         with pytest.raises(RunError, match="cache step"):
             _ = [draws[who].step(3) for who in sorted("ab", key=lambda who: who != first)]
 
@@ -297,8 +303,6 @@ def test_an_exception_in_a_block_and_the_step_again(
     form: str, calls: str, layer: int, step: int
 ) -> None:
     """The exception comes in the last call of the step, and all calls of it are made again."""
-    if step == 4 and len(calls) == 2 and layer == 1:
-        pytest.skip("the first call of the last step ended its generation")
     fast, net = transformed(form), Net(form)
     for again in (True, False):
         pairs = [(Draw(fast, seed), Draw(net, seed, hand=True)) for seed in range(len(calls))]
@@ -403,24 +407,11 @@ def test_threads_that_share_a_model(form: str, warm: bool) -> None:
         for _ in range(3):
             got, want = Draw(fast, seed), Draw(net, seed, hand=True)
             for step in range(5):
-                torch.testing.assert_close(seeded(got, step), seeded(want, step))
+                same(got.step(step), want.step(step))
 
     in_threads(*(partial(run, seed) for seed in range(4)))
     assert all(type(parameter) is nn.Parameter for parameter in fast.parameters())
     assert fastvar_fx.explain(fast).captured_bytes == 0
-
-
-SEEDING = threading.Lock()
-
-
-def seeded(draw: Draw, step: int) -> Tensor:
-    """Draws a step whose input does not depend on what other threads do with the generator."""
-    with SEEDING:
-        torch.manual_seed(100 * draw.seed + 10 * step)
-        x = torch.randn(1, SCHEDULE.tokens(step), WIDTH).double()
-    for layer in range(DEPTH):
-        x = draw.block(layer, x, step)
-    return x
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -440,7 +431,7 @@ def agree(got: Draw, want: Draw, step: int) -> None:
 
 
 @st.composite
-def turns(draw: Any) -> list[tuple[int, str]]:
+def turns(draw: Any) -> Any:
     """Which of three loops goes on, and whether it draws its step again or is given up."""
     kinds = st.sampled_from(["on", "on", "on", "again", "fail", "over"])
     return draw(st.lists(st.tuples(st.integers(0, 2), kinds), min_size=10, max_size=60))
