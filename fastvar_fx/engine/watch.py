@@ -19,9 +19,11 @@ class Watch:
         self._current: list[int] = []
         self._ended: list[list[int]] = []
         self._raised = False
+        self._pruned = False
 
     def pruned(self) -> None:
         """Notes a pruned step: all lengths of this generation are then known to be the loop's."""
+        self._pruned = True
         if self._current or self._ended or self._raised:
             self._known.update(self._current, *self._ended)
             self._current, self._ended, self._raised = [], [], False
@@ -38,7 +40,7 @@ class Watch:
         Raises:
             RunError: If generations end without a pruned step. If their lengths are not the
                 schedule's, at the end of the first one and during those after it; else after three
-                equal ones, because they may have been cut off.
+                equal ones at the very first, because they may have been cut off.
         """
         if self._current and tokens == self._current[-1]:
             return
@@ -49,7 +51,8 @@ class Watch:
             return
         ended = self._current
         self._ended, self._current = [*self._ended[-2:], ended], [tokens]
-        alike = len(self._ended) == 3 and self._ended[0] == self._ended[1] == self._ended[2]
+        a, *others = self._ended
+        alike = len(others) == 2 and others == [a, a] and not self._pruned
         if self._strays(ended) or ((alike or self._raised) and not self._captured(ended)):
             self._raise(ended)
 

@@ -472,4 +472,12 @@ def new(fast: Net, net: Net, seed: int) -> tuple[Draw, Draw, int]:
     return Draw(fast, seed), Draw(net, seed, hand=True), 0
 
 
-WARM = {form: (transformed(form), Net(form)) for form in ("dict", "tuple")}
+def warm(form: str) -> tuple[Net, Net]:
+    fast, net = transformed(form), Net(form)
+    draw = Draw(fast, 0)
+    for step in range(5):
+        draw.step(step)
+    return fast, net
+
+
+WARM = {form: warm(form) for form in ("dict", "tuple")}
