@@ -11,6 +11,7 @@ from typing import Final
 from passes.analyse.branches import FindBranches
 from passes.analyse.caches import FindCaches
 from passes.analyse.costs import CountFlops
+from passes.analyse.counts import CheckCounts
 from passes.analyse.prunable import CheckPrunable
 from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, WithoutRefused
 from passes.base import run_passes as _run_passes
@@ -37,7 +38,8 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     FindBranches(),
     VerifyTranslation(),
     CaptureOutputs(),  # the cache step only
-    CheckPrunable(),  # this and the next line: pruned steps only
+    CheckPrunable(),  # this and the next two lines: pruned steps only
+    CheckCounts(),
     WithoutRefused(VerifyPermuted(), Prune(), VerifySubset()),
     VerifySizes(CaptureOutputs(), Prune()),
     CountFlops(),

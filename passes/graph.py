@@ -69,6 +69,15 @@ def example_values(args: Any) -> Any:
     return torch.fx.node.map_arg(args, lambda node: node.meta["val"])
 
 
+def plain(value: Any) -> Any:
+    """Replaces sizes that are computed in the graph by their values."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
+        return value.meta["val"]
+    return value
+
+
 def draws_numbers(node: Node) -> bool:
     """Whether a call draws random numbers, as dropout does unless it is off or its rate is 0."""
     target = node.target

@@ -64,6 +64,10 @@ CODES: Final = {
         "a later step has a value for every key, pruned or not",
         "none needed: it prunes at the last step, whose keys no later step reads",
     ),
+    "FVX022": Code(
+        "a number that is made of the token count enters the values",
+        "none needed: this branch stays dense. Numbers that are attributes stay as they are",
+    ),
 }
 """Stable refusal codes; the reason of a refusal adds the case at hand."""
 

@@ -55,7 +55,7 @@ def _needed_later(branch: Branch) -> Refusal | None:
     """
     if not any(user.op == "output" for node in branch.region for user in node.users):
         return None
-    for node, side, axes in _gathered(branch):
+    for node, side, axes in gathered(branch):
         example = side.meta.get("val")
         shape = example.shape if isinstance(example, Tensor) else ()
         pairs = zip(reversed(shape), reversed(axes), strict=False)
@@ -66,7 +66,7 @@ def _needed_later(branch: Branch) -> Refusal | None:
     return None
 
 
-def _gathered(branch: Branch) -> Iterator[tuple[Node, Node, Axes]]:
+def gathered(branch: Branch) -> Iterator[tuple[Node, Node, Axes]]:
     """Yields the ops that meet side inputs, with the input and the axes it meets."""
     for node, edits in branch.edits.items():
         for (name, item), edit in edits.items():

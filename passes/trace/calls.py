@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -46,6 +47,7 @@ class Call:
         kwargs: The call's keyword arguments.
         stream: Path of its (B, L, C) input from the roots; not needed for the capture alone.
         varying: The sizes that its program leaves open.
+        cut: Inputs that are taken to be shorter on stand-ins, with their sizes by dim.
     """
 
     forward: Forward
@@ -54,6 +56,7 @@ class Call:
     kwargs: dict[str, Any]
     stream: Path = ()
     varying: Varying = NOTHING_VARIES
+    cut: Mapping[Path, Mapping[int, int]] = field(default_factory=dict)
 
     def roots(self) -> Roots:
         """Returns what paths start from."""
@@ -165,6 +168,7 @@ class FakeCall:
         self._forward = call.forward
         self._origin = call.roots()
         self._varying = call.varying
+        self._cut = call.cut
         self.snapshot = Snapshot(self._origin)
         self._refuse_sharded()
         self.tensors = self.snapshot.inner_tensors()
@@ -187,7 +191,9 @@ class FakeCall:
         symbols, snapshot = self.symbols, self.snapshot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own internals on some tensors
-            self._fakes = {id(t): symbols.tensor(p, t) for p, t in self.tensors.items()}
+            self._fakes = {
+                id(t): symbols.tensor(p, self._shortened(p, t)) for p, t in self.tensors.items()
+            }
             self._wrappers = {
                 id(tensor): rewrapped(tensor, lambda inner: self._fakes[id(inner)])
                 for tensor in snapshot.tensors.values()
@@ -207,6 +213,11 @@ class FakeCall:
             self.note(self._fakes.values())
             self._fakes.clear()
             self._wrappers.clear()
+
+    def _shortened(self, path: Path, tensor: Tensor) -> Tensor:
+        for dim, size in self._cut.get(path, {}).items():
+            tensor = tensor.narrow(dim, 0, size)
+        return tensor
 
     def _fake(self, path: Path, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -267,7 +278,12 @@ class _UserCalls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turns whatever tracing raises into a refusal that names the user's line."""
+    """Turns whatever tracing raises into a refusal that names the user's line.
+
+    torch logs the traceback of an op that fails on stand-ins; a refusal is no error.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(_nothing)
     try:
         yield
     except (torch.OutOfMemoryError, RefusedError):
@@ -279,6 +295,12 @@ def _explained() -> Iterator[None]:
             reason = "it calls a kernel that reads the memory of its tensors"
         advice = advice or recipe_for_error(error)
         raise RefusedError(Refusal("FVX001", reason, where=where, advice=advice)) from error
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _clear_memos_of(tensors: list[Tensor]) -> None:

@@ -26,7 +26,7 @@ from passes.analyse.axes import (
     plain_dim,
     token_dims,
 )
-from passes.graph import bind
+from passes.graph import bind, plain
 from passes.refusal import refuse
 
 Rule = Callable[["Site"], "Axes | list[Axes]"]
@@ -80,7 +80,7 @@ class Site:
 
     def __init__(self, node: Node, axes: Mapping[Node, Axes | list[Axes]]) -> None:
         self.node = node
-        self.args = {name: _plain(value) for name, value in bind(node).items()}
+        self.args = {name: plain(value) for name, value in bind(node).items()}
         self.edits: dict[Slot, Edit] = {}
         self._axes = axes
 
@@ -183,15 +183,6 @@ class Site:
     def refuse(self, code: str, reason: str, *, advice: str = "") -> NoReturn:
         """Refuses this call; for the arguments see `passes.refusal.refuse`."""
         refuse(code, reason, self.node, advice=advice)
-
-
-def _plain(value: Any) -> Any:
-    """Replaces sizes that are computed in the graph by their values."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
-        return value.meta["val"]
-    return value
 
 
 # --- the table of rules ------------------------------------------------------------------------

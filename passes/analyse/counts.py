@@ -1,0 +1,164 @@
+"""Refuses branches whose values depend on how many tokens there are.
+
+A pruned branch is the branch run on the kept tokens. A number that the forward makes of the token
+count, such as a factor log(L), is fixed in the graph of all tokens. So the block is captured again
+as it would run on the kept tokens: it must run the same ops, with the same numbers, on values of
+the shapes that the axis rules predict.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.analyse.axes import Axes, AxesError, dim_size, has_tokens, regroup, shape_of
+from passes.analyse.branches import Branch
+from passes.analyse.prunable import gathered
+from passes.base import Context, Draft
+from passes.graph import bind, op_name, plain, reach
+from passes.refusal import Refusal, RefusedError
+from passes.trace.calls import Call
+from passes.trace.capture import capture
+from passes.trace.state import Path
+from passes.trace.symbols import NOTHING_VARIES
+
+log = logging.getLogger(__name__)
+
+_NUMBERS: Final = (int, float, complex)
+_SMALL: Final = 64
+_EXPANDS: Final = {"aten::expand", "aten::broadcast_to"}
+_VIEWS: Final = {
+    "aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::flatten",
+}  # fmt: skip
+
+Twins = Mapping[Node, Node]
+"""The node of the graph of the kept tokens that runs the same op, by node."""
+
+
+class CheckCounts:
+    """At a pruned step, compares the branches with the block as it runs on the kept tokens."""
+
+    name = "check_counts"
+
+    def run(self, context: Context, draft: Draft) -> Draft:
+        """Returns the draft with the branches refused that depend on the token count."""
+        wanted = draft.prunable(context.kinds)
+        if context.step is None or context.step.kept == 0 or not wanted:
+            return draft
+        kept = context.step.kept
+        try:
+            made = capture(_on_kept(context.call, wanted, draft, kept)).graph_module
+        except RefusedError as error:
+            log.debug("%s does not run on %d tokens: %s", context.call.module, kept, error.refusal)
+            return draft
+        ops, others = _ops(draft.source), _ops(made)
+        if [node.target for node in ops] != [node.target for node in others]:
+            log.debug("%s runs other ops on %d tokens", context.call.module, kept)
+            return draft
+        twins = dict(zip(ops, others, strict=True))
+        for branch in wanted:
+            refusal = next(_differences(branch, twins, kept), None)
+            if refusal is not None:
+                draft = draft.refusing(branch.index, refusal)
+        return draft
+
+
+def _on_kept(call: Call, branches: list[Branch], draft: Draft, kept: int) -> Call:
+    """Returns the call on the kept tokens only: inputs with an entry per token are shorter."""
+    placeholders = draft.source.graph.find_nodes(op="placeholder")
+    paths = dict(zip(placeholders, draft.captured.inputs, strict=True))
+    cut: dict[Path, dict[int, int]] = {call.stream: {1: kept}}
+    for _, side, axes in (found for branch in branches for found in gathered(branch)):
+        source, dims = _origin(side, _aligned(axes, side))
+        if source in paths:
+            sizes = {d: dim_size(dim, kept) for d, dim in enumerate(dims) if has_tokens(dim)}
+            cut[paths[source]] = sizes
+    return replace(call, varying=NOTHING_VARIES, cut=cut)
+
+
+def _aligned(axes: Axes, side: Node) -> Axes:
+    """Returns the axes of a side input, of those that it meets aligned from the right."""
+    shape = side.meta["val"].shape
+    padded = ((),) * (len(shape) - len(axes)) + axes[-len(shape) or len(axes) :]
+    return tuple(() if size == 1 else dim for size, dim in zip(shape, padded, strict=True))
+
+
+def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
+    """Follows a side input back through views, casts and the like, to where it is handed in."""
+    while len(side.all_input_nodes) == 1:
+        (source,) = side.all_input_nodes
+        shape, name = list(source.meta["val"].shape), op_name(side)
+        if name in _EXPANDS:
+            axes = _aligned(axes, source)
+        elif name in _VIEWS:
+            try:
+                axes = regroup(axes, shape)
+            except AxesError:
+                return side, axes
+        elif shape != list(side.meta["val"].shape):
+            return side, axes
+        side = source
+    return side, axes
+
+
+def _ops(graph_module: GraphModule) -> list[Node]:
+    """Returns the calls that compute tensors, and the constants."""
+    nodes = (node for node in graph_module.graph.nodes if node.op in ("call_function", "get_attr"))
+    return [node for node in nodes if not isinstance(node.meta.get("val"), _NUMBERS)]
+
+
+def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
+    """Yields what a branch does otherwise where the block runs on the kept tokens."""
+    for node in branch.region:
+        for wanted, found in _shapes(node, twins[node], branch, kept):
+            if wanted != found:
+                reason = f"on the kept tokens it gives {found}, where these are {wanted}"
+                yield Refusal.at(node, "FVX012", reason)
+        edits = branch.edits.get(node, {})
+        for source in (node, *_common_sides(node, branch, twins)):
+            edited = {name for name, _ in edits} if source is node else set()
+            values, others = (_values(n, edited) for n in (source, twins[source]))
+            for value, other in zip(values, others, strict=True):
+                if value != other:
+                    reason = f"{value} would be {other} for the kept tokens"
+                    yield Refusal.at(node, "FVX022", reason)
+
+
+def _shapes(
+    node: Node, twin: Node, branch: Branch, kept: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the shapes of a call's results, as predicted and as found."""
+    axes, value = branch.axes[node], twin.meta["val"]
+    pairs = zip(axes, value, strict=False) if isinstance(axes, list) else [(axes, value)]
+    for each, result in pairs:
+        if isinstance(result, Tensor):
+            yield shape_of(each, kept), list(result.shape)
+
+
+def _common_sides(node: Node, branch: Branch, twins: Twins) -> Iterator[Node]:
+    """Yields what computes the operands from outside the branch that have no entry per token."""
+    edits = branch.edits.get(node, {})
+    for name, value in bind(node).items():
+        for index, side in (
+            enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
+        ):
+            if isinstance(side, Node) and side not in branch.axes and (name, index) not in edits:
+                computed = reach([side], lambda n: n.all_input_nodes)
+                yield from (n for n in computed if n in twins and n not in branch.axes)
+
+
+def _values(node: Node, edited: Collection[str]) -> list[Any]:
+    """Returns the numbers of a call that are no sizes or places; or a small constant."""
+    if node.op == "get_attr":
+        constant = getattr(node.graph.owning_module, str(node.target))
+        return [constant.tolist()] if constant.numel() <= _SMALL else []
+    schema = getattr(node.target, "_schema", None)
+    kinds = {each.name: str(each.type) for each in schema.arguments} if schema else {}
+    bound = {name: plain(value) for name, value in bind(node).items() if name not in edited}
+    numbers = {name: value for name, value in bound.items() if isinstance(value, _NUMBERS)}
+    return [value for name, value in numbers.items() if "int" not in kinds.get(name, "")]

@@ -1,0 +1,138 @@
+"""A branch whose values depend on the token count stays dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastvar_fx
+from fastvar_fx import Schedule, ops
+from tests.engine.test_stored import Block, C, Model, call, check
+
+Twist = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v (B, H, L or T, D) -> what attention returns (B, H, L, D)."""
+
+
+def kind_of(twist: Twist) -> type[Block]:
+    class Twisted(Block):
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            q, k, v = self.heads(x)
+            return self.join(twist(q, *self.grow(k, v)))
+
+    return Twisted
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def newest(count: int) -> Twist:
+    return lambda q, k, v: attend(q, k[:, :, -count:], v[:, :, -count:])
+
+
+def newest_by_start(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    start = max(0, k.shape[2] - 20)
+    return attend(q, k[:, :, start:], v[:, :, start:])
+
+
+NUMBERS: dict[str, Twist] = {
+    "log L": lambda q, k, v: attend(q * math.log(1 + q.shape[2]), k, v),
+    "log T": lambda q, k, v: attend(q * (math.log(k.shape[2]) / math.log(9)), k, v),
+    "L ** -0.5": lambda q, k, v: attend(q * q.shape[2] ** -0.5, k, v),
+    "scale": lambda q, k, v: attend(q, k, v, scale=k.shape[2] ** -0.5),
+    "1 / L": lambda q, k, v: attend(q, k, v) / q.shape[2],
+    "times T": lambda q, k, v: attend(q, k, v) * k.shape[2],
+    "alpha": lambda q, k, v: torch.add(attend(q, k, v), q, alpha=1 / q.shape[2]),
+    "numel": lambda q, k, v: attend(q, k, v) * (16 / q.numel()),
+    "tensor": lambda q, k, v: attend(q * torch.tensor(float(q.shape[2])).log(), k, v),
+    "full": lambda q, k, v: attend(q + torch.full((1,), 1 / k.shape[2]), k, v),
+    "arange": lambda q, k, v: attend(q + 0.1 * torch.arange(q.shape[2]).double().mean(), k, v),
+}
+KEPT: dict[str, Twist] = {
+    "plain": attend,
+    "width": lambda q, k, v: attend(q * q.shape[-1] ** -0.5, k, v, scale=1 / k.shape[3]),
+    "oldest": lambda q, k, v: attend(q, k[:, :, 1:], v[:, :, 1:]),
+    "wide window": newest(100),
+    "ratio of one": lambda q, k, v: attend(q * (v.shape[2] / k.shape[2]), k, v),
+    "batch": lambda q, k, v: attend(q, k, v) / q.shape[0],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_made_of_the_token_count(name: str) -> None:
+    check(kind_of(NUMBERS[name]), 1, {(0, "attend"): "for the kept tokens"}, "FVX022")
+
+
+@pytest.mark.parametrize("twist", [newest(20), newest_by_start], ids=["-20:", "start"])
+def test_windows_of_the_newest_keys(twist: Twist) -> None:
+    check(kind_of(twist), 1, {(0, "attend"): ""}, "FVX012")
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_other_numbers_and_the_oldest_keys(name: str) -> None:
+    check(kind_of(KEPT[name]), 1, {})
+
+
+def test_a_feed_forward_that_divides_by_the_count() -> None:
+    class Divides(Block):
+        def feed(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            return super().feed(x, shared) / x.shape[1]
+
+    check(Divides, 2, {(i, "feed"): "for the kept tokens" for i in range(2)}, "FVX022")
+
+
+def test_a_number_that_the_loop_sets_is_the_same_for_the_kept_tokens() -> None:
+    class Scaled(Block):
+        scale = 0.25
+
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            return super().attend(x, shared) * self.scale
+
+    check(Scaled, 1, {})
+
+
+def test_positions_are_those_of_the_map() -> None:
+    """A table by position is gathered, whether it is made of the token count or not."""
+
+    class Placed(Block):
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            index = shared.get("index", torch.arange(x.shape[1]).expand(x.shape[:2]))
+            q, k, v = self.heads(x + index[..., None] / 10)
+            return self.join(attend(q, *self.grow(k, v)))
+
+    torch.manual_seed(0)
+    schedule = Schedule((1, 2, 3, 4), (0.5,))
+    model = Model(Placed, 1).eval()
+    fast, block = fastvar_fx.transform(model, schedule), model.blocks[0]
+    maps = [torch.randn(2, side * side, C) for side in (1, 2, 3, 4)]
+    with torch.no_grad():
+        got = [call(0, fast.blocks[0], x, {}) for x in maps][-1]
+        for x in maps[:2]:
+            block(x, {})
+        before = maps[2], block.attend(maps[2], {})  # type: ignore[operator]
+        middle = before[0] + before[1]
+        captured = before[1], block.feed(middle, {})  # type: ignore[operator]
+        x = maps[3]
+        for name, cached in zip(("attend", "feed"), captured, strict=True):
+            index = ops.pivotal_token_selection(x, schedule.kept(3))
+            tokens = ops.take_tokens(x, index)
+            kept = getattr(block, name)(tokens, {"index": index})
+            x = x + ops.cached_token_restoration(kept, index, cached, (3, 3), (4, 4))
+    torch.testing.assert_close(got, x)
+    assert not fastvar_fx.explain(fast).refusals
+
+
+@given(st.sampled_from([lambda n: n, math.log1p, math.sqrt, lambda n: 1 / n]), st.booleans())
+def test_any_function_of_any_count(function: Callable[[int], float], keys: bool) -> None:
+    def twist(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q * (1 + function((k if keys else q).shape[2]) / 4), k, v)
+
+    check(kind_of(twist), 1, {(0, "attend"): "for the kept tokens"}, "FVX022")
