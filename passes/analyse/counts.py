@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from passes.analyse.axes import Axes, AxesError, dim_size, has_tokens, regroup, shape_of
 from passes.analyse.branches import Branch
 from passes.analyse.prunable import gathered
+from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft
 from passes.graph import bind, op_name, plain, reach
 from passes.refusal import Refusal, RefusedError
@@ -126,7 +127,7 @@ def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
             for value, other in zip(values, others, strict=True):
                 if value != other:
                     reason = f"{value} would be {other} for the kept tokens"
-                    yield Refusal.at(node, "FVX022", reason)
+                    yield Refusal.at(node, "FVX022", reason, advice=declared_advice([node]))
 
 
 def _shapes(
