@@ -104,7 +104,8 @@ def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale, mode: Mode = "
         # In an enlarged map each token is the mean of 1, 2 or 4 tokens: the shares are powers of
         # two, and their sums, which take half the time of pooling, are those of `F.interpolate`
         # to the bit, except for subnormal numbers.
-        index, shares, begins = map(torch.as_tensor, _windows(batch * maps, (h, w), scale[-2:]))
+        bounds = _windows(batch * maps, (h, w), scale[-2:])
+        index, shares, begins = (torch.as_tensor(each, device=cached.device) for each in bounds)
         rows = cached.reshape(-1, width)
         sums = F.embedding_bag(index, rows, begins, mode="sum", per_sample_weights=shares)
         return sums.view(batch, prod(scale), width)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from fastvar_fx.engine.block import RUNTIME, attach
@@ -21,7 +22,7 @@ from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
 from passes.analyse.branches import KINDS, Kind
-from passes.trace.recipes import SHARDED
+from passes.trace.recipes import SCRIPTED, SHARDED
 from passes.trace.state import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,6 +87,8 @@ def transform(  # noqa: PLR0913
     if live_rows not in (None, *LIVE_ROWS):
         raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
     found = find_blocks(model, blocks)
+    for name, block in found.items():
+        _check_not_scripted(name, block)
     skipped = _check_schedule(schedule, len(found), step_of, on_full)
     plan = Plan(
         schedule=schedule,
@@ -246,6 +249,7 @@ def explain(fast: nn.Module) -> Report:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"transform takes a torch.nn.Module; found {type(model).__name__}")
+    _check_not_scripted(type(model).__name__, model)
     if any(RUNTIME in vars(m) or ENGINE in vars(m) for m in model.modules()):
         raise ModelError(
             f"{type(model).__name__} is already transformed; transform the original model with the "
@@ -262,6 +266,11 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} is in training mode; pruning is for inference: call "
             f"model.eval() first"
         )
+
+
+def _check_not_scripted(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{name} is a module of torch.jit: {SCRIPTED}")
 
 
 def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:

@@ -183,7 +183,7 @@ class PermutedTokens:
     def select(self, x: Tensor, kept: int) -> Tensor:
         """Returns `kept` tokens, shuffled; the same for the same shape."""
         generator = torch.Generator().manual_seed(kept)
-        order = torch.rand(*x.shape[:2], generator=generator).argsort(dim=1)[:, :kept]
+        order = torch.rand(*x.shape[:2], generator=generator, device="cpu").argsort(dim=1)[:, :kept]
         return order.to(x.device) + torch.zeros_like(x[:, :kept, 0], dtype=torch.int64)
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:

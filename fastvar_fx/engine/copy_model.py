@@ -44,7 +44,13 @@ def copy_structure(
         The copy, and the copied module for each original one by its id.
     """
     copier = _Copier(model, {id(block) for block in blocks})
-    return copier.module(model), copier.modules
+    made = copier.module(model)
+    if copier.compiled:
+        log.warning(
+            "torch.compile around blocks is left out of the copy: fastvar_fx.compile(fast) "
+            "compiles them, and torch.compile can be applied after fastvar_fx.trace"
+        )
+    return made, copier.modules
 
 
 def class_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +61,7 @@ def class_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class _Copier:
     def __init__(self, model: nn.Module, blocks: set[int]) -> None:
         self.modules: dict[int, nn.Module] = {}
+        self.compiled = False
         self._memo: dict[int, Any] = {}
         self._parts = _parts(model)
         self._blocks = blocks
@@ -66,16 +73,23 @@ class _Copier:
 
     def module(self, original: nn.Module) -> nn.Module:
         """Returns the copy of a module."""
-        if isinstance(original, torch.jit.ScriptModule):
-            return self.modules.setdefault(id(original), original)  # code that cannot be copied
         if id(original) not in self.modules:
             made: nn.Module = object.__new__(type(original))  # a class may have its own `__new__`
             self.modules[id(original)] = made
             held = vars(original)
             if id(original) in self._around:
-                held = _uncompiled(original)
+                held = self._uncompiled(original)
             made.__dict__ = {key: self._value(value) for key, value in held.items()}
         return self.modules[id(original)]
+
+    def _uncompiled(self, module: nn.Module) -> dict[str, Any]:
+        """Returns a module's attributes without what `torch.compile` put around the module."""
+        own = dict(vars(module))
+        for key in [key for key, value in own.items() if _is_compiled(value)]:
+            inside = own[key]._torchdynamo_orig_callable
+            own[key] = None if key == "_compiled_call_impl" else inside
+            self.compiled = True
+        return own
 
     def _value(self, value: Any) -> Any:
         if id(value) not in self._parts:
@@ -153,21 +167,6 @@ def _clone(generator: torch.Generator) -> torch.Generator:
     return made
 
 
-def _uncompiled(module: nn.Module) -> dict[str, Any]:
-    """Returns a module's attributes without what `torch.compile` put around the module."""
-    own = dict(vars(module))
-    compiled = {key for key, value in own.items() if _is_compiled(value)}
-    if compiled:
-        log.warning(
-            "%s: torch.compile around blocks is left out of the copy; fastvar_fx.compile(fast) "
-            "compiles the blocks, and torch.compile(fast) works after fastvar_fx.trace",
-            type(module).__name__,
-        )
-    for key in compiled:
-        own[key] = None if key == "_compiled_call_impl" else own[key]._torchdynamo_orig_callable
-    return own
-
-
 def _is_compiled(value: Any) -> bool:
     own = vars(value) if isinstance(value, types.FunctionType) else {}
     return "_torchdynamo_orig_callable" in own and "_torchdynamo_disable" not in own
@@ -237,7 +236,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def _inside_containers(value: Any) -> Iterable[Any]:
-    if isinstance(value, (*_FUNCTIONS, *_WEAK, torch.Generator, torch.jit.ScriptModule)):
+    if isinstance(value, (*_FUNCTIONS, *_WEAK, torch.Generator)):
         return ()
     if isinstance(value, nn.Module):
         return vars(value).values()

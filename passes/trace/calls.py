@@ -23,7 +23,7 @@ from passes.refusal import Refusal, RefusedError, refuse
 from passes.trace.canonical_ops import CanonicalOps
 from passes.trace.kernels import kernel_advice
 from passes.trace.outcome import Outcome, Recipe, Write
-from passes.trace.recipes import SHARDED, recipe_for_error
+from passes.trace.recipes import PACKED, SCRIPTED, SHARDED, recipe_for_error
 from passes.trace.state import Path, Roots, Snapshot, get, is_sharded, rewrapped, roots, show
 from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
 from passes.user_frames import error_line, first_line, innermost_user_frame
@@ -170,7 +170,7 @@ class FakeCall:
         self._varying = call.varying
         self._cut = call.cut
         self.snapshot = Snapshot(self._origin)
-        self._refuse_sharded()
+        self._refuse_untraceable(call.module)
         self.tensors = self.snapshot.inner_tensors()
         self.symbols = Symbols(call.varying)
         self._recipes: tuple[Recipe, tuple[Write, ...]] | None = None
@@ -180,10 +180,17 @@ class FakeCall:
         self._touched: frozenset[Path] = frozenset()
         self._given: list[weakref.ref[Tensor]] = []
 
-    def _refuse_sharded(self) -> None:
+    def _refuse_untraceable(self, module: nn.Module) -> None:
         for path, tensor in self.snapshot.tensors.items():
             if is_sharded(tensor):
                 refuse("FVX001", f"{show(path[1:])} is a DTensor", advice=SHARDED)
+        for name, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                refuse("FVX001", f"{name} is a module of torch.jit", advice=SCRIPTED)
+            for key, value in vars(part).items():
+                if isinstance(value, torch.ScriptObject):
+                    reason = f"{name}.{key} is an object of TorchScript"
+                    refuse("FVX001", reason, advice=PACKED)
 
     @contextlib.contextmanager
     def stand_ins(self) -> Iterator[list[Any]]:

@@ -17,6 +17,16 @@ _RECIPES: Final = {
         "layerwise casting"
     ),
 }
+SCRIPTED: Final = (
+    "use the module that was scripted or traced, not its torch.jit form, inside a block; "
+    "fastvar_fx.compile makes blocks fast"
+)
+"""What to do about modules of torch.jit in a block."""
+PACKED: Final = (
+    "quantise the block with torchao (quantize_) in the place of torch.ao.quantization: its "
+    "weights are tensors, and prune"
+)
+"""What to do about weights that are packed into an object of TorchScript."""
 SHARDED: Final = (
     "transform the whole model first, then fully_shard its blocks; tensor parallelism is not "
     "supported"

@@ -38,6 +38,15 @@ StandIn = Callable[[Path, Any], Any]
 _MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 """The types of plain values."""
+_NO_CONTAINERS: Final = (
+    type,
+    torch.Generator,
+    FunctionType,
+    MethodType,
+    partial,
+    torch.jit.ScriptModule,
+    torch.ScriptObject,
+)
 _MISSING: Final = object()
 _NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "passes"}
 
@@ -209,10 +218,10 @@ def is_constant(value: Any) -> bool:
 
 def is_container(value: Any) -> bool:
     """Whether `value` is mutable and may hold tensors that a call reads or writes."""
+    if isinstance(value, _NO_CONTAINERS):
+        return False
     if isinstance(value, (dict, list, deque, nn.Module, SimpleNamespace)):
         return True
-    if isinstance(value, (type, torch.Generator, FunctionType, MethodType, partial)):
-        return False
     package = type(value).__module__.partition(".")[0]
     if package in _NOT_STATE or getattr(sys.modules.get(package), "__not_state__", False):
         return False
