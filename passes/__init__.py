@@ -49,9 +49,13 @@ PIPELINE: Final[tuple[Pass, ...]] = (
 )
 """The passes in the order they run; each does nothing where it does not apply."""
 
+TRANSLATION: Final[tuple[Pass, ...]] = (Capture(), VerifyTranslation())
+"""The passes that make a call a graph, and nothing else."""
+
 __all__ = [
     "OWNER",
     "PIPELINE",
+    "TRANSLATION",
     "Call",
     "Context",
     "Draft",

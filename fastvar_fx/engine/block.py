@@ -145,7 +145,7 @@ class InstanceForward:
             object.__setattr__(block, RUNTIME, runtime)
         if not self._stays:
             object.__setattr__(block, _OWN, self._forward)
-            runtime.site.forward = with_own_code(_run_own, "forward")
+            runtime.site.use_forward(with_own_code(_run_own, "forward"))
 
 
 class _ReachedError(BaseException):

@@ -48,6 +48,11 @@ class BlockSite:
         self._structure: Structure | None = None
         self._paths = maps.setdefault(forward, {})
 
+    def use_forward(self, forward: Forward) -> None:
+        """Replaces the forward, whose arguments may be other ones."""
+        self.forward = forward
+        self._paths = {}
+
     def check_structure(self, block: nn.Module) -> None:
         """Drops the programs if the block is built in another way than at the last check."""
         structure = Structure.of_block(block)

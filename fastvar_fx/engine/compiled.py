@@ -1,20 +1,23 @@
 """Regional compilation: `torch.compile` once per structure and step, not once per layer.
 
 A program is compiled once for all blocks that share it. A step without a program runs the user's
-own forward, which is compiled once for each shape of the token map.
+own forward, which is compiled once for each shape of the token map. Where Dynamo cannot take that
+forward, its traced graph is compiled instead.
 
 This module imports Dynamo and Inductor, so it is imported where compiling is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -24,7 +27,9 @@ from torch.fx import GraphModule
 from fastvar_fx.engine import inductor_linears
 from fastvar_fx.engine.block import with_own_code
 from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.dense_graphs import DenseGraphs
 from fastvar_fx.engine.executor import Compiled, Executor
+from fastvar_fx.engine.program import Match
 from fastvar_fx.errors import CompileError
 from fastvar_fx.schedule import Schedule
 
@@ -41,6 +46,7 @@ class _Region:
         self.call = torch.compile(function, **options)
         self.graphs = 0
         self.fell_back = False
+        self.runs_traced = False  # the graph of a trace, in the place of a forward
 
 
 class Compilation(Executor):
@@ -59,6 +65,7 @@ class Compilation(Executor):
         self._newest: dict[Any, _Region] = {}
         self._dense: dict[Any, _Region] = {}
         self._plain: dict[str, nn.Module] = {}
+        self._traced = DenseGraphs()
         self.graphs: Counter[int] = Counter()
         self.failures: list[str] = []
         _Region(_run_dense, self._options)  # torch checks the options' names
@@ -110,7 +117,15 @@ class Compilation(Executor):
         region = self._dense.get((name, kind))
         if region is None:
             region = self._dense[name, kind] = self._shared_region(kind)
+        match = self._traced.program_for(call) if region.runs_traced else None
+        if match is not None:
+            return self._run_traced(match, call)
         return self._run(region, _run_dense, inputs, call)
+
+    def _run_traced(self, match: Match, call: BlockCall) -> Any:
+        program, inputs = match
+        result, _ = program.run(call, inputs, {}, self)
+        return result
 
     def _shared_region(self, kind: Any) -> _Region:
         """Returns a region for a block that meets calls of a kind for the first time."""
@@ -126,11 +141,15 @@ class Compilation(Executor):
     ) -> Any:
         if region.fell_back:
             return eager(*inputs)
-        before = _graphs_so_far()
         try:
-            return region.call(*inputs)
+            return self._call(region, inputs, call)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             what = f"{call.site.name} at {self._place(call.tokens)}: {_reason(error)}"
+            match = self._traced.program_for(call) if eager is _run_dense else None
+            if match is not None:
+                log.info("its traced graph is compiled instead: %s", what)
+                region.runs_traced = True
+                return self._run_traced(match, call)
             if not self._fallback:
                 raise CompileError(
                     f"torch.compile failed on {what}\nNothing was written to the block. Pass "
@@ -141,6 +160,12 @@ class Compilation(Executor):
             region.fell_back = True
             self.failures.append(what)
             return eager(*inputs)
+
+    def _call(self, region: _Region, inputs: Sequence[Any], call: BlockCall) -> Any:
+        before = _graphs_so_far()
+        try:
+            with _guarding_hooks():
+                return region.call(*inputs)
         finally:
             made = _graphs_so_far() - before
             region.graphs += made
@@ -168,6 +193,21 @@ def _without_runtime(block: nn.Module) -> nn.Module:
     plain: nn.Module = object.__new__(kind)
     object.__setattr__(plain, "__dict__", vars(block))
     return plain
+
+
+@contextlib.contextmanager
+def _guarding_hooks() -> Iterator[None]:
+    """Within it, what Dynamo compiles holds only while modules have the same hooks.
+
+    By default it does not look at them, and hooks added later would count at pruned steps alone.
+    `config.patch` makes a class at every call, which is slow.
+    """
+    before = dynamo_config.skip_nnmodule_hook_guards
+    dynamo_config.skip_nnmodule_hook_guards = False
+    try:
+        yield
+    finally:
+        dynamo_config.skip_nnmodule_hook_guards = before
 
 
 def _graphs_so_far() -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,3 +248,91 @@ def test_inductor_agrees_and_never_compiles_again(compile_model: Callable[..., o
     with torch.compiler.set_stance("fail_on_recompile"):
         token_loop(fast, LABELS + 1)
         torch.testing.assert_close(token_loop(fast, LABELS), want, rtol=1e-4, atol=1e-4)
+
+
+# --- forwards that Dynamo cannot take -------------------------------------------------------------
+
+
+class Offset(nn.Module):
+    """A block that computes where its positions begin with NumPy, as upstream Infinity's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.positions = nn.Parameter(torch.randn(30, 8))
+        self.scales = [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = [h * w for h, w in self.scales].index(x.shape[1])
+        start = np.sum([h * w for h, w in self.scales[:step]]) if step else 0
+        out: Tensor = x + self.proj(x) * self.positions[start : start + x.shape[1]]
+        return out
+
+
+class Offsets(nn.Module):
+    blocks: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Offset() for _ in range(3))
+
+    def forward(self, seed: int) -> list[Tensor]:
+        drawn = []
+        for side in (1, 2, 3, 4):
+            x = torch.randn(2, side * side, 8, generator=torch.Generator().manual_seed(seed))
+            for block in self.blocks:
+                x = block(x)
+            drawn.append(x)
+        return drawn
+
+
+def test_a_forward_that_dynamo_cannot_take_is_compiled_as_traced() -> None:
+    model = Offsets().eval()
+    schedule = Schedule((1, 2, 3, 4), (0.5,))
+    plain = fastvar_fx.transform(model, schedule)
+    fast = fastvar_fx.compile(fastvar_fx.transform(model, schedule), backend="aot_eager")
+    for seed in (0, 1):
+        torch.testing.assert_close(fast(seed), plain(seed))
+    report = fastvar_fx.explain(fast)
+    assert report.compiled is not None
+    assert report.compiled.failures == ()
+    assert sum(report.compiled.graphs.values()) == 4  # one a step, for all blocks
+    with torch.no_grad():
+        for block in model.blocks:
+            block.proj.weight.mul_(2)  # the weights are shared
+    torch.testing.assert_close(fast(0), plain(0))
+
+
+def test_a_block_that_is_edited_is_traced_again() -> None:
+    schedule = Schedule((1, 2, 3, 4), (0.5,))
+    plain = fastvar_fx.transform(Offsets().eval(), schedule)
+    fast = fastvar_fx.compile(fastvar_fx.transform(Offsets().eval(), schedule), backend="aot_eager")
+    fast(0)
+    for model in (plain, fast):
+        model.blocks[1].proj.register_forward_hook(lambda module, args, out: 3 * out)
+    torch.testing.assert_close(fast(0), plain(0))
+
+
+class Unlucky(Offset):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out if float(out.sum()) < 1e9 else x
+
+
+def test_a_forward_that_cannot_be_traced_either_is_an_error() -> None:
+    model = Offsets()
+    model.blocks = nn.ModuleList(Unlucky() for _ in range(2))
+    schedule = Schedule((1, 2, 3, 4), (0.5,))
+    fast = fastvar_fx.compile(
+        fastvar_fx.transform(model.eval(), schedule, strict=False), backend="aot_eager"
+    )
+    with pytest.raises(CompileError, match=r"torch\.compile failed on"):
+        fast(0)
+    fast = fastvar_fx.compile(
+        fastvar_fx.transform(model.eval(), schedule, strict=False),
+        backend="aot_eager",
+        fallback=True,
+    )
+    for ours, dense in zip(fast(0), model(0), strict=True):
+        torch.testing.assert_close(ours, dense)
