@@ -16,8 +16,8 @@ from fastvar_fx.engine.executor import Executor
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
-from fastvar_fx.engine.skipping import OnFull, install
-from fastvar_fx.errors import ModelError, NothingPrunedError, ScheduleError
+from fastvar_fx.engine.skipping import OnFull, install, watch
+from fastvar_fx.errors import ModelError, NothingPrunedError, RunError, ScheduleError
 from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
@@ -111,6 +111,8 @@ def transform(  # noqa: PLR0913
     if skipped:
         install(fast, engine, on_full)
     object.__setattr__(fast, ENGINE, engine)
+    if plan.pruned_steps or skipped:
+        watch(fast)
     return cast("Model", fast)
 
 
@@ -123,7 +125,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
 
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
-        RunError: If the loop drew a step that is to be skipped.
+        RunError: If the loop does not run the schedule, or drew a step that is to be skipped.
         passes.PassError: If the compiler itself fails on a block and `strict` is set.
 
     Example:
@@ -131,15 +133,25 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     """
     engine = Engine.of(fast)
     plan, store = engine.plan, engine.store
-    run(fast)
+    watched = engine.generation.watch
+    with watched.whole(judges=False):
+        run(fast)
     engine.generation.check_ended()
     report = engine.report()
     if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
         wanted = [plan.schedule.length(step) for step in plan.pruned_steps]
+        watched.cut_off()
         raise NothingPrunedError(
             f"the schedule prunes steps of {wanted} tokens, but the run never came to one; "
             f"its blocks saw token counts {engine.generation.seen or 'no call of a block'}. Give "
             f"the schedule that the loop runs, or name the blocks with blocks="
+        )
+    watched.finished()
+    if report.unmet:
+        steps = ", ".join(f"{step} ({tokens} tokens)" for step, tokens in report.unmet.items())
+        raise RunError(
+            f"the schedule prunes step {steps}, but no block met it in the run, only token counts "
+            f"{engine.generation.seen} and the steps before. Give the schedule that the loop runs"
         )
     return report
 

@@ -27,6 +27,7 @@ from fastvar_fx.engine.loop import Loop, Place
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
 from fastvar_fx.engine.track import Captured, Live, Storages, Track, live_of
+from fastvar_fx.engine.watch import Watch
 from fastvar_fx.errors import CaptureMismatchError, ModelError, RunError
 
 
@@ -141,12 +142,12 @@ class Generation:
             return None
         step = self._late_steps.get(call.tokens)
         if step is None:
-            self._note(call, self.dense_calls)
+            self._note(call, self.dense_calls, call.tokens)
         return step
 
     def _structure(self, call: BlockCall, step: int | None) -> None:
         """Notes a call before the cache step, and whether another generation begins with it."""
-        self._note(call, self.dense_calls)
+        self._note(call, self.dense_calls, step)
         layer = call.site.layer
         place = self._loop.places[layer]
         if call.compiling:  # an assignment, even of the same value, is a guard for Dynamo
@@ -165,7 +166,7 @@ class Generation:
 
     def _capturing(self, call: BlockCall) -> Role:
         if not call.compiling:
-            self._loop.watch.saw(call.tokens)
+            self._loop.watch.saw(self._length(call, self._cache_step), call.site.layer)
             call.site.check_structure(call.block)  # users edit models between generations
             call.reads()
         return Role(self._cache_step, captures=True)
@@ -205,7 +206,7 @@ class Generation:
         ):
             return self._out_of_order(call, step)
         if not call.compiling:
-            self._loop.watch.pruned()
+            self._loop.watch.saw(self._length(call, step), call.site.layer, pruned=True)
         return Role(step, self._fitting(call, step, track))
 
     def _continue(self, call: BlockCall, track: Track, position: int, result: Any) -> None:
@@ -245,13 +246,19 @@ class Generation:
                 f"its end, or continued on a copy of the model is drawn again from its first step; "
                 f"to run two at once, transform or deep-copy the model once for each"
             )
-        self._note(call, self.early_calls)
+        self._note(call, self.early_calls, self._length(call, step))
         return DENSE
 
-    def _note(self, call: BlockCall, calls: Counter[int]) -> None:
+    def _length(self, call: BlockCall, step: int) -> int:
+        """Returns what tells the step of a call."""
+        return call.tokens if self.plan.step_of is None else step
+
+    def _note(self, call: BlockCall, calls: Counter[int], length: int | None) -> None:
+        """Notes a dense call; `length` is None if it is no step."""
         if not call.compiling:
             calls[call.tokens] += 1
-            self._loop.watch.saw(call.tokens)
+            if length is not None:
+                self._loop.watch.saw(length, call.site.layer)
 
     def _caches_are_empty(self, call: BlockCall) -> bool:
         """Whether caches that the block reads at the cache step are empty: a generation begins."""
@@ -471,6 +478,12 @@ class Generation:
             yield
         finally:
             self.prunes = True
+
+    @property
+    def watch(self) -> Watch:
+        """What the blocks saw in the loop of this thread."""
+        self._enter_thread()
+        return self._loop.watch
 
     @property
     def skipped(self) -> SkippedSteps:

@@ -48,13 +48,13 @@ class Loop:
 
     Attributes:
         places: How far each block is.
-        watch: Notices generations without a pruned step.
+        watch: Notices generations that do not run the schedule.
         skipped: The steps that it leaves out.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.places = [Place() for _ in plan.blocks]
-        self.watch = Watch(plan.schedule, plan.pruned_steps)
+        self.watch = Watch(plan)
         self.skipped = SkippedSteps(plan)
 
     def reset(self) -> None:

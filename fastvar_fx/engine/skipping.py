@@ -23,6 +23,7 @@ from functools import wraps
 from itertools import takewhile
 from typing import Any, Final, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,9 +91,14 @@ def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
             f"branch of these steps is its resized cache, or on_full= a loop rule of your own, "
             f"which returns True once it has made the loop skip (see fastvar_fx.engine.skipping)"
         )
-    for name, method in _methods(fast):
+
+
+def watch(fast: nn.Module) -> None:
+    """Makes the public methods of a transformed model notice how the generations in them end."""
+    for name, method in list(_methods(fast)):
         if not name.startswith("_"):
-            _override(fast, name, skipped, _watched(method))
+            own = method if name in vars(fast) else None
+            object.__setattr__(fast, name, types.MethodType(_watched(name, method, own), fast))
 
 
 def _first_line(rule: LoopRule) -> str:
@@ -181,10 +187,17 @@ def _left_out(scales: Sequence[Scale], step: int, f_hat: Tensor) -> tuple[Tensor
     return f_hat, F.interpolate(f_hat, size=following, mode="area")
 
 
-def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(
+    name: str, method: Callable[..., Any], own: Callable[..., Any] | None
+) -> Callable[..., Any]:
     @wraps(method)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _generation(self).skipped.run(method, self, *args, **kwargs)
+        now = own or getattr(type(self), name)  # the class of a copy may have been changed
+        if torch.compiler.is_compiling():
+            return now(self, *args, **kwargs)
+        generation = _generation(self)
+        with generation.watch.whole():
+            return generation.skipped.run(now, self, *args, **kwargs)
 
     return watched
 
