@@ -207,9 +207,9 @@ class Store:
         self, live: passes.Call, step: int, role: Role, real: passes.Reference, name: str
     ) -> passes.StepProgram | Refusal:
         plan, schedule = self._plan, self._plan.schedule
-        around = plan.around(step, get(live.roots(), live.stream).shape[1])
         at = None
         if step != schedule.cache_step:
+            around = plan.around(step, get(live.roots(), live.stream).shape[1])
             at = plan.pruned(step, around, {x.shape[1] for x in role.captured.values()})
         context = passes.Context(
             call=live,

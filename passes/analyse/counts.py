@@ -93,6 +93,8 @@ def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
     """Follows a side input back through views, casts and the like, to where it is handed in."""
     while len(side.all_input_nodes) == 1:
         (source,) = side.all_input_nodes
+        if not isinstance(source.meta["val"], Tensor):  # one of several results
+            return side, axes
         shape, name = list(source.meta["val"].shape), op_name(side)
         if name in _EXPANDS:
             axes = _aligned(axes, source)

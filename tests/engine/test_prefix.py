@@ -285,7 +285,7 @@ def test_a_block_that_gets_another_sequence_than_the_schedule_says_is_an_error()
     told = Schedule(SCALES, (0.5, 0.4))
     fast = fastvar_fx.transform(Net(Block, as_bool), told, step_of=lambda *_: (fast.calls - 1) // 2)
     with pytest.raises(
-        RunError, match=r"step 2 has a map of 12 tokens, but a block got 19.*\n?.*prefix=True"
+        RunError, match=r"step 3 has a map of 20 tokens, but a block got 39.*\n?.*prefix=True"
     ):
         fast.generate()
     with pytest.raises(ScheduleError, match="prefix is True or False"):
