@@ -134,6 +134,12 @@ def test_weights_that_move_inside_blocks_are_refused_by_name(when: When) -> None
         with pytest.raises(NothingPrunedError, match=r"preload_module_classes"):
             fast(LABELS)
     remove_hook_from_module(fast, recurse=True)
+    assert_prunes(fast, by_hand(Toy()))
+
+
+def test_offloaded_blocks_are_compiled() -> None:
+    fast = fastvar_fx.compile(transformed(offloaded(Toy())), backend="aot_eager")
+    assert_prunes(fast, by_hand(Toy()))
 
 
 def test_what_is_refused_runs_dense_without_strict() -> None:

@@ -107,9 +107,23 @@ def test_one_quantised_layer_leaves_the_other_programs_shared() -> None:
     assert_prunes(fast, by_hand(want))
 
 
-@pytest.mark.slow
-@configs
-def test_compiled(config: Any) -> None:
-    want = by_hand(quantised(Toy(), config()))
-    fast = fastvar_fx.compile(transformed(quantised(Toy(), config())), backend="aot_eager")
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear")  # such layers cannot be merged
+def test_adapters_on_quantised_layers() -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra `compose`: peft")
+
+    def adapted() -> Any:
+        model = quantised(Toy(), quantization.Int8WeightOnlyConfig())
+        how = peft.LoraConfig(r=4, target_modules=["q", "up"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(how, model)
+        return model.eval()
+
+    assert_prunes(transformed(adapted()), by_hand(adapted()))
+
+
+def test_compiled() -> None:
+    config = quantization.Int8DynamicActivationInt8WeightConfig()
+    want = by_hand(quantised(Toy(), config))
+    fast = fastvar_fx.compile(transformed(quantised(Toy(), config)), backend="aot_eager")
     assert_prunes(fast, want)
