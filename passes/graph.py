@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx import Graph, Node
+
+CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
 
 
 def copy_graph(source: Graph) -> tuple[Graph, dict[Node, Node]]:
@@ -97,6 +99,11 @@ def reach(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) ->
             seen.add(node)
             yield node
             stack += following(node)
+
+
+def joined(cat: Node) -> list[Node]:
+    """Returns what a `cat` joins."""
+    return list(bind(cat)["tensors"])
 
 
 def inputs_within(roots: Iterable[Node], within: set[Node]) -> set[Node]:

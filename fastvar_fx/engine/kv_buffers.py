@@ -40,7 +40,7 @@ class KVBuffers:
         The view is of a buffer that ends with room for what later steps append.
         """
         buffer = self._behind(past)
-        if buffer is not None and buffer.shape[growth.dim] == growth.final(past):
+        if buffer is not None and buffer.shape[growth.dim] >= growth.final(past):
             self.appended += 1
         else:
             buffer = new_buffer(past, growth)

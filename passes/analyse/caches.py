@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.analyse.prunable import needed_later
 from passes.base import Context, Draft
-from passes.graph import bind, memory_owner, op_name, outputs_of, written
+from passes.graph import CATS, bind, joined, memory_owner, op_name, outputs_of, written
 
-CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
 SIZE: Final = torch.ops.aten.sym_size.int
 
 
@@ -96,7 +96,9 @@ class FindCaches:
         earlier = draft.at_earlier_sizes
         if earlier is not None and find_growing(earlier, rewritten, given) != found:
             found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
-        pruned = {node for b in draft.prunable(context.kinds) for node in b.region}
+        # A branch that prunes at the last step only has all its tokens cached before.
+        prunable = (b for b in draft.prunable(context.kinds) if needed_later(b) is None)
+        pruned = {node for branch in prunable for node in branch.region}
         outputs = outputs_of(draft.source.graph)
 
         def spare(cache: Growth) -> int:
@@ -161,8 +163,3 @@ def _obstacle(cat: Node, past: Node, outputs: Sequence[Node]) -> str | None:
     if any(user is not cat and user.target is not SIZE for user in past.users):
         return "its old entries are also read apart from the new ones"
     return None
-
-
-def joined(cat: Node) -> list[Node]:
-    """Returns what a `cat` joins."""
-    return list(bind(cat)["tensors"])

@@ -31,7 +31,7 @@ class CheckPrunable:
             if refusal is None:
                 refusal = find_stored(branch, draft)
             if refusal is None and not context.step.last:
-                refusal = _needed_later(branch)
+                refusal = needed_later(branch)
             if refusal is not None:
                 draft = draft.refusing(branch.index, refusal)
         return draft
@@ -47,7 +47,7 @@ def _misfit(branch: Branch, captured: Tensor | None) -> Refusal | None:
     return None
 
 
-def _needed_later(branch: Branch) -> Refusal | None:
+def needed_later(branch: Branch) -> Refusal | None:
     """Refuses a branch that caches its keys and meets a value per cached key.
 
     Such a value, a mask say, comes from outside and has entries for all keys of earlier steps.

@@ -13,9 +13,8 @@ from torch.fx import Node
 
 from passes.analyse.axes import has_tokens
 from passes.analyse.branches import Branch
-from passes.analyse.caches import CATS, joined
 from passes.base import Draft
-from passes.graph import inputs_within, op_name, outputs_of, reach
+from passes.graph import CATS, inputs_within, joined, op_name, outputs_of, reach
 from passes.refusal import Refusal
 from passes.trace.state import Path, is_beside, show
 

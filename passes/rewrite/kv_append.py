@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.analyse.caches import SIZE, Buffered, Growth, joined
+from passes.analyse.caches import SIZE, Buffered, Growth
 from passes.base import Context, Draft
-from passes.graph import copy_graph, outputs_of
+from passes.graph import copy_graph, joined, outputs_of
 
 
 class AppendKV:

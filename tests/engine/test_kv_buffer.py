@@ -250,6 +250,31 @@ def test_caches_stay_in_one_buffer_and_hold_what_cat_gives(
     assert (caches.appended, caches.moved) == (2 * 2 * count, 2 * count)
 
 
+class Biased(Block):
+    """Its attention has a value per key, so that it prunes at the last step only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Buffer(torch.randn(30, 69))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.append(k, v)
+        bias = self.bias[: q.shape[self.dim], : k.shape[self.dim]]
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def test_caches_whose_attention_prunes_at_the_last_step_only_stay_in_one_buffer() -> None:
+    fast, copying = pair(Biased)
+    for seed in range(2):
+        for got, want in zip(fast.steps(seed), copying.steps(seed), strict=True):
+            assert_equal([got, *fast.caches()], [want, *copying.caches()])
+    kept = {row.step: row.kept for row in fastvar_fx.explain(fast).rows if row.kind == "attention"}
+    assert kept[3] == SCHEDULE.tokens(3)
+    assert kept[4] == SCHEDULE.kept(4)
+    caches = buffered(fast)
+    assert (caches.appended, caches.moved) == (2 * 2 * 4, 2 * 4)
+
+
 def test_opting_out_copies() -> None:
     _, copying = pair()
     kept = [copying.caches()[0] for _ in copying.steps()]  # so that no address comes back

@@ -289,6 +289,35 @@ def test_blocks_that_run_twice_in_a_step() -> None:
     assert_all_pruned(fast)
 
 
+class OneBlock(Net):
+    """Draws a step by one block alone, three times, each with caches of its own."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.caches: list[Any] = [(None, None)] * 3
+
+    def run(self, x: Tensor, step: int | None = None) -> Tensor:
+        self.step = step
+        block = self.blocks[0]
+        owner = block.block if isinstance(block, ByHand) else block
+        for number, caches in enumerate(self.caches):
+            owner.k, owner.v = caches
+            x = block(x)
+            self.caches[number] = owner.k, owner.v
+        return x
+
+
+def test_one_block_that_is_looped() -> None:
+    fast, hand = fastvar_fx.transform(Net(), SCHEDULE, blocks="blocks.0"), by_hand()
+    fast.__class__ = hand.__class__ = OneBlock
+    want = generation(hand)
+    for _ in range(2):
+        assert_close(generation(fast), want)
+    rows = [row for row in fastvar_fx.explain(fast).rows if row.step in SCHEDULE.pruned_steps]
+    assert all(row.kept == SCHEDULE.kept(row.step) for row in rows)
+    assert len(rows) == 4
+
+
 class Guided(Net):
     """Guidance between blocks, as Infinity's `cfg_insertion_layer`, then a write in place."""
 
