@@ -83,6 +83,10 @@ def _notes(report: Report) -> list[str]:
         f"{', '.join(map(str, report.dense_calls)) or 'no'} tokens"
         for step, tokens in report.unmet.items()
     ]
+    pruned = {row.step for row in report.rows if row.kept < row.tokens}
+    dense = {row.tokens for row in report.rows if row.step not in pruned} | {*report.dense_calls}
+    if dense:
+        notes.append(f"longest sequence that ran dense: {max(dense)} tokens")
     if report.peak_captured_bytes:
         held, peak = _bytes(report.captured_bytes), _bytes(report.peak_captured_bytes)
         notes.append(f"captured features: {held} held now, {peak} at most")

@@ -224,6 +224,7 @@ def test_the_last_map_prunes_and_those_before_stay_whole(
     assert len(rows) == 12
     lengths = {2: (19, 19), 3: (39, 29), 4: (69, 57)}  # of all maps so far, and without the dropped
     assert all((row.tokens, row.kept) == lengths[row.step] for row in rows)
+    assert "longest sequence that ran dense: 19 tokens" in str(fastvar_fx.explain(fast))
     dense = Net(block, mask).generate()
     assert_close(fast.generate()[:3], dense[:3])
     assert not torch.allclose(fast.generate()[4], dense[4], atol=1e-3)
