@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ from fastvar_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+_REGIONS: Final = "_fastvar_regions"
+"""The attribute of a program's graph that holds what it compiles to, which ends with the graph."""
 _MOST_SHARED: Final = 4
 """Graphs of a region after which other blocks get a new one: Dynamo stops at 8 for one code."""
 
@@ -61,7 +64,6 @@ class Compilation(Executor):
         self._schedule = schedule
         self._options = inductor_linears.with_pass(options)
         self._fallback = fallback
-        self._programs: dict[GraphModule, _Region] = {}
         self._newest: dict[Any, _Region] = {}
         self._dense: dict[Any, _Region] = {}
         self._plain: dict[str, nn.Module] = {}
@@ -99,9 +101,10 @@ class Compilation(Executor):
         Raises:
             CompileError: If it cannot be compiled, and `fallback` was not asked for.
         """
-        if graph not in self._programs:
-            self._programs[graph] = _Region(graph.forward, self._options)
-        return self._run(self._programs[graph], graph, inputs, call)
+        regions = vars(graph).setdefault(_REGIONS, WeakKeyDictionary())
+        if self not in regions:
+            regions[self] = _Region(graph.forward, self._options)
+        return self._run(regions[self], graph, inputs, call)
 
     def run_dense(self, call: BlockCall) -> Any:
         """Returns what a block's own forward returns, compiled.

@@ -27,6 +27,8 @@ Match = tuple["Program | StaysDense", list[Any]]
 
 _ARGUMENTS: Final = ("args", "kwargs")
 _FLAGS: Final = (bool, str, type(None))
+_NUMBERS: Final = (int, float)
+"""The types of numbers that become inputs of a graph when they vary."""
 
 
 class Program:
@@ -51,7 +53,8 @@ class Program:
         readers = [_reader(block, path) for path in made.inputs]
         values = [reader.read(call) for reader in readers]
         self._conditions = program.conditions
-        self._places = [(_reader(block, path), dim) for path, dim in program.conditions.places]
+        places = program.conditions.places
+        self._places = [(_reader(block, path).read, dim) for path, dim in places]
         self._made_at = dict(zip(made.inputs, map(meta_of, values), strict=True))
         open_dims = [program.conditions.dims(path) for path in made.inputs]
         metas = map(_Meta.of, values, open_dims)
@@ -122,30 +125,31 @@ class Program:
         return [reader.read(call) for reader, _ in self._inputs]
 
     def _sizes_fit(self, call: BlockCall) -> bool:
-        sizes = [_size(reader.read(call), dim) for reader, dim in self._places]
+        sizes = [_size(read(call), dim) for read, dim in self._places]
         return None not in sizes and self._conditions.hold(*sizes)
 
     def differs(self, call: BlockCall) -> Varying | None:
-        """Returns the sizes in which a call differs from its own, if it differs in nothing else.
+        """Returns the sizes and numbers in which a call differs, if it differs in nothing else.
 
-        Sizes that it leaves open already are among them.
+        Those that it leaves open already are among them. Sizes below 2 stay apart: ops treat them
+        in ways of their own.
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
         if not self._built_like(call):
             return None
         origin = call.roots()
-        earlier: dict[Place, int] = {}
+        earlier: dict[Place, float] = {}
         for path, was in self._plain.items():
             now = _find(origin, path)
-            if type(now) is int and type(was) is int:
+            if type(now) is type(was) and type(was) in _NUMBERS:
                 if now != was or (path, None) in self._conditions.places:
                     earlier[path, None] = was
             elif isinstance(now, Tensor) or now != was:
                 return None
         for path, meta in self._made_at.items():
             dims = _changed_dims(meta, meta_of(_find(origin, path)))
-            if dims is None or (dims and path == call.path):
+            if dims is None or (path == call.path and dims - {0}):
                 return None
             for dim in dims | self._conditions.dims(path):
                 earlier[path, dim] = meta[0][dim]
@@ -367,12 +371,13 @@ def _changed_dims(was: tuple[Any, ...], now: tuple[Any, ...]) -> set[int] | None
         return set() if was == now else None
     if len(was[0]) != len(now[0]):
         return None
-    return {d for d, (a, b) in enumerate(zip(was[0], now[0], strict=True)) if a != b}
+    changed = {d: min(a, b) for d, (a, b) in enumerate(zip(was[0], now[0], strict=True)) if a != b}
+    return set(changed) if min(changed.values(), default=2) > 1 else None
 
 
-def _size(value: Any, dim: int | None) -> int | None:
+def _size(value: Any, dim: int | None) -> float | None:
     if dim is None:
-        return value if type(value) is int else None
+        return value if type(value) in _NUMBERS else None
     return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
 
 

@@ -5,22 +5,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import passes
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
-from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind, meta_of
+from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind
 from fastvar_fx.errors import FastVARError, ModelError, RunError
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
 from passes.trace.state import get
 
 log = logging.getLogger(__name__)
+
+_MOST: Final = 16
+"""Programs per block and step, and programs per step that no block uses; the others are dropped."""
+_MOST_KINDS: Final = 256
+"""Kinds of calls that are remembered as met."""
+_MOST_IN_VAIN: Final = 3
+"""Attempts to open sizes or numbers in vain, after which they stay fixed: a value may decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ class StepRecord:
     caches: Mapping[str, str | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """A program in the store, and the fingerprint of the calls that it holds for."""
 
@@ -57,6 +66,7 @@ class _Entry:
     metas: tuple[Any, ...]
     fingerprint: passes.Fingerprint | None
     program: passes.StepProgram | Refusal
+    root: _Entry | None = None
 
 
 class Store:
@@ -85,9 +95,11 @@ class Store:
         self._plan = plan
         self._buffers = buffers
         self._check = check
-        self._entries: list[_Entry] = []
+        self._entries: list[_Entry] = []  # the most recently used first
+        self._made = 0
+        self._used: WeakKeyDictionary[Program | StaysDense, _Entry] = WeakKeyDictionary()
         self._met: set[tuple[Any, ...]] = set()
-        self._fixed: set[tuple[Any, ...]] = set()
+        self._in_vain: Counter[tuple[Any, ...]] = Counter()
         self._making = threading.RLock()
 
     @property
@@ -99,6 +111,8 @@ class Store:
         """Returns the program of the role's step that holds for a call, and its inputs."""
         assert role.step is not None
         found = call.match(role.step) or self._make_for(call, role.step, role)
+        if not call.compiling:
+            _note_use(call.site.programs[role.step], found[0])
         if not found[0].prunes and not call.compiling:
             self._check(call, role.step)
         return found
@@ -135,8 +149,19 @@ class Store:
                 at, branches=made.branches, program=entry.number, caches=made.why_copied
             )
             program = Program(made, call, self._buffers)
-        site.programs.setdefault(step, []).append(program)
+        known = site.programs.setdefault(step, [])
+        known.insert(0, program)
+        del known[_MOST:]
+        self._used[program] = entry.root or entry
+        self._drop_unused(step)
         return program
+
+    def _drop_unused(self, step: int) -> None:
+        """Drops the step's programs that no block has used for longest, if they are many."""
+        used = {id(entry) for entry in self._used.values()}
+        unused = [e for e in self._entries if e.step == step and id(e) not in used]
+        for entry in unused[_MOST:]:
+            self._entries.remove(entry)
 
     def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
         """Adds to an error of the user's code how pruning may have caused it."""
@@ -166,12 +191,12 @@ class Store:
         It takes the place of the block's program that differs from the call in sizes alone.
         """
         known = call.site.programs.get(step, [])
-        for program in reversed(known):
+        for program in known:
             varying = program.differs(call) if isinstance(program, Program) else None
             if varying is None:
                 continue
             place = (call.site.forward, step, *varying.earlier)
-            if place in self._fixed:
+            if self._in_vain[place] >= _MOST_IN_VAIN:
                 return None
             opened = replace(call.as_captured(), varying=varying)
             try:
@@ -183,24 +208,31 @@ class Store:
                 known.remove(program)
                 return entry
             log.info("%s at step %d: sizes stay fixed: %s", call.site.name, step, made)
-            self._fixed.add(place)
+            self._in_vain[place] += 1
             return None
         return None
 
     def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: passes.Call) -> _Entry:
         kind = (step, call.site.forward, *call_kind(call))
         real = None if kind in self._met else passes.reference(live)
+        if len(self._met) >= _MOST_KINDS:
+            self._met.clear()
         self._met.add(kind)
-        metas = tuple((i, meta_of(t)) for i, t in sorted(role.captured.items()))
-        mark = _fingerprint(live, real)
+        # The batch is that of the token map.
+        captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
+        metas, mark = tuple(captured), _fingerprint(live, real)
         for entry in self._entries:
             if (entry.step, entry.metas, entry.fingerprint) == (step, metas, mark):
+                self._entries.remove(entry)
+                self._entries.insert(0, entry)
                 return _moved(entry, mark)
-        number = len(self._entries)
-        name = f"{number:02}_{call.site.name}_step{step}"
+        name = f"{self._made:02}_{call.site.name}_step{step}"
         program = self._make(live, step, role, real or passes.reference(live), name)
-        entry = _Entry(number, step, metas, mark, program)
-        self._entries.append(entry)
+        entry = _Entry(self._made, step, metas, mark, program)
+        self._made += 1
+        # Whether sizes can be open depends on those of the earlier call too.
+        if not (isinstance(program, Refusal) and program.code == "FVX019"):
+            self._entries.insert(0, entry)
         return entry
 
     def _make(
@@ -237,7 +269,14 @@ def _moved(entry: _Entry, call: passes.Fingerprint) -> _Entry:
     made, mark = entry.program, entry.fingerprint
     if isinstance(made, Refusal) or mark is None:
         return entry
-    return replace(entry, program=made.moved(mark, call), fingerprint=call)
+    return replace(entry, program=made.moved(mark, call), fingerprint=call, root=entry)
+
+
+def _note_use(programs: list[Program | StaysDense], used: Program | StaysDense) -> None:
+    """Moves a program to the front of a block's, but for the two there: guidance alternates."""
+    if used in programs[2:]:
+        programs.remove(used)
+        programs.insert(0, used)
 
 
 def _fingerprint(call: passes.Call, real: passes.Reference | None) -> passes.Fingerprint:

@@ -92,7 +92,8 @@ class Structure:
             yield [(name, self._held(value)) for name, value in held.items()]
         settings = type(module).__module__.startswith("torch.")
         for name, value in own.items():
-            yield name, value if settings and isinstance(value, PLAIN) else self._held(value)
+            setting = settings and isinstance(value, PLAIN) and type(value) is not float
+            yield name, value if setting else self._held(value)
 
     def _held(self, value: Any) -> Any:
         """Returns what a block holds: a tensor by its number, a container by what is in it."""

@@ -98,12 +98,12 @@ class Prune:
         if context.step is None:
             return draft
         wanted = draft.prunable(context.kinds)
-        pruned = prune(
-            draft.graph_module,
-            wanted,
-            context.step,
-            lambda branch: branch.out.meta["val"].new_empty(context.captured[branch.index].shape),
-        )
+
+        def captured(branch: Branch) -> Tensor:
+            out, shape = branch.out.meta["val"], context.captured[branch.index].shape
+            return out.new_empty(out.shape[0], *shape[1:])  # type: ignore[no-any-return]
+
+        pruned = prune(draft.graph_module, wanted, context.step, captured)
         return replace(
             draft,
             graph_module=pruned.graph_module,

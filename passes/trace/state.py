@@ -140,7 +140,7 @@ class Snapshot:
             self.constants[*path, ("attr", "training")] = container.training
             self._registries += [(r, dict(r)) for r in _registries(container)]
         for step, item in entries.items():
-            setting = isinstance(item, tuple) or is_constant(item)
+            setting = isinstance(item, tuple) or (is_constant(item) and type(item) is not float)
             if not (_is_torch_layer(container) and setting):
                 self._visit((*path, step), item)
 
@@ -229,7 +229,7 @@ def is_container(value: Any) -> bool:
 
 
 def _is_torch_layer(value: Any) -> bool:
-    """Layers of torch itself hold settings that no public loop changes between two calls."""
+    """Layers of torch itself hold settings; of these, loops change floats at most."""
     return isinstance(value, nn.Module) and type(value).__module__.startswith("torch.")
 
 

@@ -1,10 +1,10 @@
-"""Sizes that vary between calls of a block become symbols of its graph.
+"""Sizes and numbers that vary between calls of a block become symbols of its graph.
 
-A prompt of another length changes a dim of some inputs, and perhaps a number. A graph that was
-captured with these as symbols holds for every length, within the conditions that the forward and
-its ops put on them. Analysis and rewrite work on plain sizes: those of this call. Repeating them at
-the sizes of another call, and comparing the graphs, verifies that the result does not depend on
-these sizes.
+A prompt of another length changes a dim of some inputs, and perhaps a number; another batch and
+another strength do too. A graph that was captured with these as symbols holds for every value,
+within the conditions that the forward and its ops put on them. Analysis and rewrite work on plain
+values: those of this call. Repeating them at the values of another call, and comparing the graphs,
+verifies that the result does not depend on these.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Varying:
         earlier: Each such place, with its value in the earlier call.
     """
 
-    earlier: Mapping[Place, int] = field(default_factory=dict)
+    earlier: Mapping[Place, float] = field(default_factory=dict)
 
     def dims(self, path: Path) -> frozenset[int]:
         """Returns the dims of the input at `path` that vary."""
@@ -92,10 +92,10 @@ class Symbols:
         # A kernel that gets a stand-in must fail rather than read memory that does not exist.
         with torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
             self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
-        self.numbers: dict[Path, SymInt] = {}
+        self.numbers: dict[Path, SymInt | SymFloat] = {}
         self._varying = varying
         self._shapes = shapes
-        self._places: dict[Symbol, tuple[Place, int]] = {}
+        self._places: dict[Symbol, tuple[Place, float]] = {}
 
     def tensor(self, path: Path, tensor: Tensor) -> Tensor:
         """Returns a fake of an input, with symbols for the dims that vary."""
@@ -118,7 +118,7 @@ class Symbols:
             self._note(fake.shape[dim], (path, dim), tensor.shape[dim])
         return fake
 
-    def number(self, path: Path, value: int) -> None:
+    def number(self, path: Path, value: float) -> None:
         """Makes the stand-in of a number that varies."""
         from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -126,8 +126,9 @@ class Symbols:
         symbol = self._shapes.create_unspecified_symbol(
             value, source, dynamic_dim=DimDynamic.DYNAMIC
         )
-        made = self._shapes.create_symintnode(symbol, hint=value, source=source)
-        assert isinstance(made, SymInt)
+        shapes, whole = self._shapes, isinstance(value, int)
+        make: Any = shapes.create_symintnode if whole else shapes.create_symfloatnode
+        made = make(symbol, hint=value, source=source)
         self.numbers[path] = made
         self._note(made, (path, None), value)
 
@@ -137,41 +138,40 @@ class Symbols:
 
         return ConstantSource(f"size{len(self._places)}")
 
-    def _note(self, size: Any, place: Place, value: int) -> None:
-        if isinstance(size, SymInt):
+    def _note(self, size: Any, place: Place, value: float) -> None:
+        if _is_size(size):
             self._places[size.node.expr] = (place, value)
         else:
             refuse("FVX001", f"{show(place[0])} has a size of 0 or 1, which is fixed")
 
     def conditions(self) -> Conditions:
         """Returns what the capture so far requires of the sizes."""
-        from torch.utils._sympy.printers import PythonPrinter
-
         if not self._places:
             return Conditions()
         names = [str(symbol) for symbol in self._places]
         asked = [guard.expr for guard in self._shapes.guards]
         # torch assumes that symbolic dims are at least 2, and emits no guard for it.
         least = [s >= 2 for s, ((_, dim), _) in self._places.items() if dim is not None]
-        text = " and ".join(f"({PythonPrinter().doprint(expr)})" for expr in [*asked, *least])
+        text = " and ".join(f"({_as_python(expr)})" for expr in [*asked, *least])
         # sympy's own evaluation is too slow to run at every call; the text is printed from its
         # expressions, whose names are the symbols'.
         hold = eval(f"lambda {', '.join(names)}: {text or 'True'}")
         places = tuple(place for place, _ in self._places.values())
         return Conditions(places, hold, f"{names}: {text}")
 
-    def now(self) -> dict[Symbol, int]:
+    def now(self) -> dict[Symbol, float]:
         """Returns the symbols' values in the captured call."""
         return {symbol: value for symbol, (_, value) in self._places.items()}
 
-    def earlier(self) -> dict[Symbol, int]:
+    def earlier(self) -> dict[Symbol, float]:
         """Returns the symbols' values in the earlier call."""
         return {s: self._varying.earlier[place] for s, (place, _) in self._places.items()}
 
     def read_from_inputs(self, graph_module: GraphModule, paths: Iterable[Path]) -> None:
         """Computes all sizes in a graph from those of its inputs.
 
-        A size that is read off a value of a branch would change with the kept tokens.
+        A size that is read off a value of a branch would change with the kept tokens. What is
+        computed from an input float stays as it is: sympy would order the arithmetic anew.
         """
         graph = graph_module.graph
         sized = [n for n in graph.nodes if n.op == "call_function" and self._knows(n)]
@@ -203,7 +203,10 @@ class Symbols:
 
     def _knows(self, node: Node) -> bool:
         size = node.meta.get("val")
-        return _is_size(size) and size.node.expr.free_symbols <= self._places.keys()
+        if not _is_size(size):
+            return False
+        symbols = size.node.expr.free_symbols
+        return symbols <= self._places.keys() and all(symbol.is_integer for symbol in symbols)
 
 
 def _dense_stride(tensor: Tensor) -> list[int]:
@@ -225,7 +228,18 @@ def _read_size(node: Node, dim: int | None) -> Node:
     return node if dim is None else node.graph.call_function(size, (node, dim))
 
 
-def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, int]) -> GraphModule:
+def _as_python(condition: Any) -> str:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    class Exact(PythonPrinter):
+        def _print_Float(self, expr: Any) -> str:  # noqa: N802
+            return repr(float(expr))
+
+    text: str = Exact().doprint(condition)
+    return text
+
+
+def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, float]) -> GraphModule:
     """Returns a copy of a graph whose example values have plain sizes, `values` for the symbols."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -241,12 +255,15 @@ def at_sizes(graph_module: GraphModule, values: Mapping[Symbol, int]) -> GraphMo
 
     graph, copies = copy_graph(graph_module.graph)
     for made in copies.values():
-        if "val" in made.meta:
+        if isinstance(made.meta.get("val"), SymFloat) and made.op == "call_function":
+            # As Python computes it, to the last bit: sympy orders the arithmetic anew.
+            made.meta["val"] = made.target(*example_values(made.args))  # type: ignore[operator]
+        elif "val" in made.meta:
             made.meta["val"] = pytree.tree_map(plain, made.meta["val"])
     return GraphModule(graph_module, graph)
 
 
-def _plain_size(value: Any, values: Mapping[Symbol, int]) -> Any:
+def _plain_size(value: Any, values: Mapping[Symbol, float]) -> Any:
     if not _is_size(value):
         return value
     found = value.node.expr.xreplace(values)
