@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Final
 
 from torch import Tensor
@@ -94,7 +95,7 @@ def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
     while len(side.all_input_nodes) == 1:
         (source,) = side.all_input_nodes
         if not isinstance(source.meta["val"], Tensor):  # one of several results
-            return side, axes
+            break
         shape, name = list(source.meta["val"].shape), op_name(side)
         if name in _EXPANDS:
             axes = _aligned(axes, source)
@@ -102,9 +103,9 @@ def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
             try:
                 axes = regroup(axes, shape)
             except AxesError:
-                return side, axes
+                break
         elif shape != list(side.meta["val"].shape):
-            return side, axes
+            break
         side = source
     return side, axes
 
@@ -117,7 +118,7 @@ def _ops(graph_module: GraphModule) -> list[Node]:
 
 def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
     """Yields what a branch does otherwise where the block runs on the kept tokens."""
-    for node in branch.region:
+    for node in (node for node in branch.region if node in twins):
         for wanted, found in _shapes(node, twins[node], branch, kept):
             if wanted != found:
                 reason = f"on the kept tokens it gives {found}, where these are {wanted}"
@@ -126,7 +127,7 @@ def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
         for source in (node, *_common_sides(node, branch, twins)):
             edited = {name for name, _ in edits} if source is node else set()
             values, others = (_values(n, edited) for n in (source, twins[source]))
-            for value, other in zip(values, others, strict=True):
+            for value, other in zip_longest(values, others):
                 if value != other:
                     reason = f"{value} would be {other} for the kept tokens"
                     yield Refusal.at(node, "FVX022", reason, advice=declared_advice([node]))
@@ -159,7 +160,8 @@ def _values(node: Node, edited: Collection[str]) -> list[Any]:
     """Returns the numbers of a call that are no sizes or places; or a small constant."""
     if node.op == "get_attr":
         constant = getattr(node.graph.owning_module, str(node.target))
-        return [constant.tolist()] if constant.numel() <= _SMALL else []
+        small = isinstance(constant, Tensor) and constant.numel() <= _SMALL
+        return [constant.tolist()] if small else []
     schema = getattr(node.target, "_schema", None)
     kinds = {each.name: str(each.type) for each in schema.arguments} if schema else {}
     bound = {name: plain(value) for name, value in bind(node).items() if name not in edited}

@@ -89,6 +89,15 @@ def test_a_feed_forward_that_divides_by_the_count() -> None:
     check(Divides, 2, {(i, "feed"): "for the kept tokens" for i in range(2)}, "FVX022")
 
 
+def test_a_table_that_is_split() -> None:
+    class Split(Block):
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            _, table = torch.arange(2.0 * x.shape[1]).view(-1, 2).unbind(1)
+            return super().attend(x + 0 * table.view(1, -1, 1), shared) / x.shape[2]
+
+    check(Split, 1, {})
+
+
 def test_a_number_that_the_loop_sets_is_the_same_for_the_kept_tokens() -> None:
     class Scaled(Block):
         scale = 0.25
