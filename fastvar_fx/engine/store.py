@@ -28,8 +28,11 @@ _MOST: Final = 16
 """Programs per block and step, and programs per step that no block uses; the others are dropped."""
 _MOST_KINDS: Final = 256
 """Kinds of calls that are remembered as met."""
-_MOST_IN_VAIN: Final = 3
-"""Attempts to open sizes or numbers in vain, after which they stay fixed: a value may decide."""
+_MOST_IN_VAIN: Final = 4
+"""Attempts of a block to open sizes or numbers in vain, after which they stay fixed.
+
+A value that decides the way through the forward can be opened with some earlier values only.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,14 @@ class _Entry:
     metas: tuple[Any, ...]
     fingerprint: passes.Fingerprint | None
     program: passes.StepProgram | Refusal
+    earlier: Mapping[Any, float] | None = None
     root: _Entry | None = None
+
+    def fits(self, step: int, metas: tuple[Any, ...], live: passes.Call, mark: object) -> bool:
+        """Whether it is for calls with these marks; a refusal may depend on the earlier sizes."""
+        if self.earlier is not None and self.earlier != live.varying.earlier:
+            return False
+        return (self.step, self.metas, self.fingerprint) == (step, metas, mark)
 
 
 class Store:
@@ -195,7 +205,7 @@ class Store:
             varying = program.differs(call) if isinstance(program, Program) else None
             if varying is None:
                 continue
-            place = (call.site.forward, step, *varying.earlier)
+            place = (call.site.layer, step, *varying.earlier)
             if self._in_vain[place] >= _MOST_IN_VAIN:
                 return None
             opened = replace(call.as_captured(), varying=varying)
@@ -206,10 +216,10 @@ class Store:
             made = entry.program
             if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
                 known.remove(program)
+                self._in_vain[place] = 0
                 return entry
             log.info("%s at step %d: sizes stay fixed: %s", call.site.name, step, made)
             self._in_vain[place] += 1
-            return None
         return None
 
     def _equal_or_new(self, call: BlockCall, step: int, role: Role, live: passes.Call) -> _Entry:
@@ -222,17 +232,17 @@ class Store:
         captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
         metas, mark = tuple(captured), _fingerprint(live, real)
         for entry in self._entries:
-            if (entry.step, entry.metas, entry.fingerprint) == (step, metas, mark):
+            if entry.fits(step, metas, live, mark):
                 self._entries.remove(entry)
                 self._entries.insert(0, entry)
                 return _moved(entry, mark)
         name = f"{self._made:02}_{call.site.name}_step{step}"
         program = self._make(live, step, role, real or passes.reference(live), name)
-        entry = _Entry(self._made, step, metas, mark, program)
+        refused = isinstance(program, Refusal) and program.code == "FVX019"
+        earlier = live.varying.earlier if refused else None
+        entry = _Entry(self._made, step, metas, mark, program, earlier)
         self._made += 1
-        # Whether sizes can be open depends on those of the earlier call too.
-        if not (isinstance(program, Refusal) and program.code == "FVX019"):
-            self._entries.insert(0, entry)
+        self._entries.insert(0, entry)
         return entry
 
     def _make(
