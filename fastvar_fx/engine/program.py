@@ -172,7 +172,8 @@ class Program:
             tensor.storage_offset() // tensor.stride(0)
             for tensor, (_, meta) in zip(self.inputs(call), self._inputs, strict=True)
             if isinstance(tensor, Tensor)
-            and (meta.shape[:1], tensor.shape[:1]) == ((batch,), (live,))
+            and meta.shape[:1] in ((batch,), (None,))
+            and tensor.shape[:1] == (live,)
             and 0 < batch * tensor.stride(0) * tensor.itemsize == tensor.untyped_storage().nbytes()
         }
 
