@@ -30,7 +30,7 @@ from fastvar_fx.errors import (
 from fastvar_fx.methods import Method
 from fastvar_fx.register import axis_rule, register_opaque
 from fastvar_fx.schedule import Schedule, presets
-from fastvar_fx.transform import compile, explain, measure, reset, trace, transform
+from fastvar_fx.transform import compile, explain, measure, reset, trace, transform, use
 
 __version__ = "0.1.0"
 __not_state__ = True  # what this package attaches to modules is no state of theirs
@@ -59,4 +59,5 @@ __all__ = [
     "reset",
     "trace",
     "transform",
+    "use",
 ]

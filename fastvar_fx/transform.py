@@ -12,7 +12,8 @@ from torch import nn
 from fastvar_fx.engine.block import RUNTIME, attach
 from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.engine import ENGINE, Engine
-from fastvar_fx.engine.executor import Executor
+from fastvar_fx.engine.executor import EAGER, Executor
+from fastvar_fx.engine.family import Family, observe
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
@@ -30,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def transform(  # noqa: PLR0913
     model: Model,
-    schedule: Schedule,
+    schedule: Schedule | Sequence[Schedule],
     *,
     blocks: str | Sequence[nn.Module] | None = None,
     branches: Iterable[str] | None = None,
@@ -49,7 +50,10 @@ def transform(  # noqa: PLR0913
 
     Args:
         model: A model in eval mode whose blocks map a token map (B, L, C) to one.
-        schedule: The scales the loop draws and the pruning ratios of its last steps.
+        schedule: The scales the loop draws and the pruning ratios of its last steps; or several
+            schedules, such as one per aspect ratio, which share programs. The one that runs is read
+            from the scales that the loop hands to a method of the model or to its blocks, else from
+            the token counts, or is set by `use`.
         blocks: The transformer blocks: a module path, a list of modules, or None to find them.
         branches: Kinds that prune, of "attention", "cross_attention", "ffn"; None means all.
         step_of: Returns the step of a block call, (block, args, kwargs) -> int or None. Needed
@@ -89,30 +93,40 @@ def transform(  # noqa: PLR0913
     found = find_blocks(model, blocks)
     for name, block in found.items():
         _check_not_scripted(name, block)
-    skipped = _check_schedule(schedule, len(found), step_of, on_full)
-    plan = Plan(
-        schedule=schedule,
-        skipped_steps=skipped,
-        blocks=tuple(found),
-        kinds=kinds,
-        step_of=step_of,
-        strict=strict,
-        dump_dir=Path(dump_dir) if dump_dir is not None else None,
-        method=method_of(method, schedule),
-        live_rows=live_rows,
-        buffers_caches=kv_buffer,
-    )
-    engine = Engine(plan)
+    schedules = (schedule,) if isinstance(schedule, Schedule) else _listed(schedule)
+    skipped, *others = [_check_schedule(each, len(found), step_of, on_full) for each in schedules]
+    if any(other != skipped for other in others):
+        raise ScheduleError(
+            f"the schedules of one model skip the same steps; found {[skipped, *others]}, counted "
+            f"from 0. Transform the model once for each of these"
+        )
+    plans = [
+        Plan(
+            schedule=each,
+            skipped_steps=skipped,
+            blocks=tuple(found),
+            kinds=kinds,
+            step_of=step_of,
+            strict=strict,
+            dump_dir=Path(dump_dir) if dump_dir is not None else None,
+            method=method_of(method, each),
+            live_rows=live_rows,
+            buffers_caches=kv_buffer,
+        )
+        for each in schedules
+    ]
+    family = Family(plans, EAGER)
     fast, copies = copy_structure(model, found.values())
     for layer, block in enumerate(found.values()):
-        prunes = bool(plan.pruned_steps) and schedule.prunes_layer(layer)
-        if prunes or skipped:
-            attach(engine, layer, copies[id(block)], prunes=prunes)
+        prunes = [plan.prunes(layer) for plan in plans]
+        if any(prunes) or skipped:
+            attach(family, layer, copies[id(block)], prunes)
     if skipped:
-        install(fast, engine, on_full)
-    object.__setattr__(fast, ENGINE, engine)
-    if plan.pruned_steps or skipped:
+        install(fast, family.current, on_full)
+    object.__setattr__(fast, ENGINE, family)
+    if skipped or any(plan.pruned_steps for plan in plans):
         watch(fast)
+    observe(fast, family)
     return cast("Model", fast)
 
 
@@ -131,11 +145,12 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     Example:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
-    engine = Engine.of(fast)
+    family = Engine.of(fast).family
+    with family.whole(judges=False):
+        run(fast)
+    engine = family.current  # of the schedule that ran
     plan, store = engine.plan, engine.store
     watched = engine.generation.watch
-    with watched.whole(judges=False):
-        run(fast)
     engine.generation.check_ended()
     report = engine.report()
     if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
@@ -171,7 +186,28 @@ def reset(fast: nn.Module) -> None:
     Example:
         >>> reset(fast)  # doctest: +SKIP
     """
-    Engine.of(fast).generation.reset()
+    for engine in Engine.of(fast).family.engines:
+        engine.generation.reset()
+
+
+def use(fast: nn.Module, schedule: Schedule | None) -> None:
+    """Says which of its schedules a transformed model runs from now on.
+
+    It is needed where the loop hands in no scales and several schedules have the same token counts,
+    as those of a landscape and a portrait format. `explain` then shows that schedule.
+
+    Args:
+        fast: A transformed model, outside any generation.
+        schedule: One of those that it was transformed with; None to find it out again.
+
+    Raises:
+        ModelError: If `fast` is not transformed.
+        ScheduleError: If `schedule` is none of its schedules.
+
+    Example:
+        >>> use(fast, landscape)  # doctest: +SKIP
+    """
+    Engine.of(fast).family.use(schedule)
 
 
 def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) -> Report:
@@ -196,8 +232,8 @@ def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) 
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; found {repeats}")
-    engine = Engine.of(fast)
     trace(fast, run)
+    engine = Engine.of(fast)
     engine.step_times = time_steps(fast, engine, run, repeats)
     return engine.report()
 
@@ -243,14 +279,15 @@ def compile(
 
 def run_by(fast: nn.Module, executor: Executor) -> None:
     """Makes an executor run all blocks of a transformed model, at every step."""
-    engine = Engine.of(fast)
-    engine.executor = executor
-    if engine.buffers is not None:
-        engine.buffers.replayed = executor.makes_cuda_graphs
-    for layer, name in enumerate(engine.plan.blocks):
+    family = Engine.of(fast).family
+    for engine in family.engines:
+        engine.executor = executor
+        if engine.buffers is not None:
+            engine.buffers.replayed = executor.makes_cuda_graphs
+    for layer, name in enumerate(family.current.plan.blocks):
         block = module_at(fast, name)
         if RUNTIME not in vars(block):
-            attach(engine, layer, block, prunes=False)
+            attach(family, layer, block, [False] * len(family.engines))
 
 
 def explain(fast: nn.Module) -> Report:
@@ -322,6 +359,18 @@ def _check_schedule(
             f"share theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
     return skipped
+
+
+def _listed(schedules: Any) -> tuple[Schedule, ...]:
+    if not isinstance(schedules, (list, tuple)) or not schedules:
+        raise ScheduleError(
+            f"transform takes a fastvar_fx.Schedule or a list of them; found "
+            f"{type(schedules).__name__}. Named ones come from Schedule.preset(name)"
+        )
+    twice = [each for i, each in enumerate(schedules) if each in schedules[:i]]
+    if twice:
+        raise ScheduleError(f"each schedule is given once; found twice {twice[0]}")
+    return tuple(schedules)
 
 
 def _skipped_steps(schedule: Schedule, on_full: OnFull) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pickle import PicklingError
 from typing import Any, Final, NoReturn
@@ -16,6 +16,8 @@ from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
 from fastvar_fx.engine.copy_model import class_forward
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import EAGER, Executor
+from fastvar_fx.engine.family import Family
+from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.track import Captured
 from passes import Call
 from passes.trace.calls import undone
@@ -27,57 +29,105 @@ _OWN: Final = "_fastvar_own"
 
 
 class BlockRuntime:
-    """Runs the calls of one transformed block.
+    """Runs the calls of one transformed block."""
 
-    Attributes:
-        site: The block's place in the model, and its programs.
-    """
+    def __init__(
+        self, family: Family, layer: int, forward: Forward, prunes: Sequence[bool]
+    ) -> None:
+        """Makes a runtime without programs.
 
-    def __init__(self, engine: Engine, layer: int, forward: Forward, *, prunes: bool) -> None:
-        name = engine.plan.blocks[layer]
-        self.site = BlockSite(layer, name, forward, engine.token_maps, prunes=prunes)
-        self._engine = engine
+        Args:
+            family: The engines of the model.
+            layer: The block's index.
+            forward: Its own forward.
+            prunes: Whether each of the schedules prunes it.
+        """
+        self._family = family
+        name, maps = family.current.plan.blocks[layer], family.current.token_maps
+        self._sites = [BlockSite(layer, name, forward, maps, prunes=own) for own in prunes]
+
+    @property
+    def site(self) -> BlockSite:
+        """The block's place in the model, and its programs for the schedule that ran last."""
+        return self._sites[self._family.current.index]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRuntime:
         """A copy has no programs yet."""
-        engine, site = copy.deepcopy(self._engine, memo), self.site
-        return BlockRuntime(engine, site.layer, site.forward, prunes=site.prunes)
+        prunes = [site.prunes for site in self._sites]
+        family = copy.deepcopy(self._family, memo)
+        return BlockRuntime(family, self.site.layer, self.site.forward, prunes)
+
+    def replace_forward(self, forward: Forward) -> None:
+        """Makes another forward the block's own."""
+        for site in self._sites:
+            site.use_forward(forward)
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
-        engine = self._engine
+        family = self._family
         if torch.compiler.is_compiling():
-            return _run(engine, BlockCall(self.site, block, args, kwargs), EAGER)
-        with engine.lock:
+            return _run(family.current, BlockCall(self.site, block, args, kwargs), EAGER)
+        with family.lock:
+            call = BlockCall(self.site, block, args, kwargs)
+            engines = family.fitting(call)
             try:
-                return _run(engine, BlockCall(self.site, block, args, kwargs), engine.executor)
+                if len(engines) > 1:
+                    return self._run_undecided(engines, call)
+                (engine,) = engines
+                call.site = self._sites[engine.index]
+                return _run(engine, call, engine.executor)
             except BaseException:
-                engine.generation.aborted()
+                for engine in engines:
+                    engine.generation.aborted()
                 raise
+
+    def _run_undecided(self, engines: Sequence[Engine], call: BlockCall) -> Any:
+        """Runs a call while several schedules fit the generation so far."""
+        calls = [
+            BlockCall(self._sites[e.index], call.block, call.args, call.kwargs) for e in engines
+        ]
+        made = [(e, c, e.generation.at(c)) for e, c in zip(engines, calls, strict=True)]
+        engine, chosen, role = self._family.agreed(made)
+        result, captured = _execute(engine, chosen, role, engine.executor)
+        for engine, call, role in made:
+            engine.generation.ran(call, role, result, captured)
+        return result
 
 
 def _run(engine: Engine, call: BlockCall, executor: Executor) -> Any:
-    generation = engine.generation
-    role = generation.at(call)
+    role = engine.generation.at(call)
     if role.passes:
         return call.x
-    captured: Captured = {}
-    if role.step is None:
-        result = executor.run_dense(call)
-    else:
-        program, inputs = engine.store.program_for(call, role)
-        result, captured = program.run(call, inputs, role.captured, executor)
-    generation.ran(call, role, result, captured)
+    result, captured = _execute(engine, call, role, executor)
+    engine.generation.ran(call, role, result, captured)
     return result
 
 
-def attach(engine: Engine, layer: int, block: nn.Module, *, prunes: bool) -> None:
-    """Gives a copied block a subclass of its class, whose forward calls a `BlockRuntime`."""
+def _execute(
+    engine: Engine, call: BlockCall, role: Role, executor: Executor
+) -> tuple[Any, Captured]:
+    if role.passes:
+        return call.x, {}
+    if role.step is None:
+        return executor.run_dense(call), {}
+    program, inputs = engine.store.program_for(call, role)
+    return program.run(call, inputs, role.captured, executor)
+
+
+def attach(family: Family, layer: int, block: nn.Module, prunes: Sequence[bool]) -> None:
+    """Gives a copied block a subclass of its class, whose forward calls a `BlockRuntime`.
+
+    Args:
+        family: The engines of the model.
+        layer: The block's index.
+        block: The block.
+        prunes: Whether each of the schedules prunes it.
+    """
     kind = type(block)
     own = vars(block).get("forward")
     if own is not None:
         vars(block)["forward"] = InstanceForward(block, own)
-    object.__setattr__(block, RUNTIME, BlockRuntime(engine, layer, kind.forward, prunes=prunes))
+    object.__setattr__(block, RUNTIME, BlockRuntime(family, layer, kind.forward, prunes))
     members = {
         "forward": _own_forward(kind),
         "__module__": kind.__module__,
@@ -145,7 +195,7 @@ class InstanceForward:
             object.__setattr__(block, RUNTIME, runtime)
         if not self._stays:
             object.__setattr__(block, _OWN, self._forward)
-            runtime.site.use_forward(with_own_code(_run_own, "forward"))
+            runtime.replace_forward(with_own_code(_run_own, "forward"))
 
 
 class _ReachedError(BaseException):

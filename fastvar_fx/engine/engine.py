@@ -1,10 +1,9 @@
-"""All that the blocks of a transformed model share."""
+"""All that the blocks of a transformed model share while it runs one schedule."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -18,16 +17,17 @@ from fastvar_fx.engine.store import Store
 from fastvar_fx.errors import ModelError, NothingPrunedError
 
 if TYPE_CHECKING:
+    from fastvar_fx.engine.family import Family
     from fastvar_fx.measuring.compare import Comparison
 
 log = logging.getLogger(__name__)
 
 ENGINE: Final = "_fastvar_engine"
-"""The attribute of a transformed model that holds its engine."""
+"""The attribute of a transformed model that holds its engines, a `Family`."""
 
 
 class Engine:
-    """All that the blocks of a transformed model share.
+    """All that the blocks of a transformed model share while it runs one schedule.
 
     Attributes:
         plan: What is fixed.
@@ -35,43 +35,50 @@ class Engine:
         store: The programs.
         token_maps: Which argument of a call is the token map.
         buffers: What KV caches grow in; None if they are left as they are.
-        lock: Held by a block that runs, because making a program puts stand-ins into the model.
         executor: Runs programs and dense forwards.
+        family: The engines of all schedules of the model, this one among them.
+        index: Its index among them.
+        lengths: The token counts of the steps, each once.
         step_times: What `fastvar_fx.measure` found, by pruned step.
     """
 
-    def __init__(self, plan: Plan, executor: Executor = EAGER) -> None:
+    family: Family
+    index: int
+
+    def __init__(self, plan: Plan, executor: Executor = EAGER, like: Engine | None = None) -> None:
+        """Makes an engine without programs.
+
+        Args:
+            plan: What is fixed.
+            executor: Runs programs and dense forwards.
+            like: An engine of another schedule of the model, to share programs with.
+        """
         self.plan = plan
         self.executor = executor
         self.generation = Generation(plan)
-        self.buffers = KVBuffers() if plan.buffers_caches else None
-        self.store = Store(plan, self.buffers, self._check_anything_pruned)
-        self.token_maps: TokenMaps = {}
-        self.lock = threading.RLock()
+        own = KVBuffers() if plan.buffers_caches else None
+        self.buffers: KVBuffers | None = like.buffers if like else own
+        shared = like.store if like else None
+        self.store: Store = Store(plan, self.buffers, self._check_anything_pruned, shared)
+        self.token_maps: TokenMaps = like.token_maps if like else {}
+        steps = range(plan.schedule.steps)
+        self.lengths = list(dict.fromkeys(plan.schedule.length(step) for step in steps))
         self._warned = False
         self.step_times: dict[int, Comparison] = {}
 
     @classmethod
     def of(cls, fast: nn.Module) -> Engine:
-        """Returns the engine of a transformed model.
+        """Returns the engine of a transformed model, for the schedule that ran last.
 
         Raises:
             ModelError: If it is not transformed.
         """
-        engine = getattr(fast, ENGINE, None)
-        if not isinstance(engine, Engine):
+        family: Family | None = getattr(fast, ENGINE, None)
+        if family is None:
             raise ModelError(
                 f"{type(fast).__name__} is not transformed; pass what fastvar_fx.transform returned"
             )
-        return engine
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """Returns one for a copy of the model: outside any generation, without programs."""
-        made = memo[id(self)] = Engine(self.plan, self.executor.anew())
-        made.generation = self.generation.copy()
-        if self.buffers is not None and made.buffers is not None:
-            made.buffers.replayed = self.buffers.replayed
-        return made
+        return family.current
 
     def report(self) -> Report:
         """Returns what every block and branch does at every step met so far."""

@@ -463,12 +463,23 @@ class Generation:
         for loop in self._loops.values():
             loop.reset()
 
+    def leave(self) -> None:
+        """Ends the generation of the current thread, because the loop runs another schedule."""
+        self._enter_thread()
+        for layer, place in enumerate(self._loop.places):
+            self._begin(layer, place)
+        self._loop.watch.cut_off()
+
     def copy(self) -> Generation:
         """Returns one for a copy of the model, which cannot go on with this generation."""
         made = Generation(self.plan)
         for place, tracks in zip(made._loop.places, self._tracks, strict=True):
             place.cut_off = bool(tracks)
         return made
+
+    def expects(self, call: BlockCall) -> bool:
+        """Whether a call may continue what was captured."""
+        return call.tokens in self._late_steps and bool(self._tracks[call.site.layer])
 
     @contextmanager
     def running_dense(self) -> Iterator[None]:

@@ -65,6 +65,10 @@ class Plan:
         """How many steps the loop draws."""
         return self.schedule.steps - len(self.skipped_steps)
 
+    def prunes(self, layer: int) -> bool:
+        """Whether the block of an index prunes at some step."""
+        return bool(self.pruned_steps) and self.schedule.prunes_layer(layer)
+
     def around(self, step: int, length: int) -> Around:
         """Returns how many of the `length` tokens that blocks get are before and after the map.
 
@@ -104,6 +108,15 @@ class Plan:
             last=step == self.drawn_steps - 1,
             selects_once=method.once == "block",
         )
+
+    def key(self, step: int) -> tuple[Any, ...]:
+        """Returns what programs of a step depend on; those of equal keys may be shared."""
+        schedule = self.schedule
+        later = self.later_rows(step)
+        if step == schedule.cache_step:
+            return (later,)
+        shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
+        return (*shapes, schedule.kept(step), step == self.drawn_steps - 1, later)
 
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.

@@ -17,19 +17,18 @@ interpolated to the target resolution.
 from __future__ import annotations
 
 import inspect
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import takewhile
 from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_fx.engine.engine import ENGINE, Engine
+from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import reachable
 from fastvar_fx.engine.generation import Generation
+from fastvar_fx.engine.overrides import methods_of, override
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.ops import Scale
 
@@ -48,6 +47,7 @@ class Skipped:
     def __init__(self, engine: Engine) -> None:
         self.steps = engine.plan.skipped_steps
         self.scales = engine.plan.schedule.scales
+        self.family = engine.family
         self._engine = engine
 
     @property
@@ -95,7 +95,7 @@ def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
 
 def watch(fast: nn.Module) -> None:
     """Makes the public methods of a transformed model notice how the generations in them end."""
-    for name, method in list(_methods(fast)):
+    for name, method in list(methods_of(fast)):
         if not name.startswith("_"):
             own = method if name in vars(fast) else None
             object.__setattr__(fast, name, types.MethodType(_watched(name, method, own), fast))
@@ -113,10 +113,10 @@ def trunk_scale(fast: nn.Module, skipped: Skipped) -> bool:
 
     Source: FoundationVision/Infinity, `Infinity.autoregressive_infer_cfg`.
     """
-    found = [(module, *method) for _, module in reachable(fast) for method in _methods(module)]
+    found = [(module, *method) for _, module in reachable(fast) for method in methods_of(module)]
     stopping = [each for each in found if _STOP in inspect.signature(each[-1]).parameters]
     for module, name, method in stopping:
-        _override(module, name, skipped, _stopping(method))
+        override(module, name, skipped.family, _stopping(method))
     return bool(stopping)
 
 
@@ -132,7 +132,7 @@ def accumulator(fast: nn.Module, skipped: Skipped) -> bool:
     found = [module for _, module in reachable(fast) if hasattr(type(module), _ACCUMULATE)]
     for module in found:
         method = _accumulating(getattr(type(module), _ACCUMULATE))
-        _override(module, _ACCUMULATE, skipped, method)
+        override(module, _ACCUMULATE, skipped.family, method)
     return bool(found)
 
 
@@ -195,29 +195,12 @@ def _watched(
         now = own or getattr(type(self), name)  # the class of a copy may have been changed
         if torch.compiler.is_compiling():
             return now(self, *args, **kwargs)
-        generation = _generation(self)
-        with generation.watch.whole():
-            return generation.skipped.run(now, self, *args, **kwargs)
+        engine = Engine.of(self)
+        with engine.family.whole():
+            return engine.generation.skipped.run(now, self, *args, **kwargs)
 
     return watched
 
 
 def _generation(module: nn.Module) -> Generation:
     return Engine.of(module).generation
-
-
-def _methods(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yields the methods that the module's own classes define, as functions of `self`."""
-    kinds = takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
-    for name in {name: None for kind in kinds for name in vars(kind)}:
-        defined = inspect.getattr_static(type(module), name)
-        if isinstance(defined, types.FunctionType) and not name.startswith("__"):
-            method = getattr(module, name)  # an attribute of the module's may stand before it
-            if isinstance(method, types.MethodType) and method.__self__ is module:
-                yield name, method.__func__
-
-
-def _override(module: nn.Module, name: str, skipped: Skipped, function: Callable[..., Any]) -> None:
-    """Puts a method on one module, bound to it, so that deep copies of the module have it too."""
-    object.__setattr__(module, ENGINE, skipped._engine)
-    object.__setattr__(module, name, types.MethodType(function, module))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -62,21 +61,36 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A program in the store, and the fingerprint of the calls that it holds for."""
+    """A program in the store, what it does, and the fingerprint of the calls that it holds for."""
 
     number: int
-    step: int
+    key: tuple[Any, ...]
     metas: tuple[Any, ...]
     fingerprint: passes.Fingerprint | None
     program: passes.StepProgram | Refusal
     earlier: Mapping[Any, float] | None = None
     root: _Entry | None = None
 
-    def fits(self, step: int, metas: tuple[Any, ...], live: passes.Call, mark: object) -> bool:
+    def fits(self, key: object, metas: object, live: passes.Call, mark: object) -> bool:
         """Whether it is for calls with these marks; a refusal may depend on the earlier sizes."""
         if self.earlier is not None and self.earlier != live.varying.earlier:
             return False
-        return (self.step, self.metas, self.fingerprint) == (step, metas, mark)
+        return (self.key, self.metas, self.fingerprint) == (key, metas, mark)
+
+
+class _Pool:
+    """The programs that the stores of a model's schedules share.
+
+    Attributes:
+        entries: The most recently used first.
+        made: How many there were.
+        used: What those are of that blocks use.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+        self.made = 0
+        self.used: WeakKeyDictionary[Program | StaysDense, _Entry] = WeakKeyDictionary()
 
 
 class Store:
@@ -92,6 +106,7 @@ class Store:
         plan: Plan,
         buffers: KVBuffers | None = None,
         check: Callable[[BlockCall, int], None] = lambda call, step: None,
+        like: Store | None = None,
     ) -> None:
         """Makes an empty store.
 
@@ -99,18 +114,16 @@ class Store:
             plan: What programs are to do.
             buffers: What caches grow in.
             check: Called with each call, and its step, whose program prunes nothing.
+            like: The store of another schedule of the model, to share programs with.
         """
         self.records: dict[tuple[int, int], StepRecord] = {}
         self.trace_seconds = 0.0
         self._plan = plan
         self._buffers = buffers
         self._check = check
-        self._entries: list[_Entry] = []  # the most recently used first
-        self._made = 0
-        self._used: WeakKeyDictionary[Program | StaysDense, _Entry] = WeakKeyDictionary()
+        self._pool = like._pool if like else _Pool()
         self._met: set[tuple[Any, ...]] = set()
         self._in_vain: Counter[tuple[Any, ...]] = Counter()
-        self._making = threading.RLock()
 
     @property
     def pruned_anything(self) -> bool:
@@ -133,16 +146,15 @@ class Store:
                 f"{call.site.name} has no program for this call of step {step}; run "
                 f"fastvar_fx.trace(model, run) with these shapes before torch.compile"
             )
-        with self._making:
-            started = time.perf_counter()
-            try:
-                entry = self._find_or_make(call, step, role)
-            except (RuntimeError, ValueError) as error:
-                if step in self._plan.pruned_steps[1:] and not isinstance(error, FastVARError):
-                    self._note_kept_keys(call, error)
-                raise
-            self.trace_seconds += time.perf_counter() - started
-            program = self._bind(call, step, entry)
+        started = time.perf_counter()
+        try:
+            entry = self._find_or_make(call, step, role)
+        except (RuntimeError, ValueError) as error:
+            if step in self._plan.pruned_steps[1:] and not isinstance(error, FastVARError):
+                self._note_kept_keys(call, error)
+            raise
+        self.trace_seconds += time.perf_counter() - started
+        program = self._bind(call, step, entry)
         return program, program.inputs(call)
 
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
@@ -162,16 +174,17 @@ class Store:
         known = site.programs.setdefault(step, [])
         known.insert(0, program)
         del known[_MOST:]
-        self._used[program] = entry.root or entry
+        self._pool.used[program] = entry.root or entry
         self._drop_unused(step)
         return program
 
     def _drop_unused(self, step: int) -> None:
         """Drops the step's programs that no block has used for longest, if they are many."""
-        used = {id(entry) for entry in self._used.values()}
-        unused = [e for e in self._entries if e.step == step and id(e) not in used]
+        pool, key = self._pool, self._plan.key(step)
+        used = {id(entry) for entry in pool.used.values()}
+        unused = [e for e in pool.entries if e.key == key and id(e) not in used]
         for entry in unused[_MOST:]:
-            self._entries.remove(entry)
+            pool.entries.remove(entry)
 
     def _note_kept_keys(self, call: BlockCall, error: BaseException) -> None:
         """Adds to an error of the user's code how pruning may have caused it."""
@@ -188,7 +201,7 @@ class Store:
             found = self._with_open_sizes(call, step, role)
             return found or self._equal_or_new(call, step, role, call.as_captured())
         except RefusedError as error:
-            return _Entry(-1, step, (), None, error.refusal)
+            return _Entry(-1, (), (), None, error.refusal)
         except passes.LeakedTensorError as error:
             raise ModelError(
                 f"{call.site.name} cannot be traced: {error}. Keep such state in attributes, lists "
@@ -212,7 +225,7 @@ class Store:
             try:
                 entry = self._equal_or_new(call, step, role, opened)
             except RefusedError as error:
-                entry = _Entry(-1, step, (), None, error.refusal)
+                entry = _Entry(-1, (), (), None, error.refusal)
             made = entry.program
             if isinstance(made, passes.StepProgram) and made.prunes == program.prunes:
                 known.remove(program)
@@ -230,19 +243,20 @@ class Store:
         self._met.add(kind)
         # The batch is that of the token map.
         captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
+        pool, key = self._pool, self._plan.key(step)
         metas, mark = tuple(captured), _fingerprint(live, real)
-        for entry in self._entries:
-            if entry.fits(step, metas, live, mark):
-                self._entries.remove(entry)
-                self._entries.insert(0, entry)
+        for entry in pool.entries:
+            if entry.fits(key, metas, live, mark):
+                pool.entries.remove(entry)
+                pool.entries.insert(0, entry)
                 return _moved(entry, mark)
-        name = f"{self._made:02}_{call.site.name}_step{step}"
+        name = f"{pool.made:02}_{call.site.name}_step{step}"
         program = self._make(live, step, role, real or passes.reference(live), name)
         refused = isinstance(program, Refusal) and program.code == "FVX019"
         earlier = live.varying.earlier if refused else None
-        entry = _Entry(self._made, step, metas, mark, program, earlier)
-        self._made += 1
-        self._entries.insert(0, entry)
+        entry = _Entry(pool.made, key, metas, mark, program, earlier)
+        pool.made += 1
+        pool.entries.insert(0, entry)
         return entry
 
     def _make(

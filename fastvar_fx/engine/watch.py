@@ -96,6 +96,11 @@ class Watch:
         if judges and not self._depth:
             self.finished()
 
+    @property
+    def within(self) -> bool:
+        """Whether a loop is under way."""
+        return self._depth > 0
+
     def finished(self) -> None:
         """Judges a generation that began and ended within `whole`.
 

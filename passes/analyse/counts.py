@@ -94,6 +94,12 @@ def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
     """Follows a side input back through views, casts and the like, to where it is handed in."""
     while len(side.all_input_nodes) == 1:
         (source,) = side.all_input_nodes
+        if op_name(source) == "aten::unbind":
+            removed = source.args[1] if len(source.args) > 1 else 0
+            (side,) = source.all_input_nodes
+            place = removed % side.meta["val"].dim()
+            axes = (*axes[:place], (), *axes[place:])
+            continue
         if not isinstance(source.meta["val"], Tensor):  # one of several results
             break
         shape, name = list(source.meta["val"].shape), op_name(side)

@@ -1,0 +1,235 @@
+"""The schedules that a model may run, such as one per aspect ratio, and which of them it runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.executor import Executor
+from fastvar_fx.engine.generation import Role
+from fastvar_fx.engine.overrides import methods_of, override
+from fastvar_fx.engine.plan import Plan
+from fastvar_fx.errors import RunError, ScheduleError
+from fastvar_fx.ops import Scale
+from fastvar_fx.schedule import Schedule
+
+Made = tuple[Engine, BlockCall, Role]
+"""A call as one of the schedules sees it."""
+
+
+class Family:
+    """The engines of a transformed model, one per schedule.
+
+    Which one runs is what `use` says, else what the scales say that the loop hands to a method of
+    the model or to a block, else what fits the token counts of the generation so far.
+
+    Attributes:
+        engines: One per schedule.
+        current: The one that ran last.
+        lock: Held by a block that runs, because making a program puts stand-ins into the model.
+        decided: Whether there is nothing to find out: one schedule, of square maps.
+    """
+
+    def __init__(self, plans: Iterable[Plan], executor: Executor) -> None:
+        first, *others = plans
+        self.current = Engine(first, executor)
+        self.engines = (self.current, *(Engine(p, executor, self.current) for p in others))
+        for index, engine in enumerate(self.engines):
+            engine.family, engine.index = self, index
+        self.lock = threading.RLock()
+        shapes = [scale for plan in (first, *others) for scale in plan.schedule.scales]
+        self.decided = not others and all(scale[-1] == scale[-2] for scale in shapes)
+        self._used: Engine | None = None
+        self._choices: dict[int, _Choice] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        """Returns one for a copy of the model: without programs, and in no generation."""
+        executor = self.current.executor.anew()
+        made = memo[id(self)] = Family((engine.plan for engine in self.engines), executor)
+        for mine, engine in zip(made.engines, self.engines, strict=True):
+            mine.generation = engine.generation.copy()
+            if mine.buffers is not None and engine.buffers is not None:
+                mine.buffers.replayed = engine.buffers.replayed
+        made.current = made.engines[self.current.index]
+        made._used = made.current if self._used else None
+        return made
+
+    def use(self, schedule: Schedule | None) -> None:
+        """Makes all generations run a schedule; None finds it out again.
+
+        Raises:
+            ScheduleError: If it is none of those that the model was transformed with.
+        """
+        found = [engine for engine in self.engines if engine.plan.schedule == schedule]
+        if schedule is not None and not found:
+            raise ScheduleError(
+                f"use takes one of the {len(self.engines)} schedules that the model was "
+                f"transformed with; found {schedule}"
+            )
+        self._used = found[0] if found else None
+        self.current = found[0] if found else self.current
+
+    def fitting(self, call: BlockCall) -> Sequence[Engine]:
+        """Returns the engines whose schedules a call may belong to.
+
+        Raises:
+            RunError: If the loop hands in scales that have a schedule's token counts, but other
+                shapes.
+        """
+        if self.decided:
+            return self.engines
+        if self._used is not None:
+            return (self._used,)
+        choice = self._choice
+        fits = choice.by_tokens(call, self.engines)
+        handed = choice.handed or _handed_scales((*call.args, *call.kwargs.values()))
+        shaped = [engine for engine in fits if _agrees(engine.plan.schedule, handed)]
+        if not shaped:
+            self._raise_shapes(handed)
+        self.current = shaped[0]
+        return shaped
+
+    @property
+    def _choice(self) -> _Choice:
+        return self._choices.setdefault(threading.get_ident(), _Choice(self.engines))
+
+    def agreed(self, made: Sequence[Made]) -> Made:
+        """Returns the call as the schedule sees it that it is run for.
+
+        Raises:
+            RunError: If it is pruned in one way by one schedule and in another by the next.
+        """
+        pruned = [m for m in made if m[2].track is not None]
+        if not pruned:
+            return next((m for m in made if m[2].captures), made[0])
+        keys = {engine.plan.key(role.step) for engine, _, role in made if role.step is not None}
+        if len(keys) > 1 or len(pruned) < len(made):
+            self._raise_undecided(made[0][1], [engine.plan.schedule for engine, *_ in made])
+        return pruned[0]
+
+    @contextmanager
+    def handing(self, values: Iterable[Any]) -> Iterator[None]:
+        """Within it, the loop runs the scales that are among its arguments, if any are."""
+        choice = self._choice
+        before = choice.handed
+        choice.handed = _handed_scales(values) or before
+        known = [
+            e for e in self.engines if choice.handed and _agrees(e.plan.schedule, choice.handed)
+        ]
+        if len(known) == 1 and self._used is None:
+            (self.current,) = known
+        try:
+            yield
+        finally:
+            choice.handed = before
+
+    def _raise_shapes(self, handed: Sequence[Scale]) -> NoReturn:
+        raise RunError(
+            f"the loop runs scales {tuple(handed)}, but the schedule has maps of other shapes with "
+            f"as many tokens: {'; '.join(str(e.plan.schedule.scales) for e in self.engines)}. Give "
+            f"transform the schedule that the loop runs, or a list of all that it may run"
+        )
+
+    def _raise_undecided(self, call: BlockCall, fits: Sequence[Schedule]) -> NoReturn:
+        raise RunError(
+            f"{call.site.name} was called with {call.tokens} tokens, and several schedules fit the "
+            f"token counts so far: {'; '.join(str(schedule.scales) for schedule in fits)}. Say "
+            f"which one runs with fastvar_fx.use(model, schedule), or hand its scales to the loop"
+        )
+
+
+class _Choice:
+    """What is known of the schedule that a thread's loop runs.
+
+    Attributes:
+        handed: The scales that the loop was called with.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.handed: Sequence[Scale] = ()
+        self._seen: list[int] = []  # the token counts of the generation, each once
+        self._fits: Sequence[Engine] = engines
+
+    def by_tokens(self, call: BlockCall, engines: Sequence[Engine]) -> Sequence[Engine]:
+        """Returns the engines whose schedules begin with the token counts of the generation."""
+        tokens = call.tokens
+        if self._seen and tokens == self._seen[-1]:
+            return self._fits
+        known = tokens in self._seen  # a generation begins, or a step is drawn again
+        seen = self._seen[: self._seen.index(tokens) + 1] if known else [*self._seen, tokens]
+        fits = [engine for engine in engines if engine.lengths[: len(seen)] == seen]
+        if fits:
+            for engine in self._fits:
+                if engine not in fits:
+                    engine.generation.leave()
+            self._seen, self._fits = seen, fits
+            return fits
+        paused = [engine for engine in engines if engine.generation.expects(call)]
+        return paused if len(paused) == 1 else self._fits
+
+
+def observe(fast: nn.Module, family: Family) -> None:
+    """Makes the public methods of a transformed copy note the scales that they are called with."""
+    if not family.decided:
+        for name, method in methods_of(fast):
+            if not name.startswith("_"):
+                override(fast, name, family, _observed(method))
+
+
+def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.isgeneratorfunction(inspect.unwrap(method)):
+
+        @wraps(method)
+        def steps(self: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            family: Family = Engine.of(self).family
+            generator, sent = method(self, *args, **kwargs), None
+            try:
+                while True:
+                    with family.handing((*args, *kwargs.values())):
+                        value = generator.send(sent)
+                    sent = yield value
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                generator.close()
+
+        return steps
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with Engine.of(self).family.handing((*args, *kwargs.values())):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def _handed_scales(values: Iterable[Any]) -> Sequence[Scale]:
+    """Returns the first of some values that is a list of (h, w) or (m, h, w), of ints."""
+    for value in values:
+        if isinstance(value, (list, tuple)) and len(value) > 1 and all(map(_is_scale, value)):
+            return [tuple(scale) for scale in value]
+    return ()
+
+
+def _is_scale(value: Any) -> bool:
+    sides = isinstance(value, (list, tuple)) and len(value) in (2, 3)
+    return sides and all(type(side) is int and side > 0 for side in value)
+
+
+def _agrees(schedule: Schedule, handed: Sequence[Scale]) -> bool:
+    """Whether scales are those of a schedule, as far as they have as many tokens."""
+    pairs = list(zip(schedule.scales, handed, strict=False))
+    alike = all(math.prod(scale) == math.prod(other) for scale, other in pairs)
+    return not alike or all(scale[-2:] == other[-2:] for scale, other in pairs)
