@@ -363,9 +363,10 @@ def _check_schedule(
 
 def _listed(schedules: Any) -> tuple[Schedule, ...]:
     if not isinstance(schedules, (list, tuple)) or not schedules:
+        empty = "an empty " if schedules in ([], ()) else ""
         raise ScheduleError(
             f"transform takes a fastvar_fx.Schedule or a list of them; found "
-            f"{type(schedules).__name__}. Named ones come from Schedule.preset(name)"
+            f"{empty}{type(schedules).__name__}. Named ones come from Schedule.preset(name)"
         )
     twice = [each for i, each in enumerate(schedules) if each in schedules[:i]]
     if twice:

@@ -91,8 +91,8 @@ class Family:
         if self._used is not None:
             return (self._used,)
         choice = self._choice
-        fits = choice.by_tokens(call, self.engines)
         handed = choice.handed or _handed_scales((*call.args, *call.kwargs.values()))
+        fits = self._running(handed) or choice.by_tokens(call, self.engines)
         shaped = [engine for engine in fits if _agrees(engine.plan.schedule, handed)]
         if not shaped:
             self._raise_shapes(handed)
@@ -123,15 +123,18 @@ class Family:
         choice = self._choice
         before = choice.handed
         choice.handed = _handed_scales(values) or before
-        known = [
-            e for e in self.engines if choice.handed and _agrees(e.plan.schedule, choice.handed)
-        ]
-        if len(known) == 1 and self._used is None:
-            (self.current,) = known
+        known = self._running(choice.handed)
+        if known and self._used is None:
+            self.current = known[0]
         try:
             yield
         finally:
             choice.handed = before
+
+    def _running(self, scales: Sequence[Scale]) -> list[Engine]:
+        """Returns the engines whose schedules run these very scales."""
+        own = [(engine, engine.plan.schedule.scales) for engine in self.engines]
+        return [e for e, mine in own if len(mine) == len(scales) and _same(mine, scales)]
 
     def _raise_shapes(self, handed: Sequence[Scale]) -> NoReturn:
         raise RunError(
@@ -229,7 +232,13 @@ def _is_scale(value: Any) -> bool:
 
 
 def _agrees(schedule: Schedule, handed: Sequence[Scale]) -> bool:
-    """Whether scales are those of a schedule, as far as they have as many tokens."""
+    """Whether scales are those of a schedule, or have other token counts."""
     pairs = list(zip(schedule.scales, handed, strict=False))
     alike = all(math.prod(scale) == math.prod(other) for scale, other in pairs)
-    return not alike or all(scale[-2:] == other[-2:] for scale, other in pairs)
+    return not alike or _same(schedule.scales, handed)
+
+
+def _same(scales: Sequence[Scale], handed: Sequence[Scale]) -> bool:
+    """Whether (m, h, w) or (h, w) are the same maps, as far as there are some in both."""
+    pairs = zip(scales, handed, strict=False)
+    return all(a[-2:] == b[-2:] and math.prod(a) == math.prod(b) for a, b in pairs)
