@@ -185,7 +185,7 @@ trace: fastvar_fx.transform
     -> Report
 transform: fastvar_fx.transform
     model: Model
-    schedule: Schedule
+    schedule: Schedule | Sequence[Schedule]
     *
     blocks: str | Sequence[nn.Module] | None = None
     branches: Iterable[str] | None = None
@@ -197,6 +197,10 @@ transform: fastvar_fx.transform
     dump_dir: str | Path | None = None
     method: str | Method = 'fastvar'
     -> Model
+use: fastvar_fx.transform
+    fast: nn.Module
+    schedule: Schedule | None
+    -> None
 """
 
 
