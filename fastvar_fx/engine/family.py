@@ -109,7 +109,7 @@ class Family:
         Raises:
             RunError: If it is pruned in one way by one schedule and in another by the next.
         """
-        pruned = [m for m in made if m[2].track is not None]
+        pruned = [m for m in made if m[2].step is not None and not m[2].captures]
         if not pruned:
             return next((m for m in made if m[2].captures), made[0])
         keys = {engine.plan.key(role.step) for engine, _, role in made if role.step is not None}
@@ -130,6 +130,24 @@ class Family:
             yield
         finally:
             choice.handed = before
+
+    @contextmanager
+    def whole(self, *, judges: bool = True) -> Iterator[None]:
+        """Within it, generations begin and end: a loop, unless another one is around it.
+
+        Args:
+            judges: Whether a generation that does not run its schedule is an error.
+
+        Raises:
+            RunError: At its end, if the last generation did not run its schedule.
+        """
+        with ExitStack() as within:
+            for engine in self.engines:
+                within.enter_context(engine.generation.watch.whole(judges=False))
+            yield
+        watch = self.current.generation.watch
+        if judges and not watch.within:
+            watch.finished()
 
     def _running(self, scales: Sequence[Scale]) -> list[Engine]:
         """Returns the engines whose schedules run these very scales."""

@@ -36,7 +36,7 @@ class Role(NamedTuple):
 
     Attributes:
         step: The step whose program runs; None for none.
-        track: At a pruned step, the call of the cache step that this one continues.
+        track: After the cache step, its call that this one continues.
         captures: Whether the step is the cache step.
         passes: Whether the block returns its input, at a skipped step.
     """
@@ -103,7 +103,7 @@ class Generation:
             return DENSE
         step = self._late_step(call)
         if step is None:
-            return DENSE
+            return self._dense(call)
         if call.block.training:
             raise ModelError(
                 f"{call.site.name} is in training mode and the schedule prunes; call model.eval() "
@@ -122,8 +122,10 @@ class Generation:
         """
         if role.captures:
             self._capture(call, result, outputs)
-        elif role.track is not None and role.step is not None:
+        elif role.step is not None and role.track is not None:
             self._continue(call, role.track, self._positions[role.step], result)
+        elif role.track is not None:
+            role.track.note_written(call, result)
         if self.plan.skipped_steps:
             self._loop.skipped.returned(call, result)
 
@@ -163,6 +165,14 @@ class Generation:
                 _raise_uncertain(call.site.name, "the last step of the last generation ran fewer")
         place.calls = place.calls + 1 if step == place.step and not place.aborted else 1
         place.step, place.began, place.ended, place.aborted = step, True, False, False
+
+    def _dense(self, call: BlockCall) -> Role:
+        """Returns the role of a step between pruned ones that runs dense, and grows the caches."""
+        tracks = self._tracks[call.site.layer]
+        if call.compiling or not any(track.caches for track in tracks):
+            return DENSE
+        track = continued(tracks, call.reads())
+        return Role(track=track) if track is not None and track.caches else DENSE
 
     def _capturing(self, call: BlockCall) -> Role:
         if not call.compiling:

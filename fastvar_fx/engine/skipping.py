@@ -98,7 +98,7 @@ def watch(fast: nn.Module) -> None:
     for name, method in list(methods_of(fast)):
         if not name.startswith("_"):
             own = method if name in vars(fast) else None
-            object.__setattr__(fast, name, types.MethodType(_watched(name, method, own), fast))
+            override(fast, name, Engine.of(fast).family, _watched(name, method, own))
 
 
 def _first_line(rule: LoopRule) -> str:

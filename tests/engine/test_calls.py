@@ -177,6 +177,18 @@ def test_calls_in_any_order(form: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_dense_step_between_pruned_ones_grows_the_caches(form: str) -> None:
+    schedule = Schedule((1, 2, 3, 4, 5, 6), (0.5, 0.0, 0.4))
+    fast, alone = transformed(form, schedule), [transformed(form, schedule) for _ in range(2)]
+    draws = [(Draw(fast, seed), Draw(alone[seed], seed)) for seed in range(2)]
+    for step in range(6):
+        x = randn(step, 1, schedule.tokens(step))
+        for got, want in draws[:: -1 if step % 2 else 1]:
+            for layer in range(DEPTH):
+                same(got.block(layer, x, step), want.block(layer, x, step))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_call_without_counterpart_at_the_cache_step_is_an_error(form: str) -> None:
     fast = transformed(form)
     for first in "ab":

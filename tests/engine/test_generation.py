@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastvar_fx import CaptureMismatchError, ModelError, RunError, Schedule
 from fastvar_fx.engine.call import BlockCall, BlockSite, TokenMaps
-from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.executor import EAGER
+from fastvar_fx.engine.family import Family
 from fastvar_fx.engine.generation import DENSE, PASS, Generation
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.methods import Method
@@ -201,11 +202,12 @@ def test_source_tokens_before_a_generation_run_dense() -> None:
 
 
 def test_a_copy_is_in_no_generation() -> None:
-    engine = Engine(plan_of())
+    family = Family([plan_of()], EAGER)
+    engine = family.current
     loop = Driver(engine.generation)
     for step in range(3):
         loop.step(step)
-    copied = copy.deepcopy(engine)
+    copied = copy.deepcopy(family).current
     assert copied.generation.captured_bytes == 0
     assert engine.generation.captured_bytes > 0
     assert copied.plan is engine.plan
