@@ -121,7 +121,7 @@ class Store:
         self._plan = plan
         self._buffers = buffers
         self._check = check
-        self._pool = like._pool if like else _Pool()
+        self._pool: _Pool = like._pool if like else _Pool()
         self._met: set[tuple[Any, ...]] = set()
         self._in_vain: Counter[tuple[Any, ...]] = Counter()
 

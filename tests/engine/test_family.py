@@ -172,7 +172,7 @@ def test_one_schedule_and_a_loop_of_other_shapes_is_an_error() -> None:
 
 def test_programs_are_shared_where_schedules_agree() -> None:
     fast = family()
-    entries = Engine.of(fast).store._entries
+    entries = Engine.of(fast).store._pool.entries
     fast.draw(LANDSCAPE)
     assert len(entries) == 3
     fast.draw(PORTRAIT)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import Schedule
+from fastvar_fx.engine.engine import Engine
 
 C = 16
 SCALES = (1, 2, 3)
@@ -191,8 +192,8 @@ def test_programs_are_bounded_and_the_oldest_go() -> None:
             graphs = [weakref.ref(found[0]._graph) for found in site.programs.values()]
             del site
     assert programs(fast) == [16] * 2 * STEPS
-    engine: Any = vars(fast)["_fastvar_engine"]
-    assert len(engine.store._entries) == 2 * 16 * STEPS
+    engine: Any = Engine.of(fast)
+    assert len(engine.store._pool.entries) == 2 * 16 * STEPS
     gc.collect()
     assert [graph() for graph in graphs] == [None] * STEPS, "the first ones are freed"
     seconds = traced(fast)
@@ -218,6 +219,6 @@ def test_compiled_programs_of_a_strength_compile_no_more() -> None:
         got = edited(fast, PLACES["dict"], value).draw()
         want = fresh(edited(model, PLACES["dict"], value)).draw()
         torch.testing.assert_close(got, want)
-        compilation: Any = vars(fast)["_fastvar_engine"].executor
+        compilation: Any = Engine.of(fast).executor
         counts.append(sum(compilation.graphs.values()))
     assert counts[2:] == counts[2:3] * 4, counts
