@@ -15,6 +15,7 @@ from fastvar_fx.engine.engine import ENGINE, Engine
 from fastvar_fx.engine.executor import EAGER, Executor
 from fastvar_fx.engine.family import Family, observe
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
+from fastvar_fx.engine.outside import counting
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install, watch
@@ -146,9 +147,10 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
     family = Engine.of(fast).family
-    with family.whole(judges=False):
+    with counting(family) as flops, family.whole(judges=False):
         run(fast)
     engine = family.current  # of the schedule that ran
+    engine.outside_share = flops.outside_share() if flops else None
     plan, store = engine.plan, engine.store
     watched = engine.generation.watch
     engine.generation.check_ended()

@@ -67,6 +67,7 @@ Report: fastvar_fx.engine.report
     caches: Caches | None = None
     compiled: Compiled | None = None
     step_times: dict[int, Comparison] = <factory>
+    outside_share: float | None = None
     -> None
     caches = None
     compiled = None
@@ -76,6 +77,7 @@ Report: fastvar_fx.engine.report
     classmethod of
         engine: Engine
         -> Report
+    outside_share = None
     property refusals
         -> tuple[Row, ...]
     property slower_steps

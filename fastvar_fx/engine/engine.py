@@ -40,6 +40,7 @@ class Engine:
         index: Its index among them.
         lengths: The token counts of the steps, each once.
         step_times: What `fastvar_fx.measure` found, by pruned step.
+        outside_share: What `fastvar_fx.trace` found, as in `Report`.
     """
 
     family: Family
@@ -65,6 +66,7 @@ class Engine:
         self.lengths = list(dict.fromkeys(plan.schedule.length(step) for step in steps))
         self._warned = False
         self.step_times: dict[int, Comparison] = {}
+        self.outside_share: float | None = None
 
     @classmethod
     def of(cls, fast: nn.Module) -> Engine:

@@ -6,7 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -46,7 +46,7 @@ class Family:
         self.engines = (self.current, *(Engine(p, executor, self.current) for p in others))
         for index, engine in enumerate(self.engines):
             engine.family, engine.index = self, index
-        self.lock = threading.RLock()
+        self.lock: AbstractContextManager[Any] = threading.RLock()
         shapes = [scale for plan in (first, *others) for scale in plan.schedule.scales]
         self.decided = not others and all(scale[-1] == scale[-2] for scale in shapes)
         self._used: Engine | None = None

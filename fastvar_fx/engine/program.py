@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastvar_fx.engine.call import BlockCall
@@ -40,6 +41,7 @@ class Program:
     Attributes:
         captured: The branches whose outputs it captures (cache step) or takes (pruned step).
         prunes: The branches that prune.
+        saves: FLOPs that they leave out.
     """
 
     def __init__(self, made: StepProgram, call: BlockCall, buffers: KVBuffers | None) -> None:
@@ -47,6 +49,7 @@ class Program:
         block = call.block
         self.captured = made.features
         self.prunes = made.prunes
+        self.saves = sum(branch.flops - branch.pruned_flops for branch in made.branches)
         self._graph = made.graph_module
         self._buffered = made.buffered
         self._buffers = buffers
@@ -211,6 +214,11 @@ class Program:
             write.apply(owner, value)
         # At the cache step, the captured outputs come last.
         return result, {} if outputs else dict(zip(self.captured, tensors, strict=True))
+
+    def runs(self, graph: GraphModule) -> bool:
+        """Whether a graph is this program's."""
+        buffered = self._buffered.graph_module if self._buffered else None
+        return graph is self._graph or graph is buffered
 
     def _grows_in_place(self, call: BlockCall) -> bool:
         """Whether caches may grow in buffers.

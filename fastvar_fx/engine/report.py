@@ -195,6 +195,12 @@ class Report:
         caches: How the KV caches grow; None with `kv_buffer=False`.
         compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
         step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
+        outside_share: The share, from 0 to 1, that the head, the decoder and all else outside the
+            blocks that prune has in the FLOPs of a generation whose drawn steps are all dense: of
+            matrix products, convolutions and attention. It is counted in the last run of
+            `fastvar_fx.trace`, and its blocks' FLOPs are those they ran plus what pruning saved, as
+            in `Row`. None without `trace`, if the blocks are compiled, or if they ran in
+            threads of the loop's.
     """
 
     rows: tuple[Row, ...]
@@ -211,6 +217,7 @@ class Report:
     caches: Caches | None = None
     compiled: Compiled | None = None
     step_times: dict[int, Comparison] = field(default_factory=dict)
+    outside_share: float | None = None
 
     @classmethod
     def of(cls, engine: Engine) -> Report:
@@ -234,6 +241,7 @@ class Report:
             caches=Caches.of(engine),
             compiled=engine.executor.compiled,
             step_times=engine.step_times,
+            outside_share=engine.outside_share,
         )
 
     @property

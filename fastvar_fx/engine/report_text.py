@@ -20,6 +20,10 @@ _HEADER = (
 def table(report: Report) -> str:
     """Returns a table; blocks that do the same share a line."""
     savings = [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+    if report.outside_share is not None:
+        share = f"{100 * report.outside_share:.1f} %"
+        whole = "of the matrix-product FLOPs of a dense generation"
+        savings.append(f"outside the blocks: {share} {whole}")
     if not report.rows:
         return "\n".join([_empty(report), *savings, *_compiled_notes(report)])
     lines = [_HEADER, *(_line(group) for group in _grouped(report.rows))]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch.fx import Node
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.analyse.axes import Axes, Tag
 from passes.analyse.branches import Branch, Kind, counts_flops
-from passes.analyse.rules.attention import attention_flops, is_attention, key_count
+from passes.analyse.rules.attention import FLOP_FORMULAS, attention_flops, is_attention, key_count
 from passes.base import Context, Draft
 from passes.graph import example_values
 from passes.refusal import Refusal
@@ -103,8 +103,7 @@ def _keys(attending: Sequence[Node], branch: Branch) -> int | None:
 
 def count_flops(nodes: Sequence[Node]) -> int:
     """Returns the FLOPs of matrix products and attention, by torch's flop counter."""
-    formulas = {torch.ops.aten._int_mm: _int_mm_flops}  # torch's counter does not know it
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     attention = sum(attention_flops(node) for node in nodes if is_attention(node))
     with torch.no_grad(), counter:
         for node in nodes:
@@ -115,3 +114,13 @@ def count_flops(nodes: Sequence[Node]) -> int:
 
 def _int_mm_flops(left: Sequence[int], right: Sequence[int], **_: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
+
+
+_FORMULAS: Final = {torch.ops.aten._int_mm: _int_mm_flops, **FLOP_FORMULAS}
+"""Of ops that torch's counter does not know."""
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Returns the formulas of all ops that have FLOPs, as torch's flop counter calls them."""
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    return cast("dict[Any, Callable[..., int]]", counter.flop_registry)

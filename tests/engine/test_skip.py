@@ -547,8 +547,12 @@ def test_a_schedule_that_only_skips_captures_nothing() -> None:
     report = fastvar_fx.trace(fast, lambda m: m.generate())
     assert report.rows == ()
     assert (report.skipping.tokens, report.pruning.steps) == (52, ())
+    outside = 4 * 66 * WIDTH * VOCAB + 4 * 101 * CODE * WIDTH + 3 * 4 * 36 * CODE * CODE * 9
+    inside = 2 * (4 * 14 * 8 * WIDTH * WIDTH + 8 * WIDTH * (1 * 1 + 4 * 5 + 9 * 14))
+    assert report.outside_share == outside / (outside + inside)
     assert str(report).splitlines() == [
         "the schedule only skips steps: what is drawn runs as it is",
         "step skipping: steps 3, 4 left out, 52 of 66 tokens (78.8 %), FLOPs not traced",
         "token pruning: none",
+        "outside the blocks: 33.5 % of the matrix-product FLOPs of a dense generation",
     ]
