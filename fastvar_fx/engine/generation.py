@@ -77,8 +77,7 @@ class Generation:
         self._tracks: list[list[Track]] = [[] for _ in plan.blocks]
         self._last_layer = 0  # the last block that captured; there may be others that never run
         self._loop = Loop(plan)
-        self._thread = threading.get_ident()
-        self._loops = {self._thread: self._loop}
+        self._loops = {threading.get_ident(): self._loop}
         self._cache_step = schedule.cache_step
         self._cache_tokens = schedule.length(schedule.cache_step)
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
@@ -159,10 +158,7 @@ class Generation:
                 place.began = True
             return
         if place.late or self._own(layer, place) or (step or 0) < (place.step or 0):
-            incomplete = self._incomplete(layer)
-            self._begin(layer, place)
-            if incomplete:
-                _raise_uncertain(call.site.name, "the last step of the last generation ran fewer")
+            self._begin_next(call, place)
         place.calls = place.calls + 1 if step == place.step and not place.aborted else 1
         place.step, place.began, place.ended, place.aborted = step, True, False, False
 
@@ -177,6 +173,9 @@ class Generation:
     def _capturing(self, call: BlockCall) -> Role:
         if not call.compiling:
             self._loop.watch.saw(self._length(call, self._cache_step), call.site.layer)
+            place = self._loop.places[call.site.layer]
+            if place.late and not self._cache_step:
+                self._begin_next(call, place)
             call.site.check_structure(call.block)  # users edit models between generations
             call.reads()
         return Role(self._cache_step, captures=True)
@@ -315,6 +314,8 @@ class Generation:
         waiting = [track for track in free if track.position < position]
         if len(waiting) > 1 and any(track.position < position - 1 for track in waiting):
             _raise_uncertain(call.site.name, "the pruned step before ran fewer calls")
+        if len({track.draws for track in waiting}) > 1:
+            _raise_uncertain(call.site.name, "the pruned step before ran some of them again")
         place.counted = place.counted or len(free) > 1
         if waiting:
             return waiting[0]
@@ -443,6 +444,13 @@ class Generation:
         place.cut_off, place.ended = cut_off, False
         place.reset()
 
+    def _begin_next(self, call: BlockCall, place: Place) -> None:
+        """Begins another generation of a loop, if nothing was left out at the end of the last."""
+        incomplete = self._incomplete(call.site.layer)
+        self._begin(call.site.layer, place)
+        if incomplete:
+            _raise_uncertain(call.site.name, "the last step of the last generation ran fewer")
+
     def _free_ended(self) -> None:
         """Frees what tracks captured that met the last step."""
         for layer, tracks in enumerate(self._tracks):
@@ -503,14 +511,12 @@ class Generation:
     @property
     def watch(self) -> Watch:
         """What the blocks saw in the loop of this thread."""
-        self._enter_thread()
-        return self._loop.watch
+        return self._own_loop().watch
 
     @property
     def skipped(self) -> SkippedSteps:
         """The steps that the loop of the current thread leaves out."""
-        self._enter_thread()
-        return self._loop.skipped
+        return self._own_loop().skipped
 
     @property
     def seen(self) -> list[int]:
@@ -524,7 +530,7 @@ class Generation:
             RunError: If blocks ran at a skipped step and their result was used, or if some calls of
                 a step were left out and which ones is unknown.
         """
-        self._loop.skipped.check()
+        self.skipped.check()
         for layer, name in enumerate(self.plan.blocks):
             if self._incomplete(layer):
                 _raise_uncertain(name, "the last step ran fewer calls")
@@ -532,12 +538,15 @@ class Generation:
     # --- loops ----------------------------------------------------------------------------------
 
     def _enter_thread(self) -> None:
-        if torch.compiler.is_compiling():
-            return  # nothing may change
+        """Makes the loop of this thread the current one, while the block's lock is held."""
+        if not torch.compiler.is_compiling():  # nothing may change
+            self._loop = self._own_loop()
+
+    def _own_loop(self) -> Loop:
+        """Returns the loop of this thread; a block of another one may run meanwhile."""
         thread = threading.get_ident()
-        if thread != self._thread:
-            self._thread = thread
-            self._loop = self._loops.setdefault(thread, Loop(self.plan))
+        loop = self._loops.get(thread)
+        return loop or self._loops.setdefault(thread, Loop(self.plan, like=self._loop))
 
 
 def continued(tracks: Sequence[Track], reads: Storages) -> Track | None:

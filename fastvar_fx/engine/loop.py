@@ -52,9 +52,10 @@ class Loop:
         skipped: The steps that it leaves out.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, like: Loop | None = None) -> None:
+        """Makes a loop in no generation; `like` is that of another thread."""
         self.places = [Place() for _ in plan.blocks]
-        self.watch = Watch(plan)
+        self.watch: Watch = Watch(plan, like.watch if like else None)
         self.skipped = SkippedSteps(plan)
 
     def reset(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastvar_fx.engine.find_blocks import reachable
-from passes.trace.state import PLAIN, Path
+from passes.trace.state import PLAIN, Path, attributes
 
 _VALUES: Final = (range, slice, Fraction, torch.Size)
 _HOOKS: Final = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
@@ -127,28 +127,32 @@ class Structure:
             return type(value), frozenset(value)
         if type(value).__module__ == "numpy":
             return type(value), value.shape, value.dtype, value.tobytes()
-        if callable(value) or not hasattr(value, "__dict__"):
+        held = attributes(value)
+        if held is None:
             self._objects.append(value)
             return type(value)
-        attributes = vars(value)
-        places = iter([(*path, ("attr", name)) for name in attributes])
-        inside = self._container(attributes, lambda item: self._argument(next(places), item, asked))
-        return type(value), inside
+        places = iter([(*path, ("attr", name)) for name in held])
+        return self._container(value, lambda item: self._argument(next(places), item, asked), held)
 
     # --- both -----------------------------------------------------------------------------------
 
     def _number(self, value: Any) -> int:
         return self._numbers.setdefault(id(value), len(self._numbers))
 
-    def _container(self, value: Any, describe: Callable[[Any], Any]) -> Any:
+    def _container(
+        self, value: Any, describe: Callable[[Any], Any], held: dict[str, Any] | None = None
+    ) -> Any:
+        """Returns a container by its items; an object by its attributes, which are `held`."""
         if id(value) in self._numbers:
             return type(value), self._number(value)
         self._number(value)
-        if len(value) > _MOST_ITEMS:
-            return type(value), len(value)
-        if isinstance(value, dict):
-            return dict, [(key, describe(item)) for key, item in value.items()]
-        return type(value), [describe(item) for item in value]
+        items = value if held is None else held
+        kind = dict if isinstance(value, dict) else type(value)
+        if len(items) > _MOST_ITEMS:
+            return kind, len(items)
+        if isinstance(items, dict):
+            return kind, [(key, describe(item)) for key, item in items.items()]
+        return kind, [describe(item) for item in items]
 
 
 def _wrapping(tensor: Any) -> str:

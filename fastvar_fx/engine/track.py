@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
+
+from passes.trace.state import attributes
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.call import BlockCall
@@ -125,9 +127,7 @@ def _inside(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (list, tuple, deque)):
         return value
-    if isinstance(value, nn.Module) or callable(value):
-        return ()
-    return vars(value).values() if hasattr(value, "__dict__") else ()
+    return (attributes(value) or {}).values()
 
 
 def _without_map(result: Any, token_map: Tensor) -> list[Any]:

@@ -25,7 +25,11 @@ class Watch:
     of lengths that grow, such as the maps of an image. Source tokens are often a run of their own.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, like: Watch | None = None) -> None:
+        """Makes one that saw nothing; with `like`, one of several threads.
+
+        Each of them may run other steps of the same generations.
+        """
         schedule, steps = plan.schedule, range(plan.schedule.steps)
         self._schedule = schedule
         self._told = plan.step_of is not None
@@ -34,7 +38,8 @@ class Watch:
         self._endings: deque[list[int]] = deque(maxlen=3)
         self._depth = 0
         self._inside: set[int] = set()
-        self._fits = self._ever_pruned = False
+        self._fits = False
+        self._ever_pruned: set[int] = like._ever_pruned if like else set()
         self._raised = ""
         self._runs: list[list[int]] = []
         self._pruned: set[int] = set()
@@ -63,7 +68,7 @@ class Watch:
         self._inside.add(length)
         if pruned:
             self._pruned.add(length)
-            self._ever_pruned = True
+            self._ever_pruned.add(length)
         if self._raised and self._strays():
             self.cut_off()
             raise RunError(self._raised)

@@ -15,7 +15,7 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final, Literal, NamedTuple
 
@@ -228,6 +228,14 @@ def is_container(value: Any) -> bool:
     return hasattr(value, "__dict__") or bool(_slots(value))
 
 
+def attributes(value: Any) -> dict[str, Any] | None:
+    """Returns what a plain object holds; None for modules, code and values without attributes."""
+    if isinstance(value, nn.Module) or (callable(value) and not is_container(value)):
+        return None
+    held = hasattr(value, "__dict__") or _slots(value)
+    return _read_object(value) if held else None
+
+
 def _is_torch_layer(value: Any) -> bool:
     """Layers of torch itself hold settings; of these, loops change floats at most."""
     return isinstance(value, nn.Module) and type(value).__module__.startswith("torch.")
@@ -321,7 +329,13 @@ def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _slots(value: Any) -> list[str]:
-    names = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    kind: Any = type(value)
+    return _slots_of(kind)
+
+
+@cache
+def _slots_of(kind: Any) -> list[str]:
+    names = [getattr(base, "__slots__", ()) for base in kind.__mro__]
     flat = [n for name in names for n in ((name,) if isinstance(name, str) else name)]
     return [name for name in flat if name not in ("__dict__", "__weakref__")]
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import RunError, Schedule
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.program import Program
 from tests import zoo
 from tests.reference import pivotal_indices
 
@@ -29,6 +33,24 @@ WIDTH = 8
 SCHEDULE = Schedule((1, 2, 3, 4, 5), (0.5, 0.4))
 CACHE_STEP, PRUNED = 2, (3, 4)
 DEPTH = 2
+
+
+class Slotted:
+    __slots__ = ("keys",)
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+
+
+class Called:
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+
+    def __call__(self) -> None:
+        raise AssertionError
+
+
+OBJECTS = {"slots": Slotted, "callable": Called}
 
 
 class Block(nn.Module):
@@ -44,6 +66,8 @@ class Block(nn.Module):
         q, k = self.q(x + cond), self.k(x + cond)
         if self.form == "dict":
             k = cache["k"] = torch.cat([cache["k"], k], 1) if "k" in cache else k
+        elif self.form in OBJECTS:
+            k = cache.keys = torch.cat([cache.keys, k], 1) if cache.keys is not None else k
         elif self.form == "tuple":
             cache = (torch.cat([cache[0], k], 1) if cache else k,)
             (k,) = cache
@@ -81,7 +105,8 @@ class Draw:
     def __init__(self, net: Net, seed: int, *, hand: bool = False, batch: int = 1) -> None:
         self.net, self.seed, self.hand, self.batch = net, seed, hand, batch
         self.cond = randn(seed, batch, 1)
-        self.caches: list[Any] = [{} if net.form == "dict" else () for _ in net.blocks]
+        make: Any = {"dict": dict, **OBJECTS}.get(net.form, tuple)
+        self.caches: list[Any] = [make() for _ in net.blocks]
         self.captured: dict[tuple[int, str], Tensor] = {}
         self.rows = slice(None)
 
@@ -226,6 +251,28 @@ def test_fewer_calls_at_the_last_step_are_an_error_in_trace_and_in_the_next_gene
         run(fast)
 
 
+def test_fewer_calls_at_the_last_step_after_a_cache_step_that_is_the_first() -> None:
+    schedule = Schedule((3, 4, 5), (0.5, 0.4))
+    fast = transformed("none", schedule)
+    block = fast.blocks[0]
+    for tokens in (9, 9, 16, 16, 25):
+        block(randn(tokens, 1, tokens), SHARED)
+    with pytest.raises(RunError, match="the last step of the last generation ran fewer"):
+        block(randn(0, 1, 9), SHARED)
+
+
+def test_a_step_that_is_left_amid_its_calls_and_drawn_again_is_an_error() -> None:
+    draws = alike(transformed("none"))
+    for step in range(3):
+        for draw in draws:
+            draw.step(step)
+    draws[0].step(3)  # the loop is interrupted, and draws the step again
+    for draw in draws:
+        draw.step(3)
+    with pytest.raises(RunError, match="the pruned step before ran some of them again"):
+        draws[0].step(4)
+
+
 def alike(net: Net) -> list[Draw]:
     """Two streams of calls that nothing but their order tells apart."""
     draws = [Draw(net, seed) for seed in range(2)]
@@ -335,7 +382,7 @@ def test_an_exception_in_a_block_and_the_step_again(
 # --- loops that alternate ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["dict", "tuple"])
+@pytest.mark.parametrize("form", ["dict", "tuple", *OBJECTS])
 @pytest.mark.parametrize("order", ["aaaaabbbbbb"[:10], "aaaabbbbba", "ababababba", "aabbbabbaa"])
 def test_loops_that_alternate_are_kept_apart_by_their_caches(form: str, order: str) -> None:
     fast, net = transformed(form), Net(form)
@@ -347,6 +394,22 @@ def test_loops_that_alternate_are_kept_apart_by_their_caches(form: str, order: s
             same(got.step(steps[who]), want.step(steps[who]))
             steps[who] += 1
     assert fastvar_fx.explain(fast).captured_bytes == 0
+
+
+@pytest.mark.parametrize("form", OBJECTS)
+def test_caches_of_earlier_generations_are_not_kept_and_their_programs_are_used(form: str) -> None:
+    fast = transformed(form)
+    for seed in range(3):
+        draw = Draw(fast, seed)
+        for step in range(5):
+            draw.step(step)
+        held = [weakref.ref(cache.keys) for cache in draw.caches]
+    del draw
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    blocks: Any = fast.blocks
+    programs = [made for block in blocks for made in block._fastvar.site.programs.values()]
+    assert [len(step) for step in programs] == [1] * 6
 
 
 @pytest.mark.parametrize("order", ["aaaabbbbba", "aaabbbbbaa", "aaabbbbaab"])
@@ -434,6 +497,39 @@ def test_a_generation_whose_steps_run_in_different_threads(form: str) -> None:
         got, want = Draw(fast, 0), Draw(net, 0, hand=True)
         for step in range(5):
             in_threads(partial(agree, got, want, step))
+
+
+def test_steps_of_a_generation_that_always_run_in_the_same_threads() -> None:
+    fast, net = transformed("none"), Net("none")
+    with ThreadPoolExecutor(1) as early, ThreadPoolExecutor(1) as late:
+        for seed in range(5):
+            got, want = Draw(fast, seed), Draw(net, seed, hand=True)
+            for step in range(5):
+                (early if step < 2 else late).submit(agree, got, want, step).result()
+
+
+def test_a_thread_enters_a_method_while_a_block_of_another_one_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast = transformed("none")
+    pairs = list(zip(alike(fast), alike(Net("none")), strict=True))
+    pairs[1][1].hand = pairs[0][1].hand = True
+    run = Program.run
+    with ThreadPoolExecutor(1) as other:
+
+        def interrupted(*args: Any) -> Any:
+            result = run(*args)
+            other.submit(lambda: Engine.of(fast).generation.watch).result()
+            return result
+
+        for step in range(3):
+            other.submit(agree, *pairs[1], step).result()
+        monkeypatch.setattr(Program, "run", interrupted)
+        for step in range(5):
+            agree(*pairs[0], step)
+        monkeypatch.undo()
+        for step in (3, 4):
+            other.submit(agree, *pairs[1], step).result()
 
 
 def agree(got: Draw, want: Draw, step: int) -> None:
