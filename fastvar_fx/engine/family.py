@@ -76,6 +76,9 @@ class Family:
                 f"use takes one of the {len(self.engines)} schedules that the model was "
                 f"transformed with; found {schedule}"
             )
+        with self.lock:
+            for engine in self.engines:
+                engine.generation.leave()
         self._used = found[0] if found else None
         self.current = found[0] if found else self.current
 

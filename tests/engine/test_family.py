@@ -157,6 +157,18 @@ def test_two_that_fit_are_an_error_until_one_is_chosen() -> None:
         fast.sized(pruned)
 
 
+def test_use_within_a_generation_does_not_go_on_with_an_earlier_one() -> None:
+    fast = family()
+    *early, pruned, _ = counts(PORTRAIT)
+    for schedule in FAMILY[:2]:
+        fastvar_fx.use(fast, schedule)
+        for tokens in early:
+            fast.sized(tokens)
+    fastvar_fx.use(fast, FAMILY[0])
+    with pytest.raises(RunError, match="came without the steps before it"):
+        fast.sized(pruned)
+
+
 def test_one_schedule_and_a_loop_of_other_shapes_is_an_error() -> None:
     fast = fastvar_fx.transform(Net(), FAMILY[0])
     same(fast.draw(LANDSCAPE), alone(LANDSCAPE))
