@@ -297,7 +297,8 @@ class Generation:
                 if found.position == position and not found.followed:
                     _raise_uncertain(call.site.name, "another one continued the same")
                 found.followed = True
-                self._drop_rejected(layer, found)
+                if not found.wrote.isdisjoint(call.reads()):
+                    self._drop_rejected(layer, found)
                 return found
         return self._by_order(call, step, position)
 
@@ -308,7 +309,8 @@ class Generation:
         own = self._settled(layer, place) or self._handed_over(layer)
         if not own:
             return None
-        free = [track for track in own if not track.followed]
+        # The loop may have put others in the place of its caches; then those it had are gone.
+        free = [t for t in own if not t.followed or (t.caches and not t.may_go_on())]
         if not free:
             _raise_uncertain(call.site.name, "it reads what none of them read or wrote")
         waiting = [track for track in free if track.position < position]
@@ -363,7 +365,7 @@ class Generation:
     def _drop_rejected(self, layer: int, found: Track) -> None:
         """Drops tracks that no loop can continue, for it holds none of their caches any more."""
         tracks = self._tracks[layer]
-        if found.caches and len(tracks) > 1:
+        if len(tracks) > 1:
             self._tracks[layer] = [t for t in tracks if t is found or t.may_go_on() or not t.caches]
 
     # --- what was captured ----------------------------------------------------------------------

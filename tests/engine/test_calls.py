@@ -202,6 +202,32 @@ def test_calls_in_any_order(form: str, order: str) -> None:
                 same(got[who].step(step), want[who].step(step))
 
 
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+@pytest.mark.parametrize("calls", ["a", "ab"])
+@pytest.mark.parametrize("live_rows", [None, "last"])
+def test_caches_that_the_loop_makes_anew(form: str, calls: str, live_rows: Any) -> None:
+    """After a pruned step that was known by its caches; with `live_rows`, of fewer samples."""
+    fast, net = transformed(form, live_rows=live_rows), Net(form)
+    rows = slice(None) if live_rows is None else slice(1, 2)
+    for _ in range(2):
+        pairs = [
+            (Draw(fast, seed, batch=2), Draw(net, seed, batch=2, hand=True))
+            for seed in range(len(calls))
+        ]
+        for step in range(5):
+            if step == 4:
+                for draw in (draw for pair in pairs for draw in pair):
+                    made = half_of(draw, rows).caches
+                    draw.rows = rows
+                    draw.caches = [
+                        {"k": cache["k"].clone()} if form == "dict" else (cache[0].clone(),)
+                        for cache in made
+                    ]
+                    del made
+            for got, want in pairs:
+                same(got.step(step), want.step(step))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_dense_step_between_pruned_ones_grows_the_caches(form: str) -> None:
     schedule = Schedule((1, 2, 3, 4, 5, 6), (0.5, 0.0, 0.4))
