@@ -546,6 +546,8 @@ class Generation:
 
     def _own_loop(self) -> Loop:
         """Returns the loop of this thread; a block of another one may run meanwhile."""
+        if torch.compiler.is_compiling():
+            return self._loop
         thread = threading.get_ident()
         loop = self._loops.get(thread)
         return loop or self._loops.setdefault(thread, Loop(self.plan, like=self._loop))
