@@ -61,6 +61,7 @@ def test_a_difference_within_its_interval_is_not_significant(
     assert ablations.word(Interval(mean, half, 3)) == word
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_report_and_its_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

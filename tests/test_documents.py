@@ -191,6 +191,7 @@ def shell(tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.docs
 @documents
 def test_commands(document: Path, shell: Any) -> None:

@@ -206,6 +206,7 @@ def _check_picture(path: Path) -> None:
         assert all(low < high for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_demo_draws_with_trained_weights(cli: Cli, folder: Path) -> None:
     code, out, err = cli("demo", "--repeats", "1", "--batch", "1", "--json")
     assert code == 0, err

@@ -13,6 +13,7 @@ import torch
 SCRIPT = Path(__file__).with_name("sharding.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_sharded_in_two_processes() -> None:
     with socket.socket() as free:

@@ -205,6 +205,7 @@ def test_compiled_before_transform(
     assert len(told) == (edit is not compiled_layers)
 
 
+@pytest.mark.slow
 @ways
 def test_compiled_after_trace(edit: Callable[[Any], Any]) -> None:
     fast = transformed(Toy())
@@ -212,6 +213,7 @@ def test_compiled_after_trace(edit: Callable[[Any], Any]) -> None:
     torch.testing.assert_close(edit(fast)(LABELS), by_hand(Toy()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @ways
 def test_compiled_before_trace(edit: Callable[[Any], Any]) -> None:
     fast = transformed(Toy())

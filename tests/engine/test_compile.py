@@ -155,6 +155,7 @@ def test_blocks_that_differ_in_what_they_read_get_graphs_of_their_own() -> None:
     assert graphs(fast) == {1: 9, 4: 9}
 
 
+@pytest.mark.slow
 def test_a_new_batch_or_a_new_model_compiles_its_own() -> None:
     fast = fastvar_fx.compile(transformed(1, FEW), backend="eager")
     generate(fast, 0)
@@ -180,6 +181,7 @@ def test_skipped_steps_and_prompts_of_any_length() -> None:
     assert max(graphs(fast).values()) <= 2
 
 
+@pytest.mark.slow
 def test_a_users_compile_around_it_wins() -> None:
     fast = fastvar_fx.compile(transformed(1), backend="eager")
     want = token_loop(fast, LABELS)
@@ -320,6 +322,7 @@ class Unlucky(Offset):
         return out if float(out.sum()) < 1e9 else x
 
 
+@pytest.mark.slow
 def test_a_forward_that_cannot_be_traced_either_is_an_error() -> None:
     model = Offsets()
     model.blocks = nn.ModuleList(Unlucky() for _ in range(2))

@@ -191,6 +191,7 @@ def test_programs_are_shared_where_schedules_agree() -> None:
     assert len(entries) == 5  # the cache step's is the same
 
 
+@pytest.mark.slow
 def test_a_copy_compiled_and_skipping() -> None:
     schedules = [Schedule(scales, (0.5, 1.0)) for scales in (LANDSCAPE, PORTRAIT)]
     model = infinity.build("tiny", depth=1)

@@ -283,6 +283,7 @@ def test_opting_out_copies() -> None:
     assert "KV caches" not in str(fastvar_fx.explain(copying))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, derandomize=True)
 @given(zoo.cases(stale_masks=False))
 def test_any_block_draws_the_same(case: zoo.Case) -> None:
@@ -560,6 +561,7 @@ def test_compiled_programs_grow_caches_in_place_and_compile_once() -> None:
     assert (caches.appended, caches.moved) == (24, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_the_users_own_compilation_copies() -> None:
     fast, copying = pair()

@@ -147,6 +147,7 @@ def test_any_values(values: list[float], place: str) -> None:
     assert max(programs(fast)) <= 1 + len({value > 0.5 for value in values})
 
 
+@pytest.mark.slow
 def test_settings_of_torchs_layers() -> None:
     """An op takes the value of a layer's `eps` itself, so each has a program; these are bounded."""
     torch.manual_seed(0)
@@ -173,6 +174,7 @@ def test_batch_sizes_open() -> None:
     assert seconds[2:] == seconds[2:3] * 6
 
 
+@pytest.mark.slow
 def test_programs_are_bounded_and_the_oldest_go() -> None:
     torch.manual_seed(0)
     model = Model(Constant).eval()

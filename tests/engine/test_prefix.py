@@ -265,6 +265,7 @@ def test_a_sequence_of_all_maps_prunes_the_map_of_the_step() -> None:
     assert kept == {2: 69, 3: 69 - 10, 4: 69 - 12}
 
 
+@pytest.mark.slow
 def test_the_last_map_prunes_compiled() -> None:
     fast = fastvar_fx.transform(Net(Block, as_bool), SCHEDULE)
     want = fast.generate()

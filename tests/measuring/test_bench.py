@@ -120,6 +120,7 @@ def test_times_add_up(of_hart: Result) -> None:
         assert row.transformer.median == pytest.approx(total)
 
 
+@pytest.mark.slow
 def test_rows_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph is compared with a graph, and timed as a whole."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
@@ -139,6 +140,7 @@ def test_rows_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.transformer.runs for row in result.rows] == [2] * 4
 
 
+@pytest.mark.slow
 def test_a_replay_goes_on_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     chosen = preset("infinity-tiny")
@@ -176,6 +178,7 @@ def test_a_row_that_fails_leaves_the_others(
     assert data["failed"] == {"dense-compiled": "OutOfMemoryError: no memory left"}
 
 
+@pytest.mark.slow
 def test_long_runs_are_timed_while_their_memory_is_observed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -194,6 +197,7 @@ def test_long_runs_are_timed_while_their_memory_is_observed(
     assert rows[0.0].peak_mib == pytest.approx(rows[1e9].peak_mib, rel=0.01)
 
 
+@pytest.mark.slow
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     asked = "--no-compile --repeats 1 --steps --modules --resolutions 192,160"
     assert main(["bench", "--preset=infinity-tiny", *asked.split(), "--json"]) == 0
@@ -220,6 +224,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["files"] == []
 
 
+@pytest.mark.slow
 def test_tables_and_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     asked = "--no-compile --repeats 1 --steps --modules --resolutions 160,320"
     folder = tmp_path / "made" / "here"

@@ -110,6 +110,7 @@ def program_counts(fast: Model) -> list[int]:
     return [len(programs) for steps in held for programs in steps.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("manual", "prefix", "biased"),
     [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
@@ -137,6 +138,7 @@ def longer_than_eight(block: Block, attended: Tensor, text: Tensor) -> Tensor:
     return attended * 2 if text.shape[1] > 8 else attended
 
 
+@pytest.mark.slow
 def test_a_forward_that_branches_on_the_length_gets_a_program_for_each_way() -> None:
     torch.manual_seed(0)
     model = Model(twist=longer_than_eight).eval()
