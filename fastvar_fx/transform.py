@@ -13,12 +13,13 @@ from fastvar_fx.engine.block import RUNTIME, attach
 from fastvar_fx.engine.copy_model import copy_structure
 from fastvar_fx.engine.engine import ENGINE, Engine
 from fastvar_fx.engine.executor import EAGER, Executor
-from fastvar_fx.engine.family import Family, observe
+from fastvar_fx.engine.family import Family
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.engine.outside import counting
+from fastvar_fx.engine.overrides import watch
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
-from fastvar_fx.engine.skipping import OnFull, install, watch
+from fastvar_fx.engine.skipping import OnFull, install
 from fastvar_fx.errors import ModelError, NothingPrunedError, RunError, ScheduleError
 from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
@@ -127,7 +128,6 @@ def transform(  # noqa: PLR0913
     object.__setattr__(fast, ENGINE, family)
     if skipped or any(plan.pruned_steps for plan in plans):
         watch(fast)
-    observe(fast, family)
     return cast("Model", fast)
 
 

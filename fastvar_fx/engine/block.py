@@ -16,7 +16,7 @@ from fastvar_fx.engine.call import BlockCall, BlockSite, Forward
 from fastvar_fx.engine.copy_model import class_forward
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import EAGER, Executor
-from fastvar_fx.engine.family import Family
+from fastvar_fx.engine.family import Family, Seen
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.track import Captured
 from passes import Call
@@ -83,14 +83,16 @@ class BlockRuntime:
 
     def _run_undecided(self, engines: Sequence[Engine], call: BlockCall) -> Any:
         """Runs a call while several schedules fit the generation so far."""
-        calls = [
-            BlockCall(self._sites[e.index], call.block, call.args, call.kwargs) for e in engines
-        ]
-        made = [(e, c, e.generation.at(c)) for e, c in zip(engines, calls, strict=True)]
-        engine, chosen, role = self._family.agreed(made)
+        seen = []
+        for engine in engines:
+            own = BlockCall(self._sites[engine.index], call.block, call.args, call.kwargs)
+            seen.append(Seen(engine, own, engine.generation.at(own)))
+        engine, chosen, role = self._family.agreed(seen)
+        if role.passes:
+            return call.x
         result, captured = _execute(engine, chosen, role, engine.executor)
-        for engine, call, role in made:
-            engine.generation.ran(call, role, result, captured)
+        for each in seen:
+            each.engine.generation.ran(each.call, each.role, result, captured)
         return result
 
 
@@ -106,8 +108,6 @@ def _run(engine: Engine, call: BlockCall, executor: Executor) -> Any:
 def _execute(
     engine: Engine, call: BlockCall, role: Role, executor: Executor
 ) -> tuple[Any, Captured]:
-    if role.passes:
-        return call.x, {}
     if role.step is None:
         return executor.run_dense(call), {}
     program, inputs = engine.store.program_for(call, role)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
-from typing import Any, NoReturn
-
-import torch
-from torch import nn
+from typing import Any, NamedTuple, NoReturn
 
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import Executor
 from fastvar_fx.engine.generation import Role
-from fastvar_fx.engine.overrides import methods_of, override
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.ops import Scale
 from fastvar_fx.schedule import Schedule
 
-Made = tuple[Engine, BlockCall, Role]
-"""A call as one of the schedules sees it."""
+Steps = Generator[Any, Any, Any]
+"""A loop that yields its steps."""
+
+
+class Seen(NamedTuple):
+    """A call as one of the schedules sees it."""
+
+    engine: Engine
+    call: BlockCall
+    role: Role
 
 
 class Family:
@@ -106,19 +108,19 @@ class Family:
     def _choice(self) -> _Choice:
         return self._choices.setdefault(threading.get_ident(), _Choice(self.engines))
 
-    def agreed(self, made: Sequence[Made]) -> Made:
+    def agreed(self, seen: Sequence[Seen]) -> Seen:
         """Returns the call as the schedule sees it that it is run for.
 
         Raises:
             RunError: If it is pruned in one way by one schedule and in another by the next.
         """
-        pruned = [m for m in made if m[2].step is not None and not m[2].captures]
-        if not pruned:
-            return next((m for m in made if m[2].captures), made[0])
-        keys = {engine.plan.key(role.step) for engine, _, role in made if role.step is not None}
-        if len(keys) > 1 or len(pruned) < len(made):
-            self._raise_undecided(made[0][1], [engine.plan.schedule for engine, *_ in made])
-        return pruned[0]
+        captures = [each for each in seen if each.role.captures]
+        steps = [(each.engine, each.role.step) for each in seen if each.role.step is not None]
+        if len(steps) == len(captures):  # none prunes
+            return captures[0] if captures else seen[0]
+        if len({engine.plan.key(step) for engine, step in steps}) > 1 or len(steps) < len(seen):
+            self._raise_undecided(seen[0].call, [each.engine.plan.schedule for each in seen])
+        return seen[0]
 
     @contextmanager
     def handing(self, values: Iterable[Any]) -> Iterator[None]:
@@ -134,6 +136,21 @@ class Family:
         finally:
             choice.handed = before
 
+    def resumed(
+        self, steps: Generator[Any, Any, Any], values: Iterable[Any]
+    ) -> Generator[Any, Any, Any]:
+        """Runs a generator of the loop's, which was made with some arguments, within `handing`."""
+        sent = None
+        try:
+            while True:
+                with self.handing(values):
+                    value = steps.send(sent)
+                sent = yield value
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            steps.close()
+
     @contextmanager
     def whole(self, *, judges: bool = True) -> Iterator[None]:
         """Within it, generations begin and end: a loop, unless another one is around it.
@@ -146,7 +163,7 @@ class Family:
         """
         with ExitStack() as within:
             for engine in self.engines:
-                within.enter_context(engine.generation.watch.whole(judges=False))
+                within.enter_context(engine.generation.watch.whole())
             yield
         watch = self.current.generation.watch
         if judges and not watch.within:
@@ -200,43 +217,6 @@ class _Choice:
             return fits
         paused = [engine for engine in engines if engine.generation.expects(call)]
         return paused if len(paused) == 1 else self._fits
-
-
-def observe(fast: nn.Module, family: Family) -> None:
-    """Makes the public methods of a transformed copy note the scales that they are called with."""
-    if not family.decided:
-        for name, method in methods_of(fast):
-            if not name.startswith("_"):
-                override(fast, name, family, _observed(method))
-
-
-def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.isgeneratorfunction(inspect.unwrap(method)):
-
-        @wraps(method)
-        def steps(self: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-            family: Family = Engine.of(self).family
-            generator, sent = method(self, *args, **kwargs), None
-            try:
-                while True:
-                    with family.handing((*args, *kwargs.values())):
-                        value = generator.send(sent)
-                    sent = yield value
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                generator.close()
-
-        return steps
-
-    @wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        with Engine.of(self).family.handing((*args, *kwargs.values())):
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 def _handed_scales(values: Iterable[Any]) -> Sequence[Scale]:

@@ -432,8 +432,7 @@ class Generation:
             self._tracks[layer] = []
             place.reset()
             return
-        alive = {thread.ident for thread in threading.enumerate()}
-        gone = [loop.places[layer] for ident, loop in self._loops.items() if ident not in alive]
+        gone = [loop.places[layer] for loop in self._loops_gone()]
         kept, cut_off = [], place.cut_off and not place.ended
         for track in self._tracks[layer]:
             ended = track.position == self._end
@@ -543,6 +542,13 @@ class Generation:
         """Makes the loop of this thread the current one, while the block's lock is held."""
         if not torch.compiler.is_compiling():  # nothing may change
             self._loop = self._own_loop()
+
+    def _loops_gone(self) -> list[Loop]:
+        """Returns the loops whose threads have ended."""
+        if len(self._loops) == 1:
+            return []
+        alive = {thread.ident for thread in threading.enumerate()}
+        return [loop for ident, loop in self._loops.items() if ident not in alive]
 
     def _own_loop(self) -> Loop:
         """Returns the loop of this thread; a block of another one may run meanwhile."""

@@ -5,15 +5,46 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from functools import wraps
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from fastvar_fx.engine.engine import ENGINE
+from fastvar_fx.engine.engine import ENGINE, Engine
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.family import Family
+
+
+def watch(fast: nn.Module) -> None:
+    """Makes the public methods of a transformed model note what they draw.
+
+    They note the scales that they are called with, and how the generations in them end.
+    """
+    for name, method in list(methods_of(fast)):
+        if not name.startswith("_"):
+            own = method if name in vars(fast) else None
+            override(fast, name, Engine.of(fast).family, _watched(name, method, own))
+
+
+def _watched(
+    name: str, method: Callable[..., Any], own: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    @wraps(method)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now = own or getattr(type(self), name)  # the class of a copy may have been changed
+        if torch.compiler.is_compiling():
+            return now(self, *args, **kwargs)
+        family, values = Engine.of(self).family, (*args, *kwargs.values())
+        with family.handing(values), family.whole():
+            skipped = family.current.generation.skipped
+            result = skipped.run(now, self, *args, **kwargs)
+        undecided = inspect.isgenerator(result) and not family.decided
+        return family.resumed(result, values) if undecided else result
+
+    return watched
 
 
 def methods_of(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

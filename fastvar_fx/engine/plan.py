@@ -116,7 +116,8 @@ class Plan:
         if step == schedule.cache_step:
             return (later,)
         shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
-        return (*shapes, schedule.kept(step), step == self.drawn_steps - 1, later)
+        whole = schedule.prefix and schedule.length(schedule.steps - 1)  # see `around`
+        return (*shapes, whole, schedule.kept(step), step == self.drawn_steps - 1, later)
 
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.

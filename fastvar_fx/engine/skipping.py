@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Final, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,14 +90,6 @@ def install(fast: nn.Module, engine: Engine, on_full: OnFull) -> None:
             f"branch of these steps is its resized cache, or on_full= a loop rule of your own, "
             f"which returns True once it has made the loop skip (see fastvar_fx.engine.skipping)"
         )
-
-
-def watch(fast: nn.Module) -> None:
-    """Makes the public methods of a transformed model notice how the generations in them end."""
-    for name, method in list(methods_of(fast)):
-        if not name.startswith("_"):
-            own = method if name in vars(fast) else None
-            override(fast, name, Engine.of(fast).family, _watched(name, method, own))
 
 
 def _first_line(rule: LoopRule) -> str:
@@ -185,21 +176,6 @@ def _left_out(scales: Sequence[Scale], step: int, f_hat: Tensor) -> tuple[Tensor
         )
     following = scales[min(step + 1, len(scales) - 1)][-2:]
     return f_hat, F.interpolate(f_hat, size=following, mode="area")
-
-
-def _watched(
-    name: str, method: Callable[..., Any], own: Callable[..., Any] | None
-) -> Callable[..., Any]:
-    @wraps(method)
-    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = own or getattr(type(self), name)  # the class of a copy may have been changed
-        if torch.compiler.is_compiling():
-            return now(self, *args, **kwargs)
-        engine = Engine.of(self)
-        with engine.family.whole():
-            return engine.generation.skipped.run(now, self, *args, **kwargs)
-
-    return watched
 
 
 def _generation(module: nn.Module) -> Generation:

@@ -79,15 +79,8 @@ class Watch:
         self._layer = self._repeats = 0
 
     @contextmanager
-    def whole(self, *, judges: bool = True) -> Iterator[None]:
-        """Within it, generations begin and end: a loop, unless another one is around it.
-
-        Args:
-            judges: Whether a generation that does not run the schedule is an error.
-
-        Raises:
-            RunError: At its end, if the last generation did not run the schedule.
-        """
+    def whole(self) -> Iterator[None]:
+        """Within it, generations begin and end: a loop, unless another one is around it."""
         if not self._depth:
             self._inside.clear()
         self._depth += 1
@@ -98,8 +91,6 @@ class Watch:
             raise
         finally:
             self._depth -= 1
-        if judges and not self._depth:
-            self.finished()
 
     @property
     def within(self) -> bool:

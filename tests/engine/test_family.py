@@ -16,6 +16,7 @@ from fastvar_fx import RunError, Schedule, ScheduleError
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.models import infinity
 from fastvar_fx.models.maps import TEMPLATES, template
+from tests.engine.test_generation import plan_of
 
 LANDSCAPE = ((1, 1), (2, 2), (3, 4), (4, 6), (6, 8), (8, 12))
 PORTRAIT = tuple((w, h) for h, w in LANDSCAPE)
@@ -189,6 +190,18 @@ def test_programs_are_shared_where_schedules_agree() -> None:
     assert len(entries) == 3
     fast.draw(PORTRAIT)
     assert len(entries) == 5  # the cache step's is the same
+
+
+def test_maps_in_sequences_of_other_lengths_share_no_programs() -> None:
+    """A sequence of all maps has the map of a step elsewhere than one of the maps so far."""
+    pair = [Schedule(sides, (0.5,) * len(sides[2:]), prefix=True) for sides in (MAPS[:4], MAPS)]
+    plans = [plan_of(schedule, buffers_caches=False) for schedule in pair]
+    length = pair[0].length(3)
+    assert [plan.around(2, length) for plan in plans] == [(5, 16), (21, 0)]
+    assert plans[0].key(2) != plans[1].key(2)
+
+
+MAPS = (1, 2, 3, 4, 5)
 
 
 @pytest.mark.slow

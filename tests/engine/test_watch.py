@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -37,8 +38,15 @@ class Runs:
             for layer in range(2):
                 self.watch.saw(length, layer, pruned=self.captured and length in self.late)
 
-    def loop(self, lengths: Iterable[int]) -> None:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         with self.watch.whole():
+            yield
+        if not self.watch.within:
+            self.watch.finished()
+
+    def loop(self, lengths: Iterable[int]) -> None:
+        with self.whole():
             self.draw(lengths)
 
 
@@ -123,13 +131,13 @@ def test_a_call_of_a_part_of_the_loop_is_no_generation() -> None:
 
 def test_loops_within_loops_end_with_the_outermost() -> None:
     runs = told(LOOP)
-    with runs.watch.whole():
+    with runs.whole():
         runs.loop(MAPS[:4])
         runs.loop(MAPS[4:])
     wrong = told(LOOP[:5])
 
     def halves() -> None:
-        with wrong.watch.whole():
+        with wrong.whole():
             wrong.loop(MAPS[:3])
             wrong.loop(MAPS[3:])
 
