@@ -1,12 +1,22 @@
 """What all tests share."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
+from fastvar_fx import Schedule
+from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.models.var import VAR, build
 from tests import devices
+
+if TYPE_CHECKING:
+    from fastvar_fx.measuring.demo import Measurement
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("thorough", deadline=None)  # `zoo.examples` then draws all
@@ -35,4 +45,32 @@ def one_thread_and_no_grad() -> Iterator[None]:
     torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    """A tiny model that can be measured, and draws after each step too."""
+
+    def run(model: VAR, **options: Any) -> Tensor:
+        return model.autoregressive_infer_cfg(2, 3, g_seed=1, **options)
+
+    def run_by_step(model: VAR) -> Tensor:
+        latents: list[Tensor] = []
+        run(model, on_step=lambda _, f_hat: latents.append(f_hat[:1]))
+        return model.vae.decode(torch.cat(latents))
+
+    scales = (1, 2, 3, 4, 6, 8)
+    model = build("tiny", scales=scales, depth=2)
+    return Subject("tiny", model, Schedule(scales, (0.5, 0.75)), run, run_by_step=run_by_step)
+
+
+@pytest.fixture(scope="session")
+def measured(subject: Subject) -> Iterator[Measurement]:
+    """The tiny model, measured dense and pruned."""
+    from fastvar_fx.measuring.demo import measure_both  # imports matplotlib
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield measure_both(subject, repeats=1)
     torch.set_num_threads(threads)

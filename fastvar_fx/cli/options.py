@@ -109,8 +109,10 @@ class Asked:
             raise ModelError(f"{self.model} cannot be built: {error}") from error
         name = f"VAR, {model.depth} blocks, width {model.width}"
         note = _TRAINED if self.model == DEMO else _UNTRAINED
-        run = partial(_run_var, batch=self.batch or 2, seed=self.seed)
-        return Subject(name, model, schedule, run, self.blocks, self.seed, note)
+        batch = self.batch or 2
+        run = partial(_run_var, batch=batch, seed=self.seed)
+        by_step = partial(_run_var_by_step, batch=batch, seed=self.seed)
+        return Subject(name, model, schedule, run, self.blocks, self.seed, note, by_step)
 
     def _named_scales(self) -> tuple[int, ...]:
         if self.model == RANDOM:
@@ -191,6 +193,15 @@ def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
     return var.build(name, scales=sides)
 
 
-def _run_var(model: var.VAR, *, batch: int, seed: int) -> Tensor:
+def _run_var(model: var.VAR, *, batch: int, seed: int, on_step: var.OnStep | None = None) -> Tensor:
     classes = torch.arange(batch) % model.num_classes
-    return model.autoregressive_infer_cfg(batch, classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P)
+    return model.autoregressive_infer_cfg(
+        batch, classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P, on_step=on_step
+    )
+
+
+def _run_var_by_step(model: var.VAR, *, batch: int, seed: int) -> Tensor:
+    """Returns the first image after each step, (K, 3, H, W)."""
+    latents: list[Tensor] = []
+    _run_var(model, batch=batch, seed=seed, on_step=lambda _, f_hat: latents.append(f_hat[:1]))
+    return torch.cat([model.vae.decode(each) for each in latents])

@@ -19,22 +19,28 @@ _HEADER = (
 
 def table(report: Report) -> str:
     """Returns a table; blocks that do the same share a line."""
+    lines = [_HEADER, *(_line(group) for group in grouped(report.rows))] if report.rows else []
+    return "\n".join([*lines, *remarks(report)])
+
+
+def remarks(report: Report) -> list[str]:
+    """Returns the lines below the table, or in its place if the report has no rows."""
     savings = [_skipping_line(report.skipping), _pruning_line(report.pruning)]
     if report.outside_share is not None:
         share = f"{100 * report.outside_share:.1f} %"
         whole = "of the matrix-product FLOPs of a dense generation"
         savings.append(f"outside the blocks: {share} {whole}")
     if not report.rows:
-        return "\n".join([_empty(report), *savings, *_compiled_notes(report)])
-    lines = [_HEADER, *(_line(group) for group in _grouped(report.rows))]
+        return [_empty(report), *savings, *_compiled_notes(report)]
+    changes = []
     for step in sorted({row.step for row in report.rows}):
         dense, pruned = report.flops(step)
         if dense != pruned:
-            lines.append(f"step {step}: {_change(dense, pruned)}")
-    return "\n".join([*lines, *savings, *_notes(report), *_payoff(report)])
+            changes.append(f"step {step}: {_change(dense, pruned)}")
+    return [*changes, *savings, *_notes(report), *_payoff(report)]
 
 
-def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
     """Groups rows of neighbouring blocks that do the same."""
 
     def key(row: Row) -> tuple[Any, ...]:
@@ -52,14 +58,15 @@ def _line(group: list[Row]) -> str:
     row = group[0]
     ran = row.kept < row.tokens
     text = (
-        f"{row.step:>4}  {_blocks(group):<16} {row.branch or '-':<12} {row.kind or '-':<16} "
-        f"{row.tokens:>6} {row.kept if ran else 'dense':>6} {_flops(row.flops):>8} "
-        f"{_flops(row.pruned_flops):>8} {'-' if row.program is None else row.program:>7}"
+        f"{row.step:>4}  {block_names(group):<16} {row.branch or '-':<12} {row.kind or '-':<16} "
+        f"{row.tokens:>6} {row.kept if ran else 'dense':>6} {flops_text(row.flops):>8} "
+        f"{flops_text(row.pruned_flops):>8} {'-' if row.program is None else row.program:>7}"
     )
     return text if row.refusal is None else f"{text}\n{_explain(row.refusal)}"
 
 
-def _blocks(group: list[Row]) -> str:
+def block_names(group: Sequence[Row]) -> str:
+    """Returns the module paths of a group's blocks, in short."""
     first, last = group[0], group[-1]
     if len(group) == 1:
         return first.block
@@ -151,7 +158,7 @@ def _skipping_line(skipping: Skipping) -> str:
     )
     if skipping.flops is None:
         return f"{text}, FLOPs not traced"
-    text += f", {_flops(skipping.flops)} FLOPs"
+    text += f", {flops_text(skipping.flops)} FLOPs"
     whole = skipping.blocks == skipping.all_blocks
     return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
 
@@ -168,7 +175,7 @@ def _pruning_line(pruning: Pruning) -> str:
 
 def _change(dense: int, pruned: int) -> str:
     limit = f", limit {dense / pruned:.2f}x" if pruned else ""
-    return f"{_flops(dense)} -> {_flops(pruned)} FLOPs{limit}"
+    return f"{flops_text(dense)} -> {flops_text(pruned)} FLOPs{limit}"
 
 
 def _steps(steps: tuple[int, ...]) -> str:
@@ -193,5 +200,5 @@ def _scaled(count: float, base: int, digits: int, units: Sequence[str]) -> str:
     return f"{count:.{digits}g}{units[-1]}"
 
 
-_flops = partial(_scaled, base=1000, digits=3, units=("", "K", "M", "G", "T", "P"))
+flops_text = partial(_scaled, base=1000, digits=3, units=("", "K", "M", "G", "T", "P"))
 _bytes = partial(_scaled, base=1024, digits=4, units=(" B", " KiB", " MiB", " GiB"))

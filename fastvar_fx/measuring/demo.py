@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,9 +17,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvar_fx import ops
+from fastvar_fx.engine.find_blocks import module_at
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.measuring.compare import Comparison
@@ -56,6 +58,31 @@ class StepResult(Comparison):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """The tokens that a branch of a block kept at a pruned step.
+
+    Attributes:
+        step: The step.
+        block: The block's module path.
+        branch: The branch's module path in it.
+        tokens: Whether each token of the first sample was kept, bool, shaped as the scale.
+    """
+
+    step: int
+    block: str
+    branch: str
+    tokens: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The first image of the batch after each step, dense and pruned; (K, 3, H, W) in [0, 1]."""
+
+    dense: Tensor
+    pruned: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A generation measured dense and pruned.
 
@@ -66,9 +93,8 @@ class Measurement:
         total: The whole run, with what is not a block: sampling, image decoder.
         dense_images: (B, 3, H, W) in [0, 1].
         pruned_images: The same of the transformed model.
-        kept_shares: For each pruned step, how often the branches kept each token of the first
-            sample, in [0, 1], shaped as the scale.
-        selections: For each pruned step, how many branches selected tokens.
+        kept_tokens: What each branch kept at each pruned step, in the order it ran.
+        growth: What was drawn after each step; None if the subject does not say.
         repeat_difference: Largest difference between the images of two dense runs; 0 if the run is
             deterministic.
         repeats: Timed runs of each model.
@@ -81,11 +107,30 @@ class Measurement:
     total: Comparison
     dense_images: Tensor
     pruned_images: Tensor
-    kept_shares: dict[int, Tensor]
-    selections: dict[int, int]
+    kept_tokens: tuple[KeptTokens, ...]
+    growth: Growth | None
     repeat_difference: float
     repeats: int
     report: Report
+
+    @property
+    def kept_shares(self) -> dict[int, Tensor]:
+        """For each pruned step, how often its branches kept each token, as `KeptTokens.tokens`."""
+        return {
+            step.step: torch.stack([each.tokens for each in of_step]).float().mean(0)
+            if (of_step := self._kept_at(step.step))
+            else torch.zeros(step.scale)
+            for step in self.steps
+            if step.role == "prunes"
+        }
+
+    @property
+    def selections(self) -> dict[int, int]:
+        """For each pruned step, how many branches selected tokens."""
+        return {s.step: len(self._kept_at(s.step)) for s in self.steps if s.role == "prunes"}
+
+    def _kept_at(self, step: int) -> list[KeptTokens]:
+        return [each for each in self.kept_tokens if each.step == step]
 
     @property
     def slower_steps(self) -> tuple[int, ...]:
@@ -133,7 +178,8 @@ def measure_both(
 
     Steps of ratio 1 are not skipped but run on no tokens, so that each step has a time. Three
     untimed runs come first: one dense and one pruned that count FLOPs, and one that traces. Then
-    dense and pruned runs alternate, all from the same seed.
+    dense and pruned runs alternate, all from the same seed. Last comes one run of each that draws
+    after every step, where the subject has `run_by_step`.
 
     Args:
         subject: The model; it is not changed.
@@ -168,7 +214,7 @@ def measure_both(
     progress("tracing")
     report = trace(fast, subject.generate)
     progress("warm-up and FLOPs, pruned")
-    with select.recording():
+    with select.recording(fast, dense.blocks):
         pruned.count()
     alternate({"dense": dense, "pruned": pruned}, repeats, budget=budget, progress=progress)
     dense_images = _images(dense.result)
@@ -179,8 +225,8 @@ def measure_both(
         total=Comparison.of_runs(dense, pruned),
         dense_images=dense_images,
         pruned_images=_images(pruned.result),
-        kept_shares={s: select.share(schedule.scales[s]) for s in schedule.pruned_steps},
-        selections={s: select.calls(schedule.tokens(s)) for s in schedule.pruned_steps},
+        kept_tokens=tuple(select.kept_tokens(schedule, report)),
+        growth=_growth(subject, fast, progress),
         repeat_difference=(first_images - dense_images).abs().max().item(),
         repeats=len(dense.seconds),
         report=report,
@@ -214,42 +260,79 @@ def _images(result: object) -> Tensor:
     )
 
 
+def _growth(subject: Subject, fast: nn.Module, progress: Progress) -> Growth | None:
+    if subject.run_by_step is None:
+        return None
+    progress("drawing after each step")
+    dense, pruned = (_images(subject.generate_by_step(each)) for each in (subject.model, fast))
+    return Growth(dense=dense, pruned=pruned)
+
+
 class _Recorder:
-    """The paper's selection, which while recording keeps what it selected."""
+    """The paper's selection, which while recording keeps what each block selected."""
 
     __name__ = "recorded_selection"
 
     def __init__(self) -> None:
+        self._calls: list[tuple[str, list[Tensor]]] = []
         self._recording = False
-        self._selected: list[tuple[int, Tensor]] = []
 
     def __call__(self, x: Tensor, kept: int) -> Tensor:
         index = ops.pivotal_token_selection(x, kept)
-        if self._recording:
-            self._selected.append((x.shape[1], index))
+        if self._recording and kept:
+            mask = torch.zeros(x.shape[1], dtype=torch.bool)
+            mask[index[0].cpu()] = True
+            self._calls[-1][1].append(mask)
         return index
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
+        """Records while the blocks at these paths of a model run."""
+        hooks = [
+            module_at(model, name).register_forward_pre_hook(partial(self._enter, name))
+            for name in blocks
+        ]
         self._recording = True
         try:
             yield
         finally:
             self._recording = False
+            for hook in hooks:
+                hook.remove()
 
-    def calls(self, tokens: int) -> int:
-        return sum(count == tokens for count, _ in self._selected)
+    def _enter(self, name: str, *_: object) -> None:
+        self._calls.append((name, []))
 
-    def share(self, scale: ops.Scale) -> Tensor:
-        """Returns how often each token of the first sample was kept, shaped as the scale."""
-        share = torch.zeros(scale).flatten()
-        for tokens, index in self._selected:
-            if tokens == share.numel():
-                share[index[0].cpu()] += 1
-        return (share / max(self.calls(share.numel()), 1)).view(scale)
+    def kept_tokens(self, schedule: Schedule, report: Report) -> Iterator[KeptTokens]:
+        """Names what was recorded by the rows of a report, which are in the order they run."""
+        steps = {schedule.tokens(step): step for step in schedule.pruned_steps}
+        branches: dict[tuple[int, str], list[str]] = {}
+        for row in report.rows:
+            if row.kept < row.tokens:
+                branches.setdefault((row.step, row.block), []).append(row.branch)
+        for block, masks in self._calls:
+            if not masks:
+                continue
+            step = steps[masks[0].numel()]
+            names = branches[step, block]
+            # A program that is made at this call selects too, before the call runs.
+            for name, mask in zip(names, masks[-len(names) :], strict=True):
+                tokens = mask.view(schedule.scales[step])
+                yield KeptTokens(step=step, block=block, branch=name, tokens=tokens)
 
 
 # --- pictures ---------------------------------------------------------------------------------
+
+
+def difference(dense: Tensor, pruned: Tensor) -> tuple[Tensor, float]:
+    """Returns |dense - pruned| (B, H, W), the mean of the three colours, and the end of its scale.
+
+    Args:
+        dense: (B, 3, H, W) in [0, 1].
+        pruned: Of the same shape.
+    """
+    apart = (dense - pruned).abs().mean(1)
+    return apart, ceil(10 * apart.max().item()) / 10 or 0.1
 
 
 def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -> None:
@@ -262,8 +345,7 @@ def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -
         path: File to write.
     """
     dense, pruned = (x[:_MOST_ROWS] for x in (result.dense_images, result.pruned_images))
-    apart = (dense - pruned).abs().mean(1)  # (B, H, W)
-    highest = ceil(10 * apart.max().item()) / 10 or 0.1
+    apart, highest = difference(dense, pruned)
     rows, height, width = apart.shape
     side = 4.1 * height / width
     figure = Figure(figsize=(13.6, rows * side + 1.2), dpi=100, layout="constrained")
@@ -318,7 +400,7 @@ def draw_kept_tokens(result: Measurement, title: str, caption: str, path: Path) 
 
 def _overlay(axis: Axes, image: Tensor, share: Tensor) -> AxesImage:
     """Draws how often tokens were kept over a grey image; of jointly drawn maps the first."""
-    share = share if share.dim() == 2 else share[0]
+    share = first_map(share)
     height, width = image.shape[1:]
     axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1)
     shown = axis.imshow(
@@ -334,6 +416,11 @@ def _overlay(axis: Axes, image: Tensor, share: Tensor) -> AxesImage:
     axis.hlines([height * i / h - 0.5 for i in range(1, h)], -0.5, width - 0.5, "k", lw=0.3)
     axis.vlines([width * i / w - 0.5 for i in range(1, w)], -0.5, height - 0.5, "k", lw=0.3)
     return shown
+
+
+def first_map(tokens: Tensor) -> Tensor:
+    """Returns what belongs to the tokens of a scale as (h, w): of jointly drawn maps the first."""
+    return tokens if tokens.dim() == 2 else tokens[0]
 
 
 def _show(axis: Axes, image: Tensor) -> None:

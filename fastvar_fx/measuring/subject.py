@@ -27,6 +27,8 @@ class Subject:
         blocks: Module path of the transformer blocks; None to find them.
         seed: Seed of torch's global generators for each generation.
         note: What a reader of the pictures has to know; may be empty.
+        run_by_step: As `run`, but returns the first image after each step, (K, 3, H, W); None if
+            the model's steps cannot be drawn.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Subject:
     blocks: str | None = None
     seed: int = 0
     note: str = ""
+    run_by_step: Callable[[Any], Any] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -45,10 +48,18 @@ class Subject:
 
     def generate(self, model: nn.Module) -> Any:
         """Runs one generation from the seed; torch's global generators stay as they were."""
+        return self._from_seed(self.run, model)
+
+    def generate_by_step(self, model: nn.Module) -> Any:
+        """Runs `run_by_step` as `generate` runs `run`."""
+        assert self.run_by_step is not None
+        return self._from_seed(self.run_by_step, model)
+
+    def _from_seed(self, run: Callable[[Any], Any], model: nn.Module) -> Any:
         device = self.weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(self.seed)
-            return self.run(model)
+            return run(model)
 
     def runs(self, model: nn.Module, drawn: int | None = None) -> Runs:
         """Returns runs of the model or of a transform of it, none made yet.

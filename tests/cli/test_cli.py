@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,6 @@ from PIL import Image
 
 from fastvar_fx import Schedule, presets
 from fastvar_fx.cli import main
-from fastvar_fx.errors import RunError, ScheduleError
-from fastvar_fx.measuring import demo
-from fastvar_fx.measuring.clock import per_step
-from fastvar_fx.measuring.runs import Budget
-from fastvar_fx.measuring.subject import Subject
-from fastvar_fx.models.var import build
 
 SCALES = (1, 2, 3, 4, 6, 8)
 MODELS = """
@@ -229,71 +223,6 @@ def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folde
     assert "random weights" not in out
     assert (folder / "demo" / "demo.png").exists()
     assert all(len(line) <= 100 for line in out.splitlines())
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    def run(model: Any) -> Any:
-        return model.autoregressive_infer_cfg(2, 3, g_seed=1)
-
-    model = build("tiny", scales=SCALES, depth=2)
-    return Subject("tiny", model, Schedule(SCALES, (0.5, 0.75)), run)
-
-
-@pytest.fixture(scope="module")
-def measured(subject: Subject) -> Iterator[demo.Measurement]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield demo.measure_both(subject, repeats=1)
-    torch.set_num_threads(threads)
-
-
-def test_measuring_changes_neither_images_nor_model(
-    subject: Subject, measured: demo.Measurement
-) -> None:
-    assert torch.equal(measured.dense_images, subject.run(subject.model))
-    assert not torch.equal(measured.pruned_images, measured.dense_images)
-    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in subject.model.modules()]
-    assert not any(after or before for after, before in hooks)
-
-
-def test_measured_flops_agree_with_the_report(measured: demo.Measurement) -> None:
-    first = measured.steps[4]
-    dense, pruned = measured.report.flops(first.step)
-    assert first.dense_flops - first.pruned_flops == dense - pruned > 0
-
-
-def test_kept_shares_add_up_to_the_kept_tokens(measured: demo.Measurement) -> None:
-    assert measured.selections == {4: 4, 5: 4}
-    for step in measured.steps[4:]:
-        share = measured.kept_shares[step.step]
-        assert share.shape == step.scale
-        assert share.sum().item() == pytest.approx(step.kept)
-        assert set((4 * share).flatten().tolist()) <= {0, 1, 2, 3, 4}
-
-
-def test_a_budget_ends_the_repeats(subject: Subject) -> None:
-    told: list[str] = []
-    result = demo.measure_both(subject, repeats=9, budget=Budget(0), progress=told.append)
-    assert result.repeats == 1
-    assert told[3:] == ["dense, run 1 of 9", "pruned, run 1 of 9"]
-
-
-def test_passes_are_told_apart_by_step() -> None:
-    schedule = Schedule((1, 1, 2, 3), (0.5,))
-    assert per_step([(1, 1), (1, 2), (4, 3), (9, 4)], schedule) == [1, 2, 3, 4]
-    context_and_halves = [(30, 9), (9, 9), (1, 1), (1, 1), (4, 2), (4, 3), (9, 4), (9, 4)]
-    assert per_step(context_and_halves, schedule) == [1, 1, 5, 8]
-    prompt_first = Schedule((1, 2, 3), (0.5,))
-    assert per_step([(30, 9), (4, 2), (9, 4)], prompt_first) == [9, 2, 4]
-    assert per_step([(1, 1), (4, 2)], prompt_first, drawn=2) == [1, 2, 0]
-    with pytest.raises(RunError, match=r"steps of \[1, 1, 4, 9\] tokens, but .* \[1, 1, 4\]"):
-        per_step([(1, 1), (1, 2), (4, 3)], schedule)
-
-
-def test_nothing_to_compare(subject: Subject) -> None:
-    with pytest.raises(ScheduleError, match="nothing to compare"):
-        demo.measure_both(Subject("tiny", subject.model, Schedule(SCALES, (0,)), subject.run))
 
 
 # --- what goes wrong --------------------------------------------------------------------------
