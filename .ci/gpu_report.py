@@ -57,7 +57,7 @@ def show_operators(data: Data) -> str:
     for form, times in data["us"].items():
         for name, us in times.items():
             rate = data["gb_per_s"][form][name]
-            print(f"  {form:9} {name:5} {us:8.1f} us {rate:7.0f} GB/s {rate / copy:5.0%}")
+            print(f"  {form:9} {name:9} {us:8.1f} us {rate:7.0f} GB/s {rate / copy:5.0%}")
     shares = [f"{share:.1%} {form}" for form, share in data["share"].items() if share is not None]
     return f"PTS+take+CTR of a branch, {data['rows']}x{data['tokens']}: {', '.join(shares)}"
 

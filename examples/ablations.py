@@ -156,7 +156,8 @@ def selection(tried: Tried) -> Section:
 
 
 def restoration(tried: Tried) -> Section:
-    restored = {"area of cached": tried.paper} | tried.by("zeros", "nearest-kept")
+    others = tried.by("drift-corrected", "zeros", "nearest-kept")
+    restored = {"area of cached": tried.paper} | others
     modes = tried.by("bilinear", "nearest")
     restored |= {f"{mode} of cached": setting for mode, setting in modes.items()}
     return Section(

@@ -30,6 +30,7 @@ from fastvar_fx.ops import (
     Take,
     as_maps,
     cached_token_restoration,
+    drift_corrected_restoration,
     highest,
     pivotal_scores,
     pivotal_token_selection,
@@ -91,7 +92,7 @@ class Method:
     @property
     def restores_anew(self) -> bool:
         """Whether the result of `restore` is known to be new memory, which may be overwritten."""
-        return self.restore is cached_token_restoration
+        return self.restore in (cached_token_restoration, drift_corrected_restoration)
 
 
 def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,6 +306,7 @@ def _check_some_kept(kept: Tensor, rule: str) -> None:
 METHODS: Final[Mapping[str, Callable[[Schedule], Method]]] = MappingProxyType(
     {
         "fastvar": lambda _: Method(),
+        "drift-corrected": lambda _: Method(restore=drift_corrected_restoration),
         "once-per-block": lambda _: Method(once="block"),
         "random": lambda _: Method(select=random_tokens),
         "uniform-grid": lambda schedule: Method(select=uniform_grid(schedule.scales)),

@@ -1,4 +1,4 @@
-"""The two operators of FastVAR, usable alone: pivotal token selection and cached token restoration.
+"""The operators, usable alone: pivotal token selection and cached token restoration.
 
 `x` is (B, L, C): B samples, L = h * w tokens in row-major order, C features.
 
@@ -51,7 +51,7 @@ def pivotal_scores(x: Tensor) -> Tensor:
     squares the distance; the ranking is the same, and a norm reads memory once less.
     Half-precision inputs are scored in float32.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = _at_least_float32(x)
     scores: Tensor = torch.linalg.vector_norm(x - x.mean(dim=1, keepdim=True), dim=-1)
     return scores
 
@@ -141,6 +141,69 @@ def cached_token_restoration(
     """
     _check_shapes(kept, index, cached, cached_scale, scale)
     return put_tokens(resize_map(cached, cached_scale, scale), index, kept)
+
+
+def drift_corrected_restoration(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    """Returns `cached_token_restoration` with the drift added to what was captured.
+
+    The captured output is that of another step: of other conditioning, and with other earlier maps
+    to attend to. The drift (B, 1, C) is what this changes on average, seen at the kept tokens: the
+    mean over them of computed minus captured output. It is computed in float32 (float64 for
+    float64). Where no token is kept it is unknown, and nothing is added.
+
+    Args:
+        kept: The branch's output on the kept tokens (B, kept, C).
+        index: Which tokens those are (B, kept), int64.
+        cached: The branch's output captured at the cache step (B, Lc, C), Lc = prod(cached_scale).
+        cached_scale: (h, w) or (m, h, w) of the cache step.
+        scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
+
+    Raises:
+        ArgumentError: If the shapes do not fit each other.
+
+    Source: not of the paper.
+
+    Example:
+        >>> cached = torch.tensor([[[5.0]]])
+        >>> kept, index = torch.ones(1, 1, 1), torch.tensor([[2]])
+        >>> out = drift_corrected_restoration(kept, index, cached, (1, 1), (2, 2))
+        >>> out.flatten().tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    _check_shapes(kept, index, cached, cached_scale, scale)
+    if kept.shape[1]:
+        # Interpolation keeps constants, so the drift may be added to the smaller map.
+        drift = _token_mean(kept) - _captured_mean(index, cached, cached_scale, scale)
+        cached = (cached + drift).to(cached.dtype)
+    return put_tokens(resize_map(cached, cached_scale, scale), index, kept)
+
+
+def _captured_mean(index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
+    """Returns the mean (B, 1, C) of the captured output over the tokens at `index`."""
+    wide = _at_least_float32(cached)
+    chosen = wide.new_zeros(len(index), prod(scale)).scatter_(1, index, 1 / index.shape[1])
+    sides = zip(cached_scale[-2:], scale[-2:], strict=True)
+    rows, columns = (_shares(small, large, wide) for small, large in sides)
+    maps = chosen.view(-1, *scale[-2:])  # (B * m, H, W)
+    shares = rows @ maps @ columns.mT  # (B * m, h, w)
+    return shares.view(len(index), 1, -1) @ wide
+
+
+def _shares(small: int, large: int, like: Tensor) -> Tensor:
+    """Returns the share of each of `small` places in each of `large` ones, (1, small, large)."""
+    each = torch.eye(small, dtype=like.dtype, device=like.device)
+    return F.interpolate(each.unsqueeze(0), size=large, mode="area")
+
+
+def _token_mean(x: Tensor) -> Tensor:
+    """Returns the mean token (B, 1, C) of x (B, L, C), in float32 or float64."""
+    return x.mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def put_tokens(full: Tensor, index: Tensor, kept: Tensor) -> Tensor:
@@ -235,17 +298,16 @@ def _check_shapes(
     found = f"kept {tuple(kept.shape)}, index {tuple(index.shape)}, cached {tuple(cached.shape)}"
     if kept.dim() != 3 or cached.dim() != 3 or kept.shape[:2] != index.shape:
         raise ArgumentError(
-            f"cached_token_restoration needs kept (B, kept, C), index (B, kept) and cached "
+            f"restoration needs kept (B, kept, C), index (B, kept) and cached "
             f"(B, Lc, C); found {found}"
         )
     if cached.shape[1] != prod(cached_scale) or kept.shape[::2] != cached.shape[::2]:
         raise ArgumentError(
-            f"cached_token_restoration asked to restore from scale {cached_scale} of "
+            f"asked to restore from scale {cached_scale} of "
             f"{prod(cached_scale)} tokens; found {found}. Pass the scale of the cache step, and "
             f"tensors of one batch and width"
         )
     if as_maps(cached_scale)[0] != as_maps(scale)[0]:
         raise ArgumentError(
-            f"cached_token_restoration needs scales of equally many maps; found {cached_scale} and "
-            f"{scale}"
+            f"restoration needs scales of equally many maps; found {cached_scale} and {scale}"
         )

@@ -3,6 +3,7 @@
 import doctest
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import fastvar_fx
 from fastvar_fx import ArgumentError, Method, methods
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.ops import Scale, put_tokens, take_tokens
+from tests.graph_double import record
 
 SCALES: tuple[Scale, ...] = ((1, 1), (2, 2), (3, 3), (4, 4))
 SCHEDULE = fastvar_fx.Schedule(SCALES, (0.5,))
@@ -192,7 +194,7 @@ def test_what_is_no_method(model: VAR) -> None:
 
     with pytest.raises(ArgumentError, match=r"named 'tomes'; did you mean tome\?"):
         transform("tomes")
-    with pytest.raises(ArgumentError, match=r"did you mean fastvar or once-per-block or"):
+    with pytest.raises(ArgumentError, match=r"did you mean fastvar or drift-corrected or"):
         transform("?")
     with pytest.raises(ArgumentError, match=r"or one of fastvar, .*; found function"):
         transform(methods.zeros)
@@ -220,13 +222,16 @@ def test_functions_without_a_name_are_wrapped() -> None:
     assert Method(select=methods.lowest_scores).select is methods.lowest_scores
 
 
-def test_only_the_papers_restoration_is_known_to_be_new_memory() -> None:
+def test_only_restorations_of_the_package_are_known_to_be_new_memory() -> None:
     assert Method().restores_anew
+    assert methods.method_of("drift-corrected", SCHEDULE).restores_anew
     assert not Method(restore=methods.interpolated("area")).restores_anew
 
 
 def test_a_name_is_what_it_says() -> None:
     named = {name: methods.method_of(name, SCHEDULE) for name in methods.names()}
+    restore = fastvar_fx.ops.drift_corrected_restoration
+    assert named["drift-corrected"] == Method(restore=restore)
     assert named["once-per-block"] == Method(once="block")
     assert named["random"] == Method(select=methods.random_tokens)
     assert named["lowest-scores"] == Method(select=methods.lowest_scores)
@@ -320,6 +325,32 @@ def test_a_block_may_select_once_for_all_its_branches(model: VAR) -> None:
         assert len(seen) == selections
         shared = [torch.equal(a, b) for a, b in zip(used[::2], used[1::2], strict=True)]
         assert all(shared) if once else not all(shared)
+
+
+def corrected_by_hand(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    full = fastvar_fx.ops.resize_map(cached, cached_scale, scale)
+    drift = (kept - take_tokens(full, index)).mean(dim=1, keepdim=True)
+    return full.add(drift).scatter(1, index.unsqueeze(-1).expand_as(kept), kept)
+
+
+@pytest.mark.parametrize("once", [False, "block"])
+@pytest.mark.parametrize("path", ["eager", "compiled", "recorded", "several schedules"])
+def test_the_corrected_method_on_every_path(model: VAR, path: str, once: methods.Once) -> None:
+    method = replace(methods.method_of("drift-corrected", SCHEDULE), once=once)
+    by_hand = Method(restore=corrected_by_hand, once=once)
+    want = draw(fastvar_fx.transform(model, SCHEDULE, method=by_hand))
+    paper = draw(fastvar_fx.transform(model, SCHEDULE, method=Method(once=once)))
+    several = (SCHEDULE, fastvar_fx.Schedule((*SCALES[:3], (3, 5)), (0.5,)))
+    schedule = several if path == "several schedules" else SCHEDULE
+    fast = fastvar_fx.transform(model, schedule, method=method)
+    if path == "recorded":
+        got = record(fast, lambda m, _: draw(m), torch.zeros(1))(torch.zeros(1))
+    else:
+        got = draw(fastvar_fx.compile(fast, backend="eager") if path == "compiled" else fast)
+    torch.testing.assert_close(got, want)
+    assert (paper - want).abs().max() > 1e-2
 
 
 def test_a_selection_of_several_tensors_compiles(model: VAR) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastvar_fx import ops, schedule
 from fastvar_fx.ops import (
+    Restore,
     Scale,
     cached_token_restoration,
+    drift_corrected_restoration,
     kept_tokens,
     pivotal_scores,
     pivotal_token_selection,
@@ -172,6 +174,108 @@ def test_restoration(cached_scale: Scale, scale: Scale, dtype: torch.dtype) -> N
         assert all(map(torch.equal, before, (kept, index, cached)))
 
 
+def plainly_corrected(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    """Sample by sample in float64, over the whole resized map."""
+    full = plain_resize(cached.double(), cached_scale, scale)
+    for sample, own, places in zip(full, kept.double(), index, strict=True):
+        if len(places):
+            sample += (own - sample[places]).mean(0)
+            sample[places] = own
+    return full.to(cached.dtype)
+
+
+def random_restoration(
+    batch: int, width: int, share: float, scales: tuple[Scale, Scale], dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Scale, Scale]:
+    """Returns the arguments of a restoration, with a drift of about 3 per channel."""
+    generator = torch.Generator().manual_seed(seed)
+    cached_scale, scale = scales
+    tokens = torch.Size(scale).numel()
+    count = round(share * tokens)
+    cached = torch.randn(batch, torch.Size(cached_scale).numel(), width, generator=generator)
+    drift = 3 * torch.randn(batch, 1, width, generator=generator)
+    kept = drift + torch.randn(batch, count, width, generator=generator)
+    rows = [torch.randperm(tokens, generator=generator)[:count] for _ in range(batch)]
+    index = torch.stack(rows).to(DEVICE)
+    return kept.to(DEVICE, dtype), index, cached.to(DEVICE, dtype), cached_scale, scale
+
+
+@pytest.mark.usefixtures("_form")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_correction_of_the_drift(dtype: torch.dtype) -> None:
+    """Both forms give the mean of what is restored, to the rounding of the dtype."""
+
+    @FAST
+    @given(
+        batch=st.integers(1, 3),
+        width=st.integers(1, 9),
+        share=st.floats(0, 1),
+        small=st.tuples(*2 * [st.integers(1, 6)]),
+        grown=st.tuples(*2 * [st.integers(0, 9)]),
+        maps=st.sampled_from([(), (1,), (3,)]),
+        seed=st.integers(0, 1000),
+    )
+    def check(
+        batch: int,
+        width: int,
+        share: float,
+        small: tuple[int, int],
+        grown: tuple[int, int],
+        maps: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        large = (small[0] + grown[0], small[1] + grown[1])
+        scales = ((*maps, *small), (*maps, *large))
+        given_ = random_restoration(batch, width, share, scales, dtype, seed)
+        kept, index, cached, *_ = given_
+        before = kept.clone(), index.clone(), cached.clone()
+        full = drift_corrected_restoration(*given_)
+        assert full.dtype == dtype
+        assert all(map(torch.equal, before, (kept, index, cached)))
+        assert torch.equal(take_tokens(full, index), kept), "kept tokens stay as computed"
+        coarse = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(full, plainly_corrected(*given_), rtol=coarse, atol=4 * coarse)
+        assert torch.equal(full, drift_corrected_restoration(*given_)), "the same every time"
+
+    check()
+
+
+@pytest.mark.usefixtures("_form")
+def test_the_drift_is_the_mean_difference_at_the_kept_tokens() -> None:
+    cached = torch.tensor([[[1.0, 0.0], [5.0, 0.0]], [[0.0, 0.0], [0.0, 8.0]]], device=DEVICE)
+    kept = torch.tensor([[[2.0, 1.0], [9.0, 2.0]], [[1.0, 1.0], [3.0, 1.0]]], device=DEVICE)
+    index = torch.tensor([[0, 3], [1, 0]], device=DEVICE)
+    full = drift_corrected_restoration(kept, index, cached, (1, 2), (1, 4))
+    # Sample 0: (2 - 1, 9 - 5) and (1, 2) differ by 2.5 and 1.5 on average; sample 1 by 2 and 1.
+    assert full[0].tolist() == [[2.0, 1.0], [3.5, 1.5], [7.5, 1.5], [9.0, 2.0]]
+    assert full[1].tolist() == [[3.0, 1.0], [1.0, 1.0], [2.0, 9.0], [2.0, 9.0]]
+
+
+@pytest.mark.usefixtures("_form")
+def test_without_kept_tokens_nothing_is_corrected() -> None:
+    given_ = random_restoration(2, 3, 0.0, ((2, 2), (3, 4)), torch.float32, 0)
+    assert torch.equal(drift_corrected_restoration(*given_), cached_token_restoration(*given_))
+
+
+@pytest.mark.usefixtures("_form")
+def test_the_drift_of_half_precision_is_computed_in_float32() -> None:
+    kept = torch.tensor([[[1.0], [1.0 + 2**-7]]]).to(DEVICE, torch.bfloat16)  # it rounds the mean
+    cached = torch.tensor([[[1.0], [0.0]]]).to(DEVICE, torch.bfloat16)
+    index = torch.tensor([[0, 1]], device=DEVICE)
+    full = drift_corrected_restoration(kept, index, cached, (1, 2), (1, 4))
+    assert full[0, 2:, 0].tolist() == [2**-8, 2**-8]
+
+
+def test_gradients_pass_through_the_correction() -> None:
+    with torch.enable_grad():
+        kept, cached = (torch.ones(1, 1, 4, requires_grad=True) for _ in range(2))
+        full = drift_corrected_restoration(kept, torch.tensor([[2]]), cached, (1, 1), (2, 2))
+        found = torch.autograd.grad(full.sum(), (kept, cached))
+    assert [part.flatten().tolist() for part in found] == [4 * [4.0], 4 * [0.0]]
+
+
 def test_joint_maps_are_resized_each_by_itself() -> None:
     cached = torch.tensor([[[1.0], [2.0]]], device=DEVICE)  # two maps of one token
     assert resize_map(cached, (2, 1, 1), (2, 2, 1)).flatten().tolist() == [1.0, 1.0, 2.0, 2.0]
@@ -249,13 +353,16 @@ def test_take_and_put_are_per_sample() -> None:
     assert put[0, 1].tolist() == put[1, 0].tolist() == [0.0, 0.0]
 
 
-def test_what_compilers_are_given_scatters_no_features() -> None:
+@pytest.mark.parametrize("restore", [cached_token_restoration, drift_corrected_restoration])
+def test_what_compilers_are_given_scatters_no_features(restore: Restore) -> None:
     def add_restored(trunk: Tensor, kept: Tensor, index: Tensor, cached: Tensor) -> Tensor:
-        return cached_token_restoration(kept, index, cached, (2, 2), (4, 4)).add_(trunk)
+        full: Tensor = restore(kept, index, cached, (2, 2), (4, 4)).add_(trunk)
+        return full
 
     def backend(graph_module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         written = [n for n in graph_module.graph.nodes if "scatter" in str(n.target)]
-        assert [n.meta["example_value"].dtype for n in written] == [torch.int64]
+        assert written
+        assert {n.meta["example_value"].shape for n in written} == {(2, 16)}
         assert "index_copy" not in graph_module.code
         return graph_module.forward
 
@@ -263,7 +370,7 @@ def test_what_compilers_are_given_scatters_no_features() -> None:
     index = torch.stack([torch.randperm(16, device=DEVICE)[:5] for _ in range(2)])
     compiled = torch.compile(add_restored, backend=backend, fullgraph=True)
     expected = add_restored(trunk, kept, index, cached)
-    assert torch.equal(compiled(trunk, kept, index, cached), expected)
+    torch.testing.assert_close(compiled(trunk, kept, index, cached), expected)
 
 
 @pytest.mark.parametrize(
@@ -288,5 +395,6 @@ def test_restoration_refuses_shapes_that_do_not_fit(
     message: str,
 ) -> None:
     indices = torch.zeros(index, dtype=torch.int64)
-    with pytest.raises(ValueError, match=message):
-        cached_token_restoration(torch.zeros(kept), indices, torch.zeros(cached), *scales)
+    for restore in (cached_token_restoration, drift_corrected_restoration):
+        with pytest.raises(ValueError, match=message):
+            restore(torch.zeros(kept), indices, torch.zeros(cached), *scales)

@@ -10,7 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fastvar_fx.cli.options import Json, PresetName, Ratios, ScheduleFile, chosen_schedule
+from fastvar_fx.cli.options import (
+    Json,
+    MethodName,
+    PresetName,
+    Ratios,
+    ScheduleFile,
+    chosen_schedule,
+)
 from fastvar_fx.cli.terminal import (
     environment,
     environment_line,
@@ -53,6 +60,7 @@ def run_evaluate(
     preset: PresetName = None,
     schedule: ScheduleFile = None,
     ratios: Ratios = None,
+    method: MethodName = "fastvar",
     metrics: Metrics = _ALL,
     classes: Classes = None,
     images: Images = None,
@@ -66,7 +74,14 @@ def run_evaluate(
     with show_progress() as progress:
         progress("building the model")
         subject = case(model, chosen, classes=_class_list(classes), folder=images)
-        result = evaluate(subject, metrics=wanted, seeds=seeds, repeats=repeats, progress=progress)
+        result = evaluate(
+            subject,
+            method=method,
+            metrics=wanted,
+            seeds=seeds,
+            repeats=repeats,
+            progress=progress,
+        )
     if as_json:
         print(json.dumps(_as_dict(result)))
     else:
@@ -88,6 +103,7 @@ def _as_dict(result: Evaluation) -> dict[str, Any]:
         **environment(subject),
         "model": result.case.name,
         "note": result.case.note,
+        "method": result.method,
         "schedule": json.loads(result.case.schedule.to_json()),
         "seeds": result.seeds,
         "scores": [score.as_dict() for score in result.fidelity.scores],
@@ -101,6 +117,7 @@ def _print(result: Evaluation) -> None:
     subject = result.case.subject(0)
     show(headline(subject))
     show(environment_line(subject, result.batch))
+    show(f"method: {result.method}")
     show(_score_table(result))
     show(_step_table(result))
     if result.speed is not None:

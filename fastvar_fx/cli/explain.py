@@ -11,6 +11,7 @@ from fastvar_fx.cli.options import (
     Batch,
     Blocks,
     Json,
+    MethodName,
     ModelName,
     OnFull,
     OnFullName,
@@ -36,6 +37,7 @@ def run_explain(
     run: Run = None,
     batch: Batch = None,
     on_full: OnFullName = OnFull.SKIP,
+    method: MethodName = "fastvar",
     timed: Timed = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +52,8 @@ def run_explain(
         batch=batch,
     )
     subject = asked.subject()
-    fast = transform(subject.model, subject.schedule, blocks=blocks, on_full=on_full.value)
+    fast = transform(
+        subject.model, subject.schedule, blocks=blocks, on_full=on_full.value, method=method
+    )
     report = (measure if timed else trace)(fast, subject.generate)
     print(report.to_json() if as_json else f"{headline(subject)}\n\n{report}")

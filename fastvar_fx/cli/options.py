@@ -13,6 +13,7 @@ import torch
 import typer
 from torch import Tensor
 
+from fastvar_fx import methods
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
@@ -76,6 +77,9 @@ Run = Annotated[
         help="package.module:function, where function(model) runs one generation and (for the "
         "demo) returns images (B, 3, H, W) in [0, 1]. Needed for a model of your own.",
     ),
+]
+MethodName = Annotated[
+    str, typer.Option("--method", help=f"How branches are pruned: {', '.join(methods.names())}.")
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Images at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

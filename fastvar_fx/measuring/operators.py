@@ -24,15 +24,17 @@ from fastvar_fx.models.maps import template
 from fastvar_fx.models.rope import pair_table
 from fastvar_fx.ops import (
     cached_token_restoration,
+    drift_corrected_restoration,
     kept_tokens,
     pivotal_token_selection,
     take_tokens,
 )
 from passes.rewrite.side_input import take_side
 
-PTS, TAKE, CTR, SIDE = "PTS", "take", "CTR", "side"
-OPERATORS: Final = (PTS, TAKE, CTR, SIDE)
-"""What is measured: selection, gather of the stream, restoration, gather of a RoPE table."""
+PTS, TAKE, CTR, CORRECTED, SIDE = "PTS", "take", "CTR", "corrected", "side"
+OPERATORS: Final = (PTS, TAKE, CTR, CORRECTED, SIDE)
+"""What is measured: selection, gather of the stream, restoration as published and with the drift
+corrected, gather of a RoPE table."""
 
 EAGER, COMPILED = "eager", "compiled"
 """How it runs."""
@@ -115,6 +117,13 @@ class AtShape:
             return None
         return 2 * (found[PTS] + found[TAKE] + found[CTR]) / sum(self.branches.values())
 
+    def correction(self, form: str) -> float | None:
+        """Returns the time that correcting the drift adds to CTR, over that of a dense branch."""
+        found = self.seconds.get(form, {})
+        if not {CTR, CORRECTED} <= found.keys():
+            return None
+        return 2 * (found[CORRECTED] - found[CTR]) / sum(self.branches.values())
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data; times in microseconds."""
         return {
@@ -127,6 +136,7 @@ class AtShape:
             "us": {f: {k: 1e6 * s for k, s in found.items()} for f, found in self.seconds.items()},
             "gb_per_s": {form: self.gb_per_s(form) for form in self.seconds},
             "share": {form: self.share(form) for form in self.seconds},
+            "correction": {form: self.correction(form) for form in self.seconds},
         }
 
 
@@ -221,13 +231,12 @@ def _call(name: str, i: _Inputs) -> tuple[Callable[..., Tensor], tuple[Any, ...]
     side, cached_side = isqrt(tokens), isqrt(i.cached.shape[1])
     # The table meets queries (R, H, L, c / 2).
     layout = ((None,) * 4, ((2, tokens, 0),), 0, (rows, -1, -1, -1))
+    captured = (i.kept, i.index, i.cached, (cached_side, cached_side), (side, side))
     calls: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
         PTS: (pivotal_token_selection, (i.x, i.index.shape[1])),
         TAKE: (take_tokens, (i.x, i.index)),
-        CTR: (
-            cached_token_restoration,
-            (i.kept, i.index, i.cached, (cached_side, cached_side), (side, side)),
-        ),
+        CTR: (cached_token_restoration, captured),
+        CORRECTED: (drift_corrected_restoration, captured),
         SIDE: (take_side, (i.table, i.index, *layout)),
     }
     return calls[name]
@@ -248,10 +257,12 @@ def _bytes(name: str, shape: Shape) -> int:
     """Returns the bytes that an operator at least reads and writes."""
     token, table = shape.width * _STREAM.itemsize, shape.head_width // 2 * _STREAM.itemsize
     index = shape.kept * torch.int64.itemsize
+    restored = (shape.kept + (shape.side // 2) ** 2 + shape.tokens) * token
     moved = {
         PTS: shape.tokens * token,
         TAKE: 2 * shape.kept * token,
-        CTR: (shape.kept + (shape.side // 2) ** 2 + shape.tokens) * token,
+        CTR: restored,
+        CORRECTED: restored,
         SIDE: 2 * shape.kept * table,
     }
     return shape.rows * (moved[name] + index)

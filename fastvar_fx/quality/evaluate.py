@@ -186,6 +186,7 @@ class Evaluation:
         fidelity: What pruning changed.
         speed: Times and FLOPs; None if nothing was timed.
         left_out: Metrics that do not apply, with the reason.
+        method: The name of the method that prunes.
     """
 
     case: Case
@@ -194,6 +195,7 @@ class Evaluation:
     fidelity: Fidelity
     speed: Speed | None
     left_out: dict[str, str]
+    method: str
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -485,6 +487,7 @@ def speed_of(dense: Runs, pruned: Runs) -> Speed:
 def evaluate(
     case: Case,
     *,
+    method: str = "fastvar",
     metrics: Sequence[str] = tuple(METRICS),
     seeds: int = 4,
     repeats: int = 3,
@@ -494,22 +497,25 @@ def evaluate(
 
     Args:
         case: The model, its schedule and the photographs.
+        method: How branches are pruned, one of `fastvar_fx.methods.names()`.
         metrics: Keys of `METRICS`; the result lists those that do not apply.
         seeds: How many seeds to draw from, each a batch; at least 1.
         repeats: Timed runs of each model; 0 to time nothing.
         progress: Called with a short text before each part.
 
     Raises:
+        ArgumentError: An unknown method.
         ModelError: An unknown metric, no seed, or negative repeats.
         NothingPrunedError: If nothing could be pruned.
     """
     chosen = check_metrics(metrics)
     if seeds < 1 or repeats < 0:
         raise ModelError(f"asked for {seeds} seeds and {repeats} repeats; give 1 and 0 at least")
-    baseline = Baseline.of(case, chosen, range(seeds), progress)
     progress("tracing")
-    fast = case.pruned()
+    fast = case.pruned(method)
+    baseline = Baseline.of(case, chosen, range(seeds), progress)
     fidelity = baseline.compare(fast)
     speed = measure_speed(case, fast, repeats, progress) if repeats else None
     batch = len(baseline.generations[0].latents)
-    return Evaluation(case, tuple(range(seeds)), batch, fidelity, speed, baseline.left_out)
+    chosen_seeds = tuple(range(seeds))
+    return Evaluation(case, chosen_seeds, batch, fidelity, speed, baseline.left_out, method)

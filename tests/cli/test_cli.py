@@ -118,6 +118,15 @@ def test_explain_the_default_model(cli: Cli) -> None:
     assert late == {("attention", 256, 64), ("ffn", 256, 64)}
 
 
+def test_explain_another_method(cli: Cli) -> None:
+    code, out, _ = cli("explain", "--batch", "1", "--method", "drift-corrected", "--json")
+    assert code == 0
+    assert {r["kept"] for r in json.loads(out)["rows"] if r["step"] == 9} == {64}
+    code, _, err = cli("explain", "--method", "drift-correct")
+    assert code == 1
+    assert "no method is named 'drift-correct'; did you mean drift-corrected?" in err
+
+
 def test_explain_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
     path = list(sys.path)
     code, out, err = cli("explain", *OWN)

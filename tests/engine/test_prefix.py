@@ -230,7 +230,9 @@ def test_the_last_map_prunes_and_those_before_stay_whole(
     assert not torch.allclose(fast.generate()[4], dense[4], atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["once-per-block", "uniform-grid", "nearest-kept", "tome"])
+@pytest.mark.parametrize(
+    "method", ["drift-corrected", "once-per-block", "uniform-grid", "nearest-kept", "tome"]
+)
 def test_every_method_prunes_the_last_map_alone(method: str) -> None:
     fast = fastvar_fx.transform(Net(Block, as_bool), SCHEDULE, method=method)
     if method == "once-per-block":

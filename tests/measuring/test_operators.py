@@ -9,6 +9,7 @@ import torch
 
 from fastvar_fx.measuring.operators import (
     COMPILED,
+    CORRECTED,
     CTR,
     EAGER,
     INFINITY_2B,
@@ -27,7 +28,7 @@ FOUND = AtShape(
     shape=SHAPE,
     copy_gb_per_s=1.0,
     branches={"attention": 6e-6, "ffn": 2e-6},
-    seconds={EAGER: {PTS: 1e-6, TAKE: 2e-6, CTR: 4e-6, SIDE: 8e-6}},
+    seconds={EAGER: {PTS: 1e-6, TAKE: 2e-6, CTR: 4e-6, CORRECTED: 5e-6, SIDE: 8e-6}},
 )
 
 
@@ -45,6 +46,7 @@ def test_rates_count_each_byte_once() -> None:
         PTS: 16 * token + index,
         TAKE: 2 * 8 * token + index,
         CTR: (8 + 4 + 16) * token + index,
+        CORRECTED: (8 + 4 + 16) * token + index,
         SIDE: 2 * 8 * table + index,
     }
     rates = FOUND.gb_per_s(EAGER)
@@ -57,6 +59,11 @@ def test_the_share_is_of_the_mean_branch() -> None:
     assert FOUND.share(EAGER) == pytest.approx((1 + 2 + 4) / ((6 + 2) / 2))
     assert FOUND.share(COMPILED) is None
     assert replace(FOUND, seconds={EAGER: {PTS: 1e-6}}).share(EAGER) is None
+
+
+def test_the_correction_is_what_it_takes_beyond_ctr() -> None:
+    assert FOUND.correction(EAGER) == pytest.approx((5 - 4) / ((6 + 2) / 2))
+    assert FOUND.correction(COMPILED) is None
 
 
 def test_all_is_measured_and_what_is_compiled_only_if_there_is_time() -> None:

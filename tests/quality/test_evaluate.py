@@ -256,8 +256,10 @@ def test_the_command_prints_json(
     assert [score["metric"] for score in data["scores"]] == ["psnr", "bits", "bits"]
     assert data["steps"][-1]["bits_pruned"] != data["steps"][-1]["bits_dense"]
     assert data["speed"]["flops_pruned"] < data["speed"]["flops_dense"]
-    assert main([*command, *options]) == 0
+    assert data["method"] == "fastvar"
+    assert main([*command, *options, "--method", "drift-corrected"]) == 0
     text = capsys.readouterr().out
+    assert "method: drift-corrected" in text
     assert "pruned - dense" in text
     assert "95 % confidence" in text
 
@@ -265,6 +267,8 @@ def test_the_command_prints_json(
 def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--metrics", "fid"]) == 1
     assert "no metric is named 'fid'" in capsys.readouterr().err
+    assert main(["evaluate", "var-tiny", "--method", "tomes"]) == 1
+    assert "no method is named 'tomes'; did you mean tome?" in capsys.readouterr().err
     assert main(["evaluate", "--classes", "one"]) == 2
     assert "numbers separated by commas" in capsys.readouterr().err
 
