@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -15,13 +16,17 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The files of a wheel that is built from the checkout."""
-    pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = folder.iterdir()
-    with ZipFile(wheel) as archive:
+    with ZipFile(_built("wheel", tmp_path_factory)) as archive:
         return set(archive.namelist())
+
+
+def _built(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp(kind)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.iterdir()
+    return file
 
 
 @pytest.mark.parametrize("package", ["fastvar_fx", "passes"])
@@ -34,6 +39,16 @@ def test_every_module_of_both_packages_is_in_it(names: set[str]) -> None:
     modules = {str(file.relative_to(ROOT)) for file in files if file.suffix == ".py"}
     assert len(modules) > 50
     assert modules == {name for name in names if name.endswith(".py")}
+
+
+def test_the_templates_of_pages_are_in_it(
+    names: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    parts = {f"fastvar_fx/page/page.{kind}" for kind in ("html", "css", "js")}
+    assert parts <= names
+    with tarfile.open(_built("sdist", tmp_path_factory)) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert parts <= sources
 
 
 def test_it_holds_nothing_else_than_both_packages_and_metadata(names: set[str]) -> None:

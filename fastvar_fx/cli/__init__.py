@@ -13,7 +13,13 @@ from typing import Final
 
 from fastvar_fx.errors import FastVARError
 
-_EXTRA: Final = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "PIL": "pillow"}
+_EXTRA: Final = {
+    "typer": "typer",
+    "rich": "rich",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

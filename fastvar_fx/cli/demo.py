@@ -29,11 +29,13 @@ from fastvar_fx.cli.terminal import (
     headline,
     make_folder,
     new_table,
+    schedule_line,
     show,
     show_progress,
     sides_text,
 )
-from fastvar_fx.measuring.compare import Comparison, Spread
+from fastvar_fx.engine.report_text import branch_counts
+from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.measuring.demo import (
     Measurement,
     StepResult,
@@ -43,6 +45,8 @@ from fastvar_fx.measuring.demo import (
 )
 from fastvar_fx.measuring.runs import Budget
 from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.page.demonstration import of_measurement
+from fastvar_fx.page.html import html, written_whole
 
 _REPEATS: Final = 3
 _SECONDS: Final = 60.0
@@ -149,8 +153,8 @@ def _step_cells(step: StepResult) -> tuple[str, ...]:
         sides_text(step.scale),
         str(step.tokens),
         str(step.kept) if pruned else "all",
-        _milliseconds(step.dense),
-        _milliseconds(step.pruned),
+        step.dense.milliseconds,
+        step.pruned.milliseconds,
         f"{step.dense_flops / 1e9:.1f}",
         f"{step.pruned_flops / 1e9:.1f}",
         f"{step.speedup:.2f}x",
@@ -173,8 +177,8 @@ def _speedup_table(result: Measurement) -> Table:
 def _comparison_cells(part: Comparison) -> tuple[str, ...]:
     share = part.limit_fraction
     return (
-        _milliseconds(part.dense),
-        _milliseconds(part.pruned),
+        part.dense.milliseconds,
+        part.pruned.milliseconds,
         f"{part.speedup:.2f}x",
         _times(part.limit),
         "-" if share is None else f"{share:.0%}",
@@ -188,7 +192,7 @@ def _remarks(subject: Subject, result: Measurement) -> Iterator[str]:
         f"limit: dense FLOPs / pruned FLOPs of the blocks' matrix products; for the whole run, "
         f"with the same time for all else as in the dense run."
     )
-    pruned, branches = result.branch_counts
+    pruned, branches = branch_counts(result.report)
     refused = "" if pruned == branches else "; fastvar-fx explain says why the others do not"
     yield f"{pruned} of {branches} branches prune{refused}. Step skipping: none."
     if result.transformer.unusable:
@@ -206,20 +210,18 @@ def _remarks(subject: Subject, result: Measurement) -> Iterator[str]:
         yield subject.note
 
 
-def _milliseconds(time: Spread) -> str:
-    middle, half = 1e3 * time.median, 1e3 * (time.high - time.low) / 2
-    digits = 0 if middle >= 100 else 1
-    return f"{middle:.{digits}f}" + (f" ±{half:.{digits}f}" if half else "")
-
-
 def _times(factor: float | None) -> str:
     return "-" if factor is None else f"{factor:.2f}x"
 
 
 def _draw(subject: Subject, result: Measurement, out: Path) -> list[Path]:
-    comparison, kept = out / "demo.png", out / "kept_tokens.png"
+    comparison, kept, page = out / "demo.png", out / "kept_tokens.png", out / "index.html"
     about = f"{environment_line(subject, len(result.dense_images))}, seed {subject.seed}"
     note = f"{about}; {subject.note}" if subject.note else about
     draw_comparison(result, headline(subject), note, comparison)
     draw_kept_tokens(result, headline(subject), note, kept)
-    return [comparison, kept]
+    subtitle = (schedule_line(subject), about)
+    shown = of_measurement(result, subject.name, subtitle, tuple(_remarks(subject, result)))
+    with written_whole(page) as file:
+        file.write(html(shown))
+    return [comparison, kept, page]

@@ -48,10 +48,15 @@ def make_folder(folder: Path) -> None:
 
 def headline(subject: Subject) -> str:
     """Returns a line on the model and its schedule."""
+    return f"{subject.name}; {schedule_line(subject)}"
+
+
+def schedule_line(subject: Subject) -> str:
+    """Returns a line on the schedule."""
     schedule = subject.schedule
     ratios = ", ".join(f"{ratio:g}" for ratio in schedule.ratios) or "none"
     return (
-        f"{subject.name}; {schedule.steps} scales, {sides_text(schedule.scales[0])} to "
+        f"{schedule.steps} scales, {sides_text(schedule.scales[0])} to "
         f"{sides_text(schedule.scales[-1])}; ratios {ratios}; cache step {schedule.cache_step}"
     )
 
@@ -76,11 +81,12 @@ def environment(subject: Subject) -> dict[str, Any]:
     }
 
 
-def environment_line(subject: Subject, batch: int) -> str:
-    """Returns what the times depend on, as one line."""
+def environment_line(subject: Subject, batch: int | None = None) -> str:
+    """Returns what the times depend on, as one line; without a batch that is not known."""
     data = environment(subject)
+    of_batch = "" if batch is None else f"batch {batch}, "
     return (
-        f"{data['device']}, {data['dtype']}, batch {batch}, "
+        f"{data['device']}, {data['dtype']}, {of_batch}"
         f"{data['threads']} threads, torch {data['torch']}, Python {data['python']}"
     )
 

@@ -40,6 +40,12 @@ def remarks(report: Report) -> list[str]:
     return [*changes, *savings, *_notes(report), *_payoff(report)]
 
 
+def branch_counts(report: Report) -> tuple[int, int]:
+    """Returns how many branches prune, and how many there are, over blocks and pruned steps."""
+    rows = [row for row in report.rows if row.step in report.pruning.steps]
+    return sum(row.kept < row.tokens for row in rows), len(rows)
+
+
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
     """Groups rows of neighbouring blocks that do the same."""
 

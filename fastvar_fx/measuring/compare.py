@@ -65,6 +65,13 @@ class Spread:
             f"work was running"
         )
 
+    @property
+    def milliseconds(self) -> str:
+        """The median as text, with half the range of the runs if they differ."""
+        middle, half = 1e3 * self.median, 1e3 * (self.high - self.low) / 2
+        digits = 0 if middle >= 100 else 1
+        return f"{middle:.{digits}f}" + (f" ±{half:.{digits}f}" if half else "")
+
     def as_dict(self) -> dict[str, float]:
         """Returns milliseconds as plain data."""
         values = {"median": self.median, "min": self.low, "max": self.high}

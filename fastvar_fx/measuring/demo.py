@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastvar_fx import ops
 from fastvar_fx.engine.find_blocks import module_at
 from fastvar_fx.engine.report import Report
+from fastvar_fx.engine.report_text import branch_counts
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.measuring.runs import Budget, Progress, Runs, alternate, no_progress
@@ -33,7 +34,8 @@ from fastvar_fx.transform import trace, transform
 Role = Literal["dense", "captures", "prunes"]
 """What a step of the transformed model does."""
 
-_MOST_ROWS: Final = 4
+MOST_IMAGES: Final = 4
+"""Images of a batch that are shown."""
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -138,16 +140,9 @@ class Measurement:
         slower = tuple(s.step for s in self.steps if s.pruned.low > s.dense.high)
         return slower if self.repeats > 1 else ()
 
-    @property
-    def branch_counts(self) -> tuple[int, int]:
-        """How many branches prune, and how many there are, over blocks and pruned steps."""
-        pruned = {s.step for s in self.steps if s.role == "prunes"}
-        rows = [row for row in self.report.rows if row.step in pruned]
-        return sum(row.kept < row.tokens for row in rows), len(rows)
-
     def as_dict(self) -> dict[str, Any]:
         """Returns the numbers as plain data; times in milliseconds."""
-        pruned, branches = self.branch_counts
+        pruned, branches = branch_counts(self.report)
         return {
             "batch": self.dense_images.shape[0],
             "repeats": self.repeats,
@@ -344,7 +339,7 @@ def draw_comparison(result: Measurement, title: str, caption: str, path: Path) -
         caption: Line below.
         path: File to write.
     """
-    dense, pruned = (x[:_MOST_ROWS] for x in (result.dense_images, result.pruned_images))
+    dense, pruned = (x[:MOST_IMAGES] for x in (result.dense_images, result.pruned_images))
     apart, highest = difference(dense, pruned)
     rows, height, width = apart.shape
     side = 4.1 * height / width

@@ -40,6 +40,32 @@ def broken_run(model):
 def no_images(model):
     model.infer_fhat(1, 3)
     return torch.zeros(3, 8)
+
+class Mixer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.conv = torch.nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(self.linear(x).transpose(1, 2)).transpose(1, 2)
+
+class Mixers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Mixer(), Mixer()])
+
+    def forward(self):
+        for side in (1, 2, 3, 4, 6, 8):
+            x = torch.zeros(1, side * side, 8)
+            for block in self.blocks:
+                x = block(x)
+
+def only_mixers():
+    return Mixers().eval()
+
+def call(model):
+    return model()
 """
 
 
@@ -157,6 +183,58 @@ def test_steps_of_ratio_one_are_skipped(cli: Cli, folder: Path) -> None:
     assert pruning["pruned_flops"] < pruning["flops"] < skipping["flops"]
 
 
+def test_explain_writes_a_page(cli: Cli, folder: Path) -> None:
+    code, out, err = cli("explain", *OWN, "--html", "report.html")
+    assert (code, err) == (0, "")
+    assert "blocks.0..1" in out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "own_models:tiny" in page
+    assert "6 scales, 1x1 to 8x8; ratios 0.5, 0.75" in page
+    assert page.count("blocks.0..1") == 6
+    assert not list(folder.glob(".*"))
+
+
+def test_explain_writes_a_page_on_a_model_in_which_nothing_prunes(cli: Cli, folder: Path) -> None:
+    options = ("--schedule", "schedule.json", "--blocks", "blocks", "--html", "report.html")
+    outcome = cli("explain", "own_models:only_mixers", "--run", "own_models:call", *options)
+    assert outcome.code == 1
+    assert "no branch of any block could be pruned" in outcome.message
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "0 of 4" in page
+    assert "FVX013" in page
+    line = "return x + self.conv(self.linear(x).transpose(1, 2)).transpose(1, 2)"
+    number = 1 + MODELS.splitlines().index(f"        {line}")
+    assert f"{folder}/own_models.py:{number}" in page
+    assert line in page
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "message"),
+    [
+        (".", 2, "is a directory"),
+        ("missing/report.html", 1, "which cannot be written: No such file or directory"),
+        ("own_models.py/report.html", 1, "which cannot be written: Not a directory"),
+        ("/dev/null", 1, "which cannot be written: it is no regular file"),
+    ],
+)
+def test_a_page_that_cannot_be_written(
+    cli: Cli, folder: Path, file: str, code: int, message: str
+) -> None:
+    outcome = cli("explain", *OWN, "--html", file)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert message in outcome.message
+
+
+def test_a_page_stays_as_it_was_if_the_run_fails(cli: Cli, folder: Path) -> None:
+    page = folder / "report.html"
+    page.write_text("older")
+    outcome = cli("explain", OWN[0], "--run", "own_models:broken_run", *OWN[3:], "--html", page)
+    assert outcome.code == 1
+    assert "ValueError: no prompt" in outcome.message
+    assert page.read_text() == "older"
+    assert not list(folder.glob(".*"))
+
+
 # --- demo -------------------------------------------------------------------------------------
 
 
@@ -184,9 +262,13 @@ def test_demo(demo_data: dict[str, Any], folder: Path) -> None:
     for part in ("pruned_steps", "transformer", "total"):
         times = data[part]["ms_dense"]["median"] / data[part]["ms_pruned"]["median"]
         assert data[part]["speedup"] == pytest.approx(times, rel=1e-2)
-    assert data["files"] == ["made/here/demo.png", "made/here/kept_tokens.png"]
-    for name in data["files"]:
+    pictures = ["made/here/demo.png", "made/here/kept_tokens.png"]
+    assert data["files"] == [*pictures, "made/here/index.html"]
+    for name in pictures:
         _check_picture(folder / name)
+    page = (folder / "made/here/index.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert data["note"] in page
 
 
 def _check_steps(steps: Sequence[dict[str, Any]]) -> None:
@@ -218,6 +300,7 @@ def test_demo_draws_with_trained_weights(cli: Cli, folder: Path) -> None:
     assert data["schedule"]["scales"][-2:] == [[24, 24], [32, 32]]
     assert data["schedule"]["ratios"] == [0.5, 0.75]
     assert data["pruned_branches"] == data["branches"]
+    assert (folder / "demo" / "index.html").stat().st_size < 3e6
 
 
 def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
@@ -303,7 +386,7 @@ def test_missing_packages_are_named_without_a_traceback() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.endswith(  # torch may have something to say before
-        "fastvar-fx: needs typer, rich, matplotlib, pillow; not installed: typer; "
+        "fastvar-fx: needs typer, rich, jinja2, matplotlib, pillow; not installed: typer; "
         'run pip install "fastvar-fx[cli]"\n'
     )
 
