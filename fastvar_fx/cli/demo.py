@@ -18,6 +18,7 @@ from fastvar_fx.cli.options import (
     Batch,
     Blocks,
     Json,
+    MethodName,
     PresetName,
     Ratios,
     Run,
@@ -80,6 +81,7 @@ def run_demo(
     blocks: Blocks = None,
     run: Run = None,
     batch: Batch = None,
+    method: MethodName = "fastvar",
     seed: Seed = 0,
     repeats: Repeats = None,
     as_json: Json = False,
@@ -101,7 +103,11 @@ def run_demo(
         subject = asked.subject()
         make_folder(out)
         result = measure_both(
-            subject, repeats=repeats or _REPEATS, budget=budget, progress=progress
+            subject,
+            method=method,
+            repeats=repeats or _REPEATS,
+            budget=budget,
+            progress=progress,
         )
         progress("drawing")
         files = _draw(subject, result, out)
@@ -130,7 +136,7 @@ def _print_demo(
     subject: Subject, result: Measurement, files: Sequence[Path], seconds: float
 ) -> None:
     show(headline(subject))
-    show(environment_line(subject, len(result.dense_images)))
+    show(_about(subject, result))
     show(_step_table(result))
     show(_speedup_table(result))
     for line in _remarks(subject, result):
@@ -214,9 +220,14 @@ def _times(factor: float | None) -> str:
     return "-" if factor is None else f"{factor:.2f}x"
 
 
+def _about(subject: Subject, result: Measurement) -> str:
+    line = environment_line(subject, len(result.dense_images))
+    return f"method {result.method}; {line}, seed {subject.seed}"
+
+
 def _draw(subject: Subject, result: Measurement, out: Path) -> list[Path]:
     comparison, kept, page = out / "demo.png", out / "kept_tokens.png", out / "index.html"
-    about = f"{environment_line(subject, len(result.dense_images))}, seed {subject.seed}"
+    about = _about(subject, result)
     note = f"{about}; {subject.note}" if subject.note else about
     draw_comparison(result, headline(subject), note, comparison)
     draw_kept_tokens(result, headline(subject), note, kept)

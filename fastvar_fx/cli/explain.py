@@ -71,7 +71,7 @@ def run_explain(
         except NothingPrunedError as error:  # the page says why
             report, failure = explain(fast), error
         if page is not None:
-            about = (f"{schedule_line(subject)}; method {method}", environment_line(subject))
+            about = (schedule_line(subject), f"method {method}; {environment_line(subject)}")
             page.write(html(of_report(report, subject.name, about)))
     if failure is not None:
         raise failure

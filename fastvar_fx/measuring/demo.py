@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from math import ceil
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,7 +27,7 @@ from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.measuring.runs import Budget, Progress, Runs, alternate, no_progress
 from fastvar_fx.measuring.subject import Subject
-from fastvar_fx.methods import Method
+from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import trace, transform
 
@@ -89,6 +89,7 @@ class Measurement:
     """A generation measured dense and pruned.
 
     Attributes:
+        method: The name of the method.
         steps: The transformer blocks at each step.
         pruned_steps: The blocks over all pruned steps.
         transformer: The blocks over the whole generation.
@@ -103,6 +104,7 @@ class Measurement:
         report: What the transformed blocks do.
     """
 
+    method: str
     steps: tuple[StepResult, ...]
     pruned_steps: Comparison
     transformer: Comparison
@@ -144,6 +146,7 @@ class Measurement:
         """Returns the numbers as plain data; times in milliseconds."""
         pruned, branches = branch_counts(self.report)
         return {
+            "method": self.method,
             "batch": self.dense_images.shape[0],
             "repeats": self.repeats,
             "steps": [step.as_dict() for step in self.steps],
@@ -165,6 +168,7 @@ class Measurement:
 def measure_both(
     subject: Subject,
     *,
+    method: str = "fastvar",
     repeats: int = 3,
     budget: Budget | None = None,
     progress: Progress = no_progress,
@@ -178,6 +182,7 @@ def measure_both(
 
     Args:
         subject: The model; it is not changed.
+        method: How branches are pruned, one of `fastvar_fx.methods.names()`.
         repeats: Timed runs of each, at least 1.
         budget: Time that all of it may take: repeats that would probably exceed it are left out,
             except the first. None for no bound.
@@ -185,6 +190,7 @@ def measure_both(
 
     Raises:
         ScheduleError: If the schedule prunes nothing.
+        ArgumentError: If the method is unknown.
         NothingPrunedError: If nothing in the model could be pruned.
         RunError: If the run returns no images, or its blocks do not follow the schedule.
     """
@@ -193,13 +199,14 @@ def measure_both(
         raise ScheduleError(
             f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
         )
-    select = _Recorder()
+    asked = method_of(method, schedule)
+    recorder = _Recorder(asked)
     fast = transform(
         subject.model,
         schedule,
         blocks=subject.blocks,
         on_full="cache",
-        method=Method(select=select),
+        method=replace(asked, select=recorder.select),
     )
     dense, pruned = subject.runs(subject.model), subject.runs(fast)
 
@@ -209,18 +216,19 @@ def measure_both(
     progress("tracing")
     report = trace(fast, subject.generate)
     progress("warm-up and FLOPs, pruned")
-    with select.recording(fast, dense.blocks):
+    with recorder.recording(fast, dense.blocks):
         pruned.count()
     alternate({"dense": dense, "pruned": pruned}, repeats, budget=budget, progress=progress)
     dense_images = _images(dense.result)
     return Measurement(
+        method=method,
         steps=tuple(_step(schedule, step, dense, pruned) for step in range(schedule.steps)),
         pruned_steps=Comparison.of_blocks(dense, pruned, schedule.pruned_steps),
         transformer=Comparison.of_blocks(dense, pruned),
         total=Comparison.of_runs(dense, pruned),
         dense_images=dense_images,
         pruned_images=_images(pruned.result),
-        kept_tokens=tuple(select.kept_tokens(schedule, report)),
+        kept_tokens=tuple(recorder.kept_tokens(schedule, report)),
         growth=_growth(subject, fast, progress),
         repeat_difference=(first_images - dense_images).abs().max().item(),
         repeats=len(dense.seconds),
@@ -264,21 +272,28 @@ def _growth(subject: Subject, fast: nn.Module, progress: Progress) -> Growth | N
 
 
 class _Recorder:
-    """The paper's selection, which while recording keeps what each block selected."""
+    """The selection of a method, which while recording keeps what each block selected.
 
-    __name__ = "recorded_selection"
+    Attributes:
+        select: The selection, to be put in the place of the method's.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method) -> None:
+        self._once = method.once
         self._calls: list[tuple[str, list[Tensor]]] = []
         self._recording = False
 
-    def __call__(self, x: Tensor, kept: int) -> Tensor:
-        index = ops.pivotal_token_selection(x, kept)
-        if self._recording and kept:
-            mask = torch.zeros(x.shape[1], dtype=torch.bool)
-            mask[index[0].cpu()] = True
-            self._calls[-1][1].append(mask)
-        return index
+        @wraps(method.select)
+        def select(x: Tensor, kept: int, **asked: Any) -> Any:
+            selected = method.select(x, kept, **asked)
+            if self._recording and kept:
+                index = selected[0] if isinstance(selected, tuple) else selected
+                mask = torch.zeros(x.shape[1], dtype=torch.bool)
+                mask[index[0].cpu()] = True
+                self._calls[-1][1].append(mask)
+            return selected
+
+        self.select = select
 
     @contextmanager
     def recording(self, model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
@@ -311,7 +326,8 @@ class _Recorder:
             step = steps[masks[0].numel()]
             names = branches[step, block]
             # A program that is made at this call selects too, before the call runs.
-            for name, mask in zip(names, masks[-len(names) :], strict=True):
+            last = masks[-1:] * len(names) if self._once else masks[-len(names) :]
+            for name, mask in zip(names, last, strict=True):
                 tokens = mask.view(schedule.scales[step])
                 yield KeptTokens(step=step, block=block, branch=name, tokens=tokens)
 

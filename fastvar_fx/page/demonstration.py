@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from fastvar_fx.engine.report_text import remarks
-from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.measuring.demo import (
     MOST_IMAGES,
     Growth,
@@ -38,6 +37,7 @@ from fastvar_fx.page.data import (
 from fastvar_fx.page.explained import (
     LIMIT,
     branch_tile,
+    doubt_of,
     flop_chart,
     kept_tile,
     lines_of,
@@ -46,6 +46,7 @@ from fastvar_fx.page.explained import (
 )
 from fastvar_fx.quality.metrics import psnr
 
+_OUTSIDE: Final = "In the whole run, all but the blocks takes as long as in the dense run."
 _COLORS: Final = colormaps["magma"]
 _LARGEST: Final = 512
 """Pixels of the longer side of a picture on the page; larger images are reduced."""
@@ -82,22 +83,16 @@ def of_measurement(
         remarks=tuple(remarks(result.report)),
         tiles=tuple(_tiles(result)),
         charts=(
-            time_chart("Time in all", parts, LIMIT),
+            time_chart("Time of a generation", parts, f"{LIMIT} {_OUTSIDE}"),
             time_chart("Time in the blocks at each step", times, LIMIT),
             flop_chart(flops),
         ),
         notes=tuple(notes),
-        doubt=_doubt(result.transformer),
+        doubt=doubt_of([result.transformer]),
         samples=_samples(result.dense_images, result.pruned_images),
         kept=_kept(result),
         growth=() if result.growth is None else tuple(_growth(result.steps, result.growth)),
     )
-
-
-def _doubt(times: Comparison) -> str:
-    if times.doubt is None:
-        return ""
-    return f"The times {'are' if times.unusable else 'may be'} unusable: {times.doubt}."
 
 
 def _tiles(result: Measurement) -> Iterable[Tile]:

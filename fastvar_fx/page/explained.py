@@ -11,7 +11,7 @@ from fastvar_fx.engine.report_text import block_names, branch_counts, flops_text
 from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.page.data import Bar, BarGroup, Chart, Line, Page, Tile
 
-LIMIT = "The mark is the FLOP limit: dense time / (dense FLOPs / pruned FLOPs)."
+LIMIT = "The mark is where the time would be in proportion to FLOPs."
 """What a chart of times says on its marks."""
 
 
@@ -24,6 +24,7 @@ def of_report(report: Report, title: str, subtitle: Sequence[str]) -> Page:
         remarks=tuple(remarks(report)),
         tiles=tuple(_tiles(report)),
         charts=tuple(chart for chart in _charts(report) if chart.groups),
+        doubt=doubt_of(report.step_times.values()),
     )
 
 
@@ -110,6 +111,15 @@ def tokens_text(kept: int, tokens: int) -> str:
     if kept < tokens:
         return f"{kept} of {tokens} tokens"
     return f"all {tokens} tokens" if tokens > 1 else "1 token"
+
+
+def doubt_of(times: Iterable[Comparison]) -> str:
+    """Returns why some times are unusable or may be so, in a sentence; else an empty string."""
+    doubtful = sorted((each for each in times if each.doubt), key=lambda each: not each.unusable)
+    if not doubtful:
+        return ""
+    are = "are" if doubtful[0].unusable else "may be"
+    return f"The times {are} unusable: {doubtful[0].doubt}."
 
 
 def flop_chart(steps: Mapping[str, tuple[str, int, int]]) -> Chart:

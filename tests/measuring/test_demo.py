@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx import Schedule, transform
-from fastvar_fx.errors import RunError, ScheduleError
+from fastvar_fx.errors import ArgumentError, RunError, ScheduleError
 from fastvar_fx.measuring.clock import per_step
 from fastvar_fx.measuring.demo import Measurement, measure_both
 from fastvar_fx.measuring.runs import Budget
@@ -62,6 +62,26 @@ def test_kept_tokens_are_those_of_the_block_and_branch_that_they_name(
         tokens, kept = each.tokens.numel(), subject.schedule.kept(each.step)
         index = pivotal_token_selection(read[tokens, each.block], kept)[0]
         assert each.tokens.flatten().nonzero().flatten().tolist() == index.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["once-per-block", "tome", "uniform-grid"])
+def test_kept_tokens_of_other_methods(subject: Subject, method: str) -> None:
+    found = measure_both(replace(subject, run_by_step=None), method=method, repeats=1)
+    assert found.method == found.as_dict()["method"] == method
+    assert found.selections == {4: 4, 5: 4}
+    by_branch: dict[tuple[int, str], list[Tensor]] = {}
+    for each in found.kept_tokens:
+        assert each.tokens.sum() == subject.schedule.kept(each.step)
+        by_branch.setdefault((each.step, each.block), []).append(each.tokens)
+    assert len(by_branch) == 4
+    if method != "tome":
+        assert all(torch.equal(attention, ffn) for attention, ffn in by_branch.values())
+
+
+def test_a_method_that_is_unknown(subject: Subject) -> None:
+    with pytest.raises(ArgumentError, match="no method is named 'fastvr'; did you mean fastvar"):
+        measure_both(subject, method="fastvr")
 
 
 def test_growth_ends_in_the_images_and_parts_after_the_cache_step(measured: Measurement) -> None:
