@@ -10,9 +10,10 @@ The functions here are the parts that the named methods consist of.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -38,10 +39,15 @@ from fastvar_fx.ops import (
     resize_map,
     take_tokens,
 )
-from fastvar_fx.schedule import Schedule
+from passes.rewrite.prune import Rule
 
 Once = Literal[False, "block"]
 """How long a selection holds: for one branch, or for all branches of a block."""
+
+GIVEN: Final = ("cached", "cached_scale", "scale", "step", "layer", "layers")
+"""What a function of a `Method` can ask for by the name of a keyword-only parameter."""
+
+_RULES: Final[tuple[Rule, ...]] = ("select", "take", "restore")
 
 _SPREAD: Final = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 sequence, whose multiples fill the unit square evenly (M. Roberts, 2018)."""
@@ -61,15 +67,28 @@ class Method:
         once: "block" if all branches of a block keep the tokens that its first branch selects;
             False if each branch selects its own, as in the paper.
 
+    Each function is also given what its keyword-only parameters name:
+
+        cached        what the branch, or with `once` the first one, put out at the cache step
+                      (B, Lc, C)
+        cached_scale  the scale of the cache step
+        scale         the scale of this step, (h, w) or (m, h, w)
+        step          the index of this step
+        layer         the index of the block; then blocks share no programs
+        layers        the number of blocks
+
     Functions without a name, such as partials, are stored wrapped in one that has a name: the code
     of a graph calls functions by their names.
 
     Raises:
-        ArgumentError: If a function cannot be called, or `once` has another value.
+        ArgumentError: If a function cannot be called or asks for something else, or `once` has
+            another value.
 
     Example:
-        >>> Method(restore=zeros).once
-        False
+        >>> def first_tokens(x, kept, *, scale):
+        ...     return torch.arange(kept).expand(x.shape[0], kept)
+        >>> Method(select=first_tokens).asks["select"]
+        ('scale',)
     """
 
     select: Select = pivotal_token_selection
@@ -78,7 +97,7 @@ class Method:
     once: Once = False
 
     def __post_init__(self) -> None:
-        for name in ("select", "take", "restore"):
+        for name in _RULES:
             function = getattr(self, name)
             if not callable(function):
                 raise ArgumentError(
@@ -88,6 +107,12 @@ class Method:
             object.__setattr__(self, name, _with_name(function))
         if self.once is not False and self.once != "block":
             raise ArgumentError(f'once of a Method is False or "block"; found {self.once!r}')
+        _ = self.asks  # raises if it is not to be had
+
+    @cached_property
+    def asks(self) -> Mapping[Rule, Sequence[str]]:
+        """The names of `GIVEN` that each function asks for."""
+        return {rule: _asked_by(rule, getattr(self, rule)) for rule in _RULES}
 
     @property
     def restores_anew(self) -> bool:
@@ -96,7 +121,30 @@ class Method:
 
 
 def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function if hasattr(function, "__name__") else lambda *args: function(*args)
+    if hasattr(function, "__name__"):
+        return function
+
+    def named(*args: Any, **asked: Any) -> Any:
+        return function(*args, **asked)
+
+    named.__wrapped__ = function  # type: ignore[attr-defined]  # whose signature it has
+    return named
+
+
+def _asked_by(rule: Rule, function: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of `GIVEN` among the keyword-only parameters of a function."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a function of C code, which has none
+        return ()
+    named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for each in named:
+        if each.name not in GIVEN and each.default is each.empty:
+            raise ArgumentError(
+                f"{rule} of a Method asks for {each.name!r}, which is unknown; "
+                f"{did_you_mean(each.name, GIVEN)} Give a parameter of your own a default"
+            )
+    return tuple(each.name for each in named if each.name in GIVEN)
 
 
 # --- by name ----------------------------------------------------------------------------------
@@ -107,12 +155,12 @@ def names() -> tuple[str, ...]:
     return tuple(METHODS)
 
 
-def method_of(method: str | Method, schedule: Schedule) -> Method:
-    """Returns the method of a name, for the scales of a schedule; a `Method` is returned as it is.
+def method_of(method: str | Method) -> Method:
+    """Returns the method of a name; a `Method` is returned as it is.
 
     Raises:
-        ArgumentError: If no method has this name, with close names in the message; if it is
-            neither a name nor a `Method`; or if the method cannot be used with the schedule.
+        ArgumentError: If no method has this name, with close names in the message, or if it is
+            neither a name nor a `Method`.
     """
     if isinstance(method, Method):
         return method
@@ -122,7 +170,7 @@ def method_of(method: str | Method, schedule: Schedule) -> Method:
         )
     if method not in METHODS:
         raise ArgumentError(f"no method is named {method!r}; {did_you_mean(method, METHODS)}")
-    return METHODS[method](schedule)
+    return METHODS[method]
 
 
 # --- selection --------------------------------------------------------------------------------
@@ -138,50 +186,21 @@ def lowest_scores(x: Tensor, kept: int) -> Tensor:
     return highest(-pivotal_scores(x), kept)
 
 
-def uniform_grid(scales: Sequence[Scale]) -> Select:
-    """Returns a selection of tokens spread evenly over the map, whatever their values.
+def uniform_grid(x: Tensor, kept: int, *, scale: Scale) -> Tensor:
+    """Returns tokens (B, kept) spread evenly over the map, whatever their values, ascending, int64.
 
-    Args:
-        scales: Those of the schedule. The token count has to determine the shape of the map.
-
-    Raises:
-        ArgumentError: If two scales of one token count differ in shape; at a call, if no scale has
-            as many tokens.
+    Maps that are drawn jointly are stacked vertically.
 
     Example:
-        >>> grid = uniform_grid([(2, 2), (4, 4)])
-        >>> grid(torch.zeros(1, 16, 8), 4).tolist()
+        >>> uniform_grid(torch.zeros(1, 16, 8), 4, scale=(4, 4)).tolist()
         [[0, 2, 9, 11]]
     """
-    return partial(_evenly, _shapes_by_count(scales))
-
-
-def _evenly(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> Tensor:
-    if x.shape[1] not in shapes:
-        raise ArgumentError(
-            f"a uniform grid was made for maps of {sorted(shapes)} tokens; found {x.shape[1]}. "
-            f"Make it from the scales of the schedule"
-        )
-    height, width = shapes[x.shape[1]]
-    rows = torch.arange(height, device=x.device, dtype=torch.float64) * _SPREAD[0]
+    maps, height, width = as_maps(scale)
+    rows = torch.arange(maps * height, device=x.device, dtype=torch.float64) * _SPREAD[0]
     columns = torch.arange(width, device=x.device, dtype=torch.float64) * _SPREAD[1]
-    order = rows.unsqueeze(1) + columns  # (h, w), of which a threshold cuts out a lattice
+    order = rows.unsqueeze(1) + columns  # (m * h, w), of which a threshold cuts out a lattice
     scores = x.new_zeros(x.shape[:2], dtype=torch.float64) - (order % 1).flatten()
     return highest(scores, kept)
-
-
-def _shapes_by_count(scales: Sequence[Scale]) -> dict[int, tuple[int, int]]:
-    """Returns (rows, columns) by token count; the maps of a joint scale are stacked vertically."""
-    shapes: dict[int, tuple[int, int]] = {}
-    for scale in scales:
-        maps, height, width = as_maps(scale)
-        shape = (maps * height, width)
-        if shapes.setdefault(prod(scale), shape) != shape:
-            raise ArgumentError(
-                f"a uniform grid needs scales whose token count determines their shape, but maps "
-                f"of {prod(scale)} tokens are {shapes[prod(scale)]} and {shape} in {tuple(scales)}"
-            )
-    return shapes
 
 
 # --- restoration ------------------------------------------------------------------------------
@@ -239,7 +258,7 @@ def _places(scale: Scale, device: torch.device) -> Tensor:
 # --- merging ----------------------------------------------------------------------------------
 
 
-def token_merging(scales: Sequence[Scale]) -> Method:
+def token_merging() -> Method:
     """Returns ToMe, which merges tokens and uses no cache.
 
     A quarter of the tokens, spread evenly over the map, are destinations; if fewer are kept, as
@@ -247,25 +266,20 @@ def token_merging(scales: Sequence[Scale]) -> Method:
     branch runs on the mean of the group, and its output is copied to all tokens of the group. Side
     inputs such as positions are those of the destination.
 
-    Args:
-        scales: Those of the schedule. The token count has to determine the shape of the map.
-
-    Raises:
-        ArgumentError: If two scales of one token count differ in shape; at a call, if no token is
-            kept.
+    A branch raises an `ArgumentError` if no token is kept.
 
     Source: bipartite soft matching of ToMe, arXiv 2210.09461, with the destinations and the
     unmerging of tomesd, arXiv 2303.17604. Similarity is the cosine of the residual stream. Here
     destinations lie on an even lattice, not at random in 2 x 2 windows, and means are not weighted.
     """
-    return Method(select=partial(_match, _shapes_by_count(scales)), take=_merge, restore=_unmerge)
+    return Method(select=_match, take=_merge, restore=_unmerge)
 
 
-def _match(shapes: dict[int, tuple[int, int]], x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def _match(x: Tensor, kept: int, *, scale: Scale) -> tuple[Tensor, Tensor]:
     """Returns the tokens that stay (B, kept), and of every token which of them it is in (B, L)."""
     _check_some_kept(x[:, :kept], "token_merging")
     tokens = x.shape[1]
-    into = _evenly(shapes, x, min(kept, max(tokens // 4, 1)))  # (B, D) destinations
+    into = uniform_grid(x, min(kept, max(tokens // 4, 1)), scale=scale)  # (B, D) destinations
     unit = F.normalize(x.float(), dim=-1)
     similarity = unit @ take_tokens(unit, into).mT  # (B, L, D)
     best = similarity.max(dim=2)
@@ -303,19 +317,19 @@ def _check_some_kept(kept: Tensor, rule: str) -> None:
         raise ArgumentError(f"{rule} needs at least one kept token; use a ratio below 1")
 
 
-METHODS: Final[Mapping[str, Callable[[Schedule], Method]]] = MappingProxyType(
+METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
-        "fastvar": lambda _: Method(),
-        "drift-corrected": lambda _: Method(restore=drift_corrected_restoration),
-        "once-per-block": lambda _: Method(once="block"),
-        "random": lambda _: Method(select=random_tokens),
-        "uniform-grid": lambda schedule: Method(select=uniform_grid(schedule.scales)),
-        "lowest-scores": lambda _: Method(select=lowest_scores),
-        "zeros": lambda _: Method(restore=zeros),
-        "nearest-kept": lambda _: Method(restore=nearest_kept),
-        "bilinear": lambda _: Method(restore=interpolated("bilinear")),
-        "nearest": lambda _: Method(restore=interpolated("nearest")),
-        "tome": lambda schedule: token_merging(schedule.scales),
+        "fastvar": Method(),
+        "drift-corrected": Method(restore=drift_corrected_restoration),
+        "once-per-block": Method(once="block"),
+        "random": Method(select=random_tokens),
+        "uniform-grid": Method(select=uniform_grid),
+        "lowest-scores": Method(select=lowest_scores),
+        "zeros": Method(restore=zeros),
+        "nearest-kept": Method(restore=nearest_kept),
+        "bilinear": Method(restore=interpolated("bilinear")),
+        "nearest": Method(restore=interpolated("nearest")),
+        "tome": token_merging(),
     }
 )
-"""The named methods, each made for a schedule."""
+"""The named methods."""

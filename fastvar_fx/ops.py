@@ -23,16 +23,17 @@ from fastvar_fx.errors import ArgumentError
 Scale = tuple[int, ...]
 """A token map: (h, w), or (m, h, w) for m maps that are drawn jointly."""
 
-Select = Callable[[Tensor, int], Any]
+Select = Callable[..., Any]
 """(x (B, L, C), kept) -> indices of the kept tokens (B, kept), int64, each at most once.
 
-Or a tuple that starts with them, for a `Take` and a `Restore` that need to know more.
+Or a tuple that starts with them, for a `Take` and a `Restore` that need to know more. Each of the
+three may ask for more by keyword, see `fastvar_fx.Method`.
 """
 
-Take = Callable[[Tensor, Any], Tensor]
+Take = Callable[..., Tensor]
 """(x (B, L, C), what `Select` gave) -> the tokens that the branch runs on, (B, kept, C)."""
 
-Restore = Callable[[Tensor, Any, Tensor, Scale, Scale], Tensor]
+Restore = Callable[..., Tensor]
 """(kept (B, kept, C), what `Select` gave, cached (B, Lc, C), its scale, scale) -> (B, L, C)."""
 
 Mode = Literal["nearest", "bilinear", "area"]

@@ -111,7 +111,7 @@ def transform(  # noqa: PLR0913
             step_of=step_of,
             strict=strict,
             dump_dir=Path(dump_dir) if dump_dir is not None else None,
-            method=method_of(method, each),
+            method=method_of(method),
             live_rows=live_rows,
             buffers_caches=kv_buffer,
         )

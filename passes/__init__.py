@@ -13,7 +13,16 @@ from passes.analyse.caches import FindCaches
 from passes.analyse.costs import CountFlops
 from passes.analyse.counts import CheckCounts
 from passes.analyse.prunable import CheckPrunable
-from passes.base import Context, Draft, Dump, Pass, PassError, StepProgram, WithoutRefused
+from passes.base import (
+    Context,
+    Draft,
+    Dump,
+    OperatorError,
+    Pass,
+    PassError,
+    StepProgram,
+    WithoutRefused,
+)
 from passes.base import run_passes as _run_passes
 from passes.refusal import Refusal, RefusedError
 from passes.rewrite.capture_outputs import CaptureOutputs
@@ -62,6 +71,7 @@ __all__ = [
     "Dump",
     "Fingerprint",
     "LeakedTensorError",
+    "OperatorError",
     "Operators",
     "Pass",
     "PassError",
@@ -86,6 +96,7 @@ def run(context: Context, pipeline: Sequence[Pass] = PIPELINE) -> StepProgram:
 
     Raises:
         RefusedError: If the whole block stays dense.
+        OperatorError: If an operator of the step returned something else than it has to.
         PassError: If a pass fails, which is a bug of the pass.
     """
     draft = _run_passes(pipeline, context, Draft())

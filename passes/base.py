@@ -171,11 +171,16 @@ class PassError(Exception):
         self.name = name
 
 
+class OperatorError(Exception):
+    """An operator that the caller gave returned something else than it has to."""
+
+
 def run_passes(passes: Sequence[Pass], context: Context, draft: Draft) -> Draft:
     """Runs passes in order; checks, times and dumps what each one makes.
 
     Raises:
         RefusedError: If a pass refuses.
+        OperatorError: If an operator of the step returned something else than it has to.
         PassError: If a pass fails otherwise.
     """
     for each in passes:
@@ -184,7 +189,7 @@ def run_passes(passes: Sequence[Pass], context: Context, draft: Draft) -> Draft:
             made = each.run(context, draft)
             if made.newest is not draft.newest:
                 made.newest.graph.lint()
-        except (RefusedError, PassError, torch.OutOfMemoryError):
+        except (RefusedError, OperatorError, PassError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise PassError(each.name, context, error) from error

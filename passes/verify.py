@@ -25,7 +25,7 @@ from passes.base import Context, Draft, Pass
 from passes.graph import copy_graph, draws_numbers, outputs_of
 from passes.refusal import BranchRefusedError, Refusal, RefusedError, refuse
 from passes.rewrite.capture_outputs import capture_outputs
-from passes.rewrite.prune import Operators, Scale, Step, prune
+from passes.rewrite.prune import ASKS_NOTHING, Operators, Scale, Step, prune
 from passes.trace.calls import live_inputs
 
 _TRANSLATION: Final = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -178,6 +178,7 @@ class PermutedTokens:
 
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
+        self.asks = ASKS_NOTHING
         self.restores_anew = False
 
     def select(self, x: Tensor, kept: int) -> Tensor:
@@ -220,8 +221,8 @@ def _with_operators(pruned: GraphModule, own: Operators, other: PermutedTokens) 
         own.restore: other.restore,
     }
     for node in copies.values():
-        if node.op == "call_function":
-            node.target = others.get(node.target, node.target)
+        if node.op == "call_function" and node.target in others:
+            node.target, node.kwargs = others[node.target], {}
     for item in graph.find_nodes(op="call_function", target=operator.getitem):
         if item.args[0].target == other.select:  # `own.select` returned a tuple
             item.replace_all_uses_with(item.args[0])

@@ -37,10 +37,10 @@ def test_docstrings() -> None:
 @pytest.mark.parametrize("kept", [0, 1, 5, 12])
 @pytest.mark.parametrize("rule", ["random", "lowest", "grid"])
 def test_a_selection_is_ascending_and_of_the_asked_size(rule: str, kept: int) -> None:
-    rules = {
+    rules: dict[str, Any] = {
         "random": methods.random_tokens,
         "lowest": methods.lowest_scores,
-        "grid": methods.uniform_grid([(3, 4)]),
+        "grid": partial(methods.uniform_grid, scale=(3, 4)),
     }
     index = rules[rule](noise(3, 12, 5), kept)
     assert index.shape == (3, kept)
@@ -69,17 +69,17 @@ def test_the_lowest_scores_are_those_that_pivotal_selection_leaves() -> None:
 
 @pytest.mark.parametrize("kept", [16, 64, 128])
 def test_the_grid_fills_every_quarter_of_the_map_alike(kept: int) -> None:
-    index = methods.uniform_grid([(16, 16)])(torch.zeros(1, 256, 1), kept)
+    index = methods.uniform_grid(torch.zeros(1, 256, 1), kept, scale=(16, 16))
     chosen = torch.zeros(256).index_fill(0, index[0], 1).view(2, 8, 2, 8)
     quarters = chosen.sum(dim=(1, 3)).flatten()
     assert (quarters - kept / 4).abs().max() <= 2
 
 
-def test_the_grid_needs_the_shape_of_the_map() -> None:
-    with pytest.raises(ValueError, match=r"of 12 tokens are \(3, 4\) and \(4, 3\)"):
-        methods.uniform_grid([(3, 4), (4, 3)])
-    with pytest.raises(ValueError, match=r"maps of \[12\] tokens; found 9"):
-        methods.uniform_grid([(3, 4)])(torch.zeros(1, 9, 1), 4)
+def test_the_grid_stacks_joint_maps() -> None:
+    x = torch.zeros(1, 24, 1)
+    joint, stacked = (methods.uniform_grid(x, 6, scale=scale) for scale in ((2, 3, 4), (6, 4)))
+    assert torch.equal(joint, stacked)
+    assert not torch.equal(joint, methods.uniform_grid(x, 6, scale=(4, 6)))
 
 
 # -- restoration --------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_rules_without_a_cache_need_a_kept_token() -> None:
     with pytest.raises(ValueError, match="nearest_kept needs at least one"):
         methods.nearest_kept(*nothing, cached, (1, 1), (2, 2))
     with pytest.raises(ValueError, match="token_merging needs at least one"):
-        methods.token_merging(SCALES).restore(*nothing, cached, (1, 1), (2, 2))
+        methods.token_merging().restore(*nothing, cached, (1, 1), (2, 2))
 
 
 # -- merging ------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ def test_rules_without_a_cache_need_a_kept_token() -> None:
 def test_merging_averages_the_most_similar_tokens_and_copies_the_result() -> None:
     # The evenly spread destination of a 2 x 2 map is its first token.
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [-1.0, 0.0]]])
-    merging = methods.token_merging([(2, 2)])
-    selection = merging.select(x, 3)
+    merging = methods.token_merging()
+    selection = merging.select(x, 3, scale=(2, 2))
     stays, slots = selection
     assert stays.tolist() == [[0, 1, 3]]
     assert slots.tolist() == [[0, 1, 0, 2]]
@@ -143,9 +143,9 @@ def test_merging_averages_the_most_similar_tokens_and_copies_the_result() -> Non
 
 @pytest.mark.parametrize("kept", [1, 4, 7, 16])
 def test_merging_keeps_the_asked_number_and_the_mean_of_constant_maps(kept: int) -> None:
-    merging = methods.token_merging(SCALES)
+    merging = methods.token_merging()
     x = noise(3, 16, 6)
-    stays, slots = merging.select(x, kept)
+    stays, slots = merging.select(x, kept, scale=(4, 4))
     assert stays.shape == (3, kept)
     assert slots.shape == (3, 16)
     own = slots.gather(1, stays)
@@ -207,13 +207,6 @@ def test_what_is_no_method(model: VAR) -> None:
         Method(methods.random_tokens)  # type: ignore[call-arg]
 
 
-def test_a_method_that_needs_the_shapes_of_the_maps_says_so_before_the_first_call() -> None:
-    ambiguous = fastvar_fx.Schedule(((1, 1), (2, 8), (4, 4)), (0.5,))
-    with pytest.raises(ArgumentError, match="16 tokens"):
-        methods.method_of("tome", ambiguous)
-    assert methods.method_of("zeros", ambiguous) == Method(restore=methods.zeros)
-
-
 def test_functions_without_a_name_are_wrapped() -> None:
     x = noise(1, 12, 5)
     select = Method(select=partial(methods.lowest_scores)).select
@@ -224,12 +217,12 @@ def test_functions_without_a_name_are_wrapped() -> None:
 
 def test_only_restorations_of_the_package_are_known_to_be_new_memory() -> None:
     assert Method().restores_anew
-    assert methods.method_of("drift-corrected", SCHEDULE).restores_anew
+    assert methods.method_of("drift-corrected").restores_anew
     assert not Method(restore=methods.interpolated("area")).restores_anew
 
 
 def test_a_name_is_what_it_says() -> None:
-    named = {name: methods.method_of(name, SCHEDULE) for name in methods.names()}
+    named = {name: methods.method_of(name) for name in methods.names()}
     restore = fastvar_fx.ops.drift_corrected_restoration
     assert named["drift-corrected"] == Method(restore=restore)
     assert named["once-per-block"] == Method(once="block")
@@ -238,15 +231,13 @@ def test_a_name_is_what_it_says() -> None:
     assert named["zeros"] == Method(restore=methods.zeros)
     assert named["nearest-kept"] == Method(restore=methods.nearest_kept)
     x, cached = noise(2, 16, 5), noise(2, 9, 5, seed=1)
-    index = named["uniform-grid"].select(x, 6)
-    assert torch.equal(index, methods.uniform_grid(SCALES)(x, 6))
+    assert named["uniform-grid"] == Method(select=methods.uniform_grid)
+    index = methods.uniform_grid(x, 6, scale=(4, 4))
     kept = take_tokens(x, index)
     for mode in ("bilinear", "nearest"):
         want = methods.interpolated(mode)(kept, index, cached, (3, 3), (4, 4))
         assert torch.equal(named[mode].restore(kept, index, cached, (3, 3), (4, 4)), want)
-    tome, merging = named["tome"], methods.token_merging(SCALES)
-    assert torch.equal(tome.select(x, 6)[1], merging.select(x, 6)[1])
-    assert (tome.take, tome.restore) == (merging.take, merging.restore)
+    assert named["tome"] == methods.token_merging()
 
 
 def test_the_library_needs_torch_and_numpy_alone() -> None:
@@ -290,10 +281,10 @@ class Residual(nn.Module):
 def test_merging_runs_the_branch_on_the_means() -> None:
     loop = Loop().eval()
     maps = [noise(2, side**2, 6, seed=side) for side in (1, 2, 3, 4)]
-    merging = methods.token_merging(SCALES)
+    merging = methods.token_merging()
     fast = fastvar_fx.transform(loop, SCHEDULE, blocks="blocks", method="tome")
     out, x = fast(maps)[-1], maps[-1]
-    selection = merging.select(x, 8)
+    selection = merging.select(x, 8, scale=(4, 4))
     branch = loop.block.fc(merging.take(x, selection)).relu()
     torch.testing.assert_close(out, x + take_tokens(branch, selection[1]))
 
@@ -327,6 +318,105 @@ def test_a_block_may_select_once_for_all_its_branches(model: VAR) -> None:
         assert all(shared) if once else not all(shared)
 
 
+GIVEN = {
+    "cached": None, "cached_scale": (3, 3), "scale": (4, 4), "step": 3, "layer": 1, "layers": 2
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["select", "take", "restore"])
+def test_rules_are_given_what_they_ask_for(model: VAR, rule: str) -> None:
+    seen: list[dict[str, Any]] = []
+    plain: Any = getattr(Method(), rule)
+
+    def asking(
+        *args: Any,
+        cached: Tensor,
+        cached_scale: Scale,
+        scale: Scale,
+        step: int,
+        layer: int,
+        layers: int,
+        own: str = "left alone",
+    ) -> Any:
+        assert own == "left alone"
+        given = {"cached_scale": cached_scale, "scale": scale, "step": step}
+        seen.append(given | {"layer": layer, "layers": layers, "cached": cached})
+        return plain(*args)
+
+    def noting(kept: Tensor, index: Tensor, cached: Tensor, *scales: Scale) -> Tensor:
+        captured.append(cached)
+        return fastvar_fx.ops.cached_token_restoration(kept, index, cached, *scales)
+
+    asked: Any = {rule: asking}
+    method = Method(**asked)
+    assert method.asks[rule] == tuple(GIVEN)  # type: ignore[index]
+    fast, plainly = (
+        fastvar_fx.transform(model, SCHEDULE, method=each)
+        for each in (method, Method(restore=noting))
+    )
+    captured: list[Tensor] = []
+    for each in (fast, plainly):
+        draw(each)  # traces
+    seen.clear()
+    captured.clear()
+    assert torch.equal(draw(fast), draw(plainly))
+    assert [{**each, "cached": None} for each in seen] == [
+        GIVEN | {"layer": layer} for layer in (0, 0, 1, 1)
+    ]
+    assert all(torch.equal(each["cached"], own) for each, own in zip(seen, captured, strict=True))
+
+
+def test_blocks_share_programs_unless_a_rule_asks_for_the_layer(model: VAR) -> None:
+    def by_scale(x: Tensor, kept: int, *, scale: Scale) -> Tensor:
+        return fastvar_fx.ops.pivotal_token_selection(x, kept)
+
+    def by_layer(x: Tensor, kept: int, *, layer: int) -> Tensor:
+        return fastvar_fx.ops.pivotal_token_selection(x, kept)
+
+    programs = []
+    for select in (by_scale, by_layer):
+        fast = fastvar_fx.transform(model, SCHEDULE, method=Method(select=select))
+        draw(fast)
+        rows = fastvar_fx.explain(fast).rows
+        programs.append(len({row.program for row in rows if row.step == 3}))
+    assert programs == [1, 2]
+
+
+def test_what_a_rule_cannot_ask_for() -> None:
+    def select(x: Tensor, kept: int, *, scales: Scale) -> Tensor:
+        raise AssertionError
+
+    with pytest.raises(ArgumentError, match=r"select of a Method asks for 'scales'.*mean scale"):
+        Method(select=select)
+    assert Method(select=partial(select, scales=(4, 4))).asks["select"] == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            {"restore": lambda kept, *_: kept},
+            r"restore.*return \(4, 16, 32\) float32 for attn.*8 tokens.*it returned \(4, 8, 32\)",
+        ),
+        (
+            {"restore": lambda *args: fastvar_fx.ops.cached_token_restoration(*args).double()},
+            r"\(4, 16, 32\) float32 .*returned \(4, 16, 32\) float64",
+        ),
+        ({"restore": lambda *_: None}, "restore .*it returned None"),
+        (
+            {"select": lambda x, kept: torch.arange(kept)},
+            r"select .*return \(4, 8\) int64.*it returned \(8,\) int64",
+        ),
+        ({"select": lambda x, kept: x[:, :kept, 0] > 0}, r"int64.*it returned \(4, 8\) bool"),
+    ],
+)
+def test_a_rule_that_returns_something_else(model: VAR, rule: Any, message: str) -> None:
+    for strict in (True, False):
+        fast = fastvar_fx.transform(model, SCHEDULE, method=Method(**rule), strict=strict)
+        with pytest.raises(ArgumentError, match=message):
+            draw(fast)
+
+
 def corrected_by_hand(
     kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
 ) -> Tensor:
@@ -338,7 +428,7 @@ def corrected_by_hand(
 @pytest.mark.parametrize("once", [False, "block"])
 @pytest.mark.parametrize("path", ["eager", "compiled", "recorded", "several schedules"])
 def test_the_corrected_method_on_every_path(model: VAR, path: str, once: methods.Once) -> None:
-    method = replace(methods.method_of("drift-corrected", SCHEDULE), once=once)
+    method = replace(methods.method_of("drift-corrected"), once=once)
     by_hand = Method(restore=corrected_by_hand, once=once)
     want = draw(fastvar_fx.transform(model, SCHEDULE, method=by_hand))
     paper = draw(fastvar_fx.transform(model, SCHEDULE, method=Method(once=once)))

@@ -28,6 +28,8 @@ Method: fastvar_fx.methods
     restore: Restore = fastvar_fx.ops.cached_token_restoration
     once: Once = False
     -> None
+    cached_property asks
+        -> Mapping[Rule, Sequence[str]]
     once = False
     function restore
         kept: Tensor

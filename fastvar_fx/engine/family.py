@@ -118,7 +118,9 @@ class Family:
         steps = [(each.engine, each.role.step) for each in seen if each.role.step is not None]
         if len(steps) == len(captures):  # none prunes
             return captures[0] if captures else seen[0]
-        if len({engine.plan.key(step) for engine, step in steps}) > 1 or len(steps) < len(seen):
+        layer = seen[0].call.site.layer
+        keys = {engine.plan.key(step, layer) for engine, step in steps}
+        if len(keys) > 1 or len(steps) < len(seen):
             self._raise_undecided(seen[0].call, [each.engine.plan.schedule for each in seen])
         return seen[0]
 

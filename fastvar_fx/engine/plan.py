@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from fastvar_fx.engine.prefix import Around, within
+from fastvar_fx.engine.prefix import Around, Within
 from fastvar_fx.errors import RunError
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
@@ -90,11 +90,12 @@ class Plan:
         after = length - schedule.length(step) if all_maps else 0
         return length - tokens - after, after
 
-    def pruned(self, step: int, around: Around, captured: Collection[int]) -> Step:
-        """Returns what a pruned step keeps.
+    def pruned(self, step: int, layer: int, around: Around, captured: Collection[int]) -> Step:
+        """Returns what a block keeps at a pruned step.
 
         Args:
             step: The step.
+            layer: The block's index.
             around: How many tokens come before and after its map, which all stay.
             captured: The lengths of the captured outputs, which are all equal.
         """
@@ -104,20 +105,29 @@ class Plan:
             schedule.kept(step) + sum(around),
             schedule.scales[cache_step],
             schedule.scales[step],
-            within(method, around, cached) if any(around + cached) else method,
+            Within(method, around, cached) if any(around + cached) else method,
             last=step == self.drawn_steps - 1,
             selects_once=method.once == "block",
+            given=self._given(step, layer),
         )
 
-    def key(self, step: int) -> tuple[Any, ...]:
-        """Returns what programs of a step depend on; those of equal keys may be shared."""
+    def _given(self, step: int, layer: int) -> dict[str, int]:
+        """Returns the numbers that the method asks for."""
+        numbers = {"step": step, "layer": layer, "layers": len(self.blocks)}
+        asked = set().union(*self.method.asks.values())
+        return {name: number for name, number in numbers.items() if name in asked}
+
+    def key(self, step: int, layer: int) -> tuple[Any, ...]:
+        """Returns what programs depend on; those of equal keys may be shared."""
         schedule = self.schedule
         later = self.later_rows(step)
         if step == schedule.cache_step:
             return (later,)
         shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
         whole = schedule.prefix and schedule.length(schedule.steps - 1)  # see `around`
-        return (*shapes, whole, schedule.kept(step), step == self.drawn_steps - 1, later)
+        last = step == self.drawn_steps - 1
+        given = tuple(self._given(step, layer).values())
+        return (*shapes, whole, schedule.kept(step), last, later, given)
 
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.

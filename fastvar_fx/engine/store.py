@@ -16,10 +16,9 @@ from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind
-from fastvar_fx.errors import FastVARError, ModelError, RunError
+from fastvar_fx.errors import ArgumentError, FastVARError, ModelError, RunError
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
-from passes.trace.state import get
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +174,12 @@ class Store:
         known.insert(0, program)
         del known[_MOST:]
         self._pool.used[program] = entry.root or entry
-        self._drop_unused(step)
+        self._drop_unused(self._plan.key(step, site.layer))
         return program
 
-    def _drop_unused(self, step: int) -> None:
-        """Drops the step's programs that no block has used for longest, if they are many."""
-        pool, key = self._pool, self._plan.key(step)
+    def _drop_unused(self, key: tuple[Any, ...]) -> None:
+        """Drops the programs of a key that no block has used for longest, if they are many."""
+        pool = self._pool
         used = {id(entry) for entry in pool.used.values()}
         unused = [e for e in pool.entries if e.key == key and id(e) not in used]
         for entry in unused[_MOST:]:
@@ -243,7 +242,8 @@ class Store:
         self._met.add(kind)
         # The batch is that of the token map.
         captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
-        pool, key = self._pool, self._plan.key(step)
+        plan, pool = self._plan, self._pool
+        key = plan.key(step, call.site.layer)
         metas, mark = tuple(captured), _fingerprint(live, real)
         for entry in pool.entries:
             if entry.fits(key, metas, live, mark):
@@ -251,7 +251,16 @@ class Store:
                 pool.entries.insert(0, entry)
                 return _moved(entry, mark)
         name = f"{pool.made:02}_{call.site.name}_step{step}"
-        program = self._make(live, step, role, real or passes.reference(live), name)
+        context = passes.Context(
+            call=live,
+            real=real or passes.reference(live),
+            kinds=plan.kinds,
+            step=self._pruned(call, step, role),
+            captured=role.captured,
+            later=plan.later_rows(step),
+            dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
+        )
+        program = self._make(context, name)
         refused = isinstance(program, Refusal) and program.code == "FVX019"
         earlier = live.varying.earlier if refused else None
         entry = _Entry(pool.made, key, metas, mark, program, earlier)
@@ -259,29 +268,24 @@ class Store:
         pool.entries.insert(0, entry)
         return entry
 
-    def _make(
-        self, live: passes.Call, step: int, role: Role, real: passes.Reference, name: str
-    ) -> passes.StepProgram | Refusal:
-        plan, schedule = self._plan, self._plan.schedule
-        at = None
-        if step != schedule.cache_step:
-            around = plan.around(step, get(live.roots(), live.stream).shape[1])
-            at = plan.pruned(step, around, {x.shape[1] for x in role.captured.values()})
-        context = passes.Context(
-            call=live,
-            real=real,
-            kinds=plan.kinds,
-            step=at,
-            captured=role.captured,
-            later=plan.later_rows(step),
-            dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
-        )
+    def _pruned(self, call: BlockCall, step: int, role: Role) -> passes.Step | None:
+        """Returns what a block keeps at a step; None for the cache step."""
+        plan = self._plan
+        if step == plan.schedule.cache_step:
+            return None
+        around = plan.around(step, call.tokens)
+        captured = {x.shape[1] for x in role.captured.values()}
+        return plan.pruned(step, call.site.layer, around, captured)
+
+    def _make(self, context: passes.Context, name: str) -> passes.StepProgram | Refusal:
         try:
             return passes.run(context)
         except RefusedError as error:
             return error.refusal
+        except passes.OperatorError as error:
+            raise ArgumentError(str(error)) from error
         except passes.PassError as error:
-            if plan.strict:
+            if self._plan.strict:
                 error.add_note("this is a bug of the compiler: strict=False leaves the block dense")
                 raise
             log.exception("%s stays dense", name)

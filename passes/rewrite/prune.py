@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from passes.analyse.rules.site import (
     Slot,
     declared_advice,
 )
-from passes.base import Context, Draft
+from passes.base import Context, Draft, OperatorError
 from passes.graph import (
     bind,
     drop_unread_inputs,
@@ -44,8 +44,21 @@ Scale = tuple[int, ...]
 """A token map, as the operators read it; the compiler only passes it on."""
 
 
+Rule = Literal["select", "take", "restore"]
+"""A function of the operators."""
+ASKS_NOTHING: Final[Mapping[Rule, Sequence[str]]] = {"select": (), "take": (), "restore": ()}
+"""For operators whose functions get their positional arguments alone."""
+
+
 class Operators(Protocol):
     """The runtime functions that the rewritten graph calls; all take and return real tensors."""
+
+    @property
+    def asks(self) -> Mapping[Rule, Sequence[str]]:
+        """What each function is also given, by keyword: "cached", "cached_scale", "scale".
+
+        Or a name of `Step.given`.
+        """
 
     @property
     def select(self) -> Callable[[Tensor, int], Any]:
@@ -78,6 +91,7 @@ class Step:
         operators: Selection and restoration.
         last: Whether no step comes after it.
         selects_once: Whether all branches of a block keep the tokens that the first one selects.
+        given: Plain values that the operators may ask for, by name.
     """
 
     kept: int
@@ -86,6 +100,7 @@ class Step:
     operators: Operators
     last: bool = True
     selects_once: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Prune:
@@ -168,13 +183,14 @@ class _Rewriter:
 
     def run(self, captured: Callable[[Branch], Tensor]) -> PrunedGraph:
         inputs = [self._copy(node) for node in self._source.graph.find_nodes(op="placeholder")]
-        adds = {e.branch.add: (e, self._cache_input(e.branch, captured)) for e in self._emitters}
+        for emitter in self._emitters:
+            emitter.cache = self._cache_input(emitter.branch, captured)
+        adds = {emitter.branch.add: emitter for emitter in self._emitters}
         for node in self._source.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if node in adds:
-                emitter, cache = adds[node]
-                self._add(node, emitter.branch.out, emitter.restored(cache))
+                self._add(node, adds[node].branch.out, adds[node].restored())
             else:
                 self._copy(node)
             for emitter in self._emitters:
@@ -220,8 +236,11 @@ class _BranchEmitter:
 
     Attributes:
         branch: The branch.
+        cache: Its captured output.
         emitted: The pruned form of its nodes.
     """
+
+    cache: Node
 
     def __init__(self, rewriter: _Rewriter, branch: Branch) -> None:
         self.branch = branch
@@ -262,16 +281,16 @@ class _BranchEmitter:
         self.emitted[node] = self._call(node.target, positional, node, keyword)
         self._check(node)
 
-    def restored(self, cache: Node) -> Node:
+    def restored(self) -> Node:
         """Emits the restoration of the branch's full output."""
-        out, step = self.branch.out, self._rewriter.step
+        out, step, cache = self.branch.out, self._rewriter.step, self.cache
         if self._kept:
             kept, selection = self.emitted[out], self._selection(out)
         else:
             kept = self._call(torch.ops.aten.slice.Tensor, (cache, 1, 0, 0), out)
             selection = self._call(_no_tokens, (cache,), out)
         parts = (kept, selection, cache, step.cached_scale, step.scale)
-        return self._call(self._operators.restore, parts, out)
+        return self._rule("restore", parts, out)
 
     def _argument(self, name: str, value: Any, edits: Mapping[Slot, Edit], like: Node) -> Any:
         edit = edits.get((name, None))
@@ -322,7 +341,7 @@ class _BranchEmitter:
         if self._selector not in selected:
             read = [entry for entry in self.branch.entries if entry in self._dense]
             source = self._dense[read[-1]]  # a later alias may not be there yet
-            made = self._call(self._operators.select, (source, self._kept), like)
+            made = self._rule("select", (source, self._kept), like)
             selected[self._selector] = made
         return selected[self._selector]
 
@@ -331,7 +350,7 @@ class _BranchEmitter:
         if (value, axes) not in self._taken:
             dense, selection = self._dense[value], self._selection(value)
             if axes is None:
-                made = self._call(self._operators.take, (dense, selection), value)
+                made = self._rule("take", (dense, selection), value)
             else:
                 if not isinstance(selection.meta["val"], Tensor):
                     selection = self._call(operator.getitem, (selection, 0), value)
@@ -342,6 +361,31 @@ class _BranchEmitter:
                 made = self._call(take_side, (dense, selection, *layout), value)
             self._taken[value, axes] = made
         return self._taken[value, axes]
+
+    def _rule(self, name: Rule, args: tuple[Any, ...], like: Node) -> Node:
+        """Emits a call of one of the operators, with what it asks for."""
+        step = self._rewriter.step
+        known = {"cached": self.cache, "cached_scale": step.cached_scale, "scale": step.scale}
+        known |= step.given
+        asked = {key: known[key] for key in self._operators.asks[name]}
+        node = self._call(getattr(self._operators, name), args, like, asked)
+        made, out = node.meta["val"], like.meta["val"]
+        if name == "select":
+            index = made[0] if isinstance(made, tuple) else made
+            self._check_made(name, index, (out.shape[0], self._kept), torch.int64)
+        elif name == "restore":
+            self._check_made(name, made, out.shape, out.dtype)
+        return node  # what `take` returns is checked with the ops that read it
+
+    def _check_made(self, name: Rule, made: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+        wanted, found = _described(shape, dtype), repr(made)
+        if isinstance(made, Tensor):
+            found = _described(made.shape, made.dtype)
+        if found != wanted:
+            raise OperatorError(
+                f"{name} of the method has to return {wanted} for {self.branch.name}, of which "
+                f"{self._kept} tokens are kept; it returned {found}"
+            )
 
     def _call(
         self, target: Any, args: tuple[Any, ...], like: Node, kwargs: dict[str, Any] | None = None
@@ -368,6 +412,10 @@ class _BranchEmitter:
 
     def _refuse(self, reason: str, node: Node) -> NoReturn:
         refuse("FVX018", reason, node, advice=declared_advice(self.branch.region))
+
+
+def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 _SHARED: Final = (

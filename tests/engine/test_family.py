@@ -198,7 +198,7 @@ def test_maps_in_sequences_of_other_lengths_share_no_programs() -> None:
     plans = [plan_of(schedule, buffers_caches=False) for schedule in pair]
     length = pair[0].length(3)
     assert [plan.around(2, length) for plan in plans] == [(5, 16), (21, 0)]
-    assert plans[0].key(2) != plans[1].key(2)
+    assert plans[0].key(2, 0) != plans[1].key(2, 0)
 
 
 MAPS = (1, 2, 3, 4, 5)

@@ -183,7 +183,9 @@ class ByHand(nn.Module):
             if step == schedule.cache_step:
                 self.captured = getattr(self, "captured", {}) | {name: out[:, begin:end]}
             return out
-        chosen = method.select(x[:, begin:end], schedule.kept(step))
+        known = {"scale": schedule.scales[step], "cached": self.captured[name]}
+        asked = {key: known[key] for key in method.asks["select"]}
+        chosen = method.select(x[:, begin:end], schedule.kept(step), **asked)
         index = chosen[0] if isinstance(chosen, tuple) else chosen
         index = torch.cat((everything[:, :begin], index + begin, everything[:, end:]), dim=1)
         tokens = method.take(x[:, begin:end], chosen)
@@ -196,7 +198,7 @@ class ByHand(nn.Module):
 
 def by_hand(block: Callable[[], nn.Module], mask: Callable[[int], Mask], method: str) -> Net:
     net = Net(block, mask)
-    chosen = methods.method_of(method, SCHEDULE)
+    chosen = methods.method_of(method)
     net.blocks = nn.ModuleList(ByHand(block, SCHEDULE, chosen) for block in net.blocks)
     return net
 

@@ -22,6 +22,7 @@ import passes
 from passes import Context, Draft, Dump, PassError, RefusedError, StepProgram
 from passes.graph import copy_graph
 from passes.refusal import CODES, Refusal
+from passes.rewrite.prune import ASKS_NOTHING
 from passes.user_frames import error_line, is_users
 
 B, L, C = 2, 6, 4
@@ -43,6 +44,7 @@ class Block(nn.Module):
 class FirstTokens:
     """Operators that keep the first tokens."""
 
+    asks = ASKS_NOTHING
     restores_anew = False
 
     def select(self, x: Tensor, kept: int) -> Tensor:

@@ -14,7 +14,7 @@ from passes.analyse.branches import Branch, find_branches
 from passes.refusal import BranchRefusedError
 from passes.rewrite import prune as prune_module
 from passes.rewrite.capture_outputs import capture_outputs
-from passes.rewrite.prune import PrunedGraph, Step, prune
+from passes.rewrite.prune import ASKS_NOTHING, PrunedGraph, Step, prune
 from passes.rewrite.side_input import SideLayout, take_side
 from passes.trace.calls import Call
 from passes.trace.capture import BlockProgram, capture
@@ -52,6 +52,7 @@ class Named:
     select = staticmethod(select)
     take = staticmethod(take)
     restore = staticmethod(restore)
+    asks = ASKS_NOTHING
     restores_anew = False
 
 

@@ -27,7 +27,7 @@ from passes.analyse.axes import (
 )
 from passes.analyse.branches import Branch, find_branches
 from passes.refusal import BranchRefusedError
-from passes.rewrite.prune import Step, prune
+from passes.rewrite.prune import ASKS_NOTHING, Step, prune
 from passes.trace.calls import Call
 from passes.trace.capture import BlockProgram, capture
 from passes.trace.state import get, roots
@@ -175,6 +175,7 @@ class Host(nn.Module):
 class Chosen:
     """Operators that keep given tokens, another set in another order per sample."""
 
+    asks = ASKS_NOTHING
     restores_anew = False
 
     def __init__(self, index: Tensor) -> None:
