@@ -199,7 +199,7 @@ def measure_both(
         raise ScheduleError(
             f"nothing to compare: ratios {schedule.ratios} prune no token; give one above 0"
         )
-    asked = method_of(method, schedule)
+    asked = method_of(method)
     recorder = _Recorder(asked)
     fast = transform(
         subject.model,
