@@ -46,6 +46,7 @@ from fastvar_fx.measuring.demo import (
 )
 from fastvar_fx.measuring.runs import Budget
 from fastvar_fx.measuring.subject import Subject
+from fastvar_fx.page.data import Page
 from fastvar_fx.page.demonstration import of_measurement
 from fastvar_fx.page.html import html, written_whole
 
@@ -102,15 +103,18 @@ def run_demo(
         progress("building the model")
         subject = asked.subject()
         make_folder(out)
-        result = measure_both(
-            subject,
-            method=method,
-            repeats=repeats or _REPEATS,
-            budget=budget,
-            progress=progress,
-        )
-        progress("drawing")
-        files = _draw(subject, result, out)
+        with written_whole(out / "index.html") as page:
+            result = measure_both(
+                subject,
+                method=method,
+                repeats=repeats or _REPEATS,
+                budget=budget,
+                progress=progress,
+            )
+            progress("drawing")
+            files = _draw(subject, result, out)
+            page.write(html(_page(subject, result)))
+        files.append(out / "index.html")
     if as_json:
         print(json.dumps(_demo_dict(subject, result, files, budget.spent)))
     else:
@@ -226,13 +230,14 @@ def _about(subject: Subject, result: Measurement) -> str:
 
 
 def _draw(subject: Subject, result: Measurement, out: Path) -> list[Path]:
-    comparison, kept, page = out / "demo.png", out / "kept_tokens.png", out / "index.html"
+    comparison, kept = out / "demo.png", out / "kept_tokens.png"
     about = _about(subject, result)
     note = f"{about}; {subject.note}" if subject.note else about
     draw_comparison(result, headline(subject), note, comparison)
     draw_kept_tokens(result, headline(subject), note, kept)
-    subtitle = (schedule_line(subject), about)
-    shown = of_measurement(result, subject.name, subtitle, tuple(_remarks(subject, result)))
-    with written_whole(page) as file:
-        file.write(html(shown))
-    return [comparison, kept, page]
+    return [comparison, kept]
+
+
+def _page(subject: Subject, result: Measurement) -> Page:
+    subtitle = (schedule_line(subject), _about(subject, result))
+    return of_measurement(result, subject.name, subtitle, tuple(_remarks(subject, result)))

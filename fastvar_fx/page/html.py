@@ -45,8 +45,8 @@ def written_whole(path: Path) -> Iterator[TextIO]:
         file = part.open("x", encoding="utf-8")
     except OSError as error:
         raise OSError(
-            f"asked to write a page to {path}, which cannot be written: {error.strerror}; give a "
-            f"file in a folder that exists"
+            f"asked to write a page to {path}, which cannot be written: {error.strerror}; give "
+            f"another file, in a folder that exists"
         ) from error
     try:
         with file:

@@ -303,6 +303,14 @@ def test_demo_draws_with_trained_weights(cli: Cli, folder: Path) -> None:
     assert (folder / "demo" / "index.html").stat().st_size < 3e6
 
 
+def test_demo_needs_to_write_its_page(cli: Cli, folder: Path) -> None:
+    (folder / "demo" / "index.html").mkdir(parents=True)
+    outcome = cli("demo", "--model", *OWN)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "asked to write a page to demo/index.html" in outcome.message
+    assert "warm-up" not in outcome.err
+
+
 def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
     code, out, err = cli("demo", "--model", *OWN, "--repeats", "1")
     assert code == 0, err

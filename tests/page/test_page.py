@@ -91,6 +91,19 @@ def test_a_step_of_ratio_one_keeps_nothing(measured: Measurement) -> None:
     assert "0 of 64 tokens" in html(page)
 
 
+def test_of_maps_drawn_jointly_the_first_is_shown(measured: Measurement) -> None:
+    scales = {4: (2, 3, 6), 5: (2, 4, 8)}
+    steps = tuple(replace(s, scale=scales.get(s.step, s.scale)) for s in measured.steps)
+    kept = tuple(replace(k, tokens=k.tokens.view(scales[k.step])) for k in measured.kept_tokens)
+    page = of_measurement(replace(measured, steps=steps, kept_tokens=kept), "joint", (), ())
+    assert page.kept is not None
+    assert [(step.rows, step.columns) for step in page.kept.steps] == [(3, 6), (4, 8)]
+    for each, shown in zip(kept, page.kept.maps, strict=True):
+        first = "".join(str(int(token)) for token in each.tokens[0].flatten())
+        assert f"{int(shown.bits, 16):0{4 * len(shown.bits)}b}"[: len(first)] == first
+    assert "the first is shown" in html(page)
+
+
 def test_timed_steps_have_bars_and_the_limit_of_their_flops(measured: Measurement) -> None:
     times = Comparison(Spread.of([0.004]), Spread.of([0.002]))
     report = replace(measured.report, step_times={5: times})
