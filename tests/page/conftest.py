@@ -69,7 +69,6 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         file = tmp_path / "page.html"
         file.write_text(html(page), encoding="utf-8")
         tab = context.new_page()
-        tab.set_default_timeout(5000)
         tab.set_viewport_size({"width": width, "height": 900})
         tab.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         tab.on("console", lambda message: said.append(message.text))
@@ -77,6 +76,8 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         tab.on("dialog", lambda dialog: said.append(dialog.message))
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(file.as_uri())
+        if page.kept is not None:  # it is drawn once the picture is decoded
+            tab.wait_for_function("document.getElementById('kept-text').textContent")
         return tab
 
     yield opened
