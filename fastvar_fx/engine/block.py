@@ -68,7 +68,7 @@ class BlockRuntime:
         if torch.compiler.is_compiling():
             return _run(family.current, BlockCall(self.site, block, args, kwargs), EAGER)
         with family.lock:
-            call = BlockCall(self.site, block, args, kwargs)
+            call = BlockCall(self._sites[0], block, args, kwargs)
             engines = family.fitting(call)
             try:
                 if len(engines) > 1:

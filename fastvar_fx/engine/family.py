@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn
 
+import torch
+
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import Executor
@@ -33,38 +35,53 @@ class Family:
     """The engines of a transformed model, one per schedule.
 
     Which one runs is what `use` says, else what the scales say that the loop hands to a method of
-    the model or to a block, else what fits the token counts of the generation so far.
+    the model or to a block, else what fits the token counts of the generation so far. Each thread
+    may run another one.
 
     Attributes:
         engines: One per schedule.
-        current: The one that ran last.
         lock: Held by a block that runs, because making a program puts stand-ins into the model.
         decided: Whether there is nothing to find out: one schedule, of square maps.
     """
 
     def __init__(self, plans: Iterable[Plan], executor: Executor) -> None:
         first, *others = plans
-        self.current = Engine(first, executor)
-        self.engines = (self.current, *(Engine(p, executor, self.current) for p in others))
+        self._latest = Engine(first, executor)  # of any thread
+        self.engines = (self._latest, *(Engine(p, executor, self._latest) for p in others))
         for index, engine in enumerate(self.engines):
             engine.family, engine.index = self, index
         self.lock: AbstractContextManager[Any] = threading.RLock()
         shapes = [scale for plan in (first, *others) for scale in plan.schedule.scales]
         self.decided = not others and all(scale[-1] == scale[-2] for scale in shapes)
         self._used: Engine | None = None
-        self._choices: dict[int, _Choice] = {}
+        self._threads = threading.local()  # the choice of each, for as long as it runs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
         """Returns one for a copy of the model: without programs, and in no generation."""
-        executor = self.current.executor.anew()
+        executor = self._latest.executor.anew()
         made = memo[id(self)] = Family((engine.plan for engine in self.engines), executor)
         for mine, engine in zip(made.engines, self.engines, strict=True):
             mine.generation = engine.generation.copy()
             if mine.buffers is not None and engine.buffers is not None:
                 mine.buffers.replayed = engine.buffers.replayed
-        made.current = made.engines[self.current.index]
-        made._used = made.current if self._used else None
+        made._latest = made.engines[self.current.index]
+        made._used = made._latest if self._used else None
         return made
+
+    @property
+    def current(self) -> Engine:
+        """The engine that ran last in this thread; of one that ran none, the last of any."""
+        if self.decided or torch.compiler.is_compiling():  # nothing asks for the thread then
+            return self._latest
+        return self._used or self._choice.current or self._latest
+
+    @property
+    def running(self) -> Sequence[Engine]:
+        """The engines whose schedules this thread may be running."""
+        if self.decided:
+            return self.engines
+        choice = self._choice
+        return (self._used,) if self._used else self._running(choice.handed) or choice.fits
 
     def use(self, schedule: Schedule | None) -> None:
         """Makes all generations run a schedule; None finds it out again.
@@ -82,7 +99,8 @@ class Family:
             for engine in self.engines:
                 engine.generation.leave()
         self._used = found[0] if found else None
-        self.current = found[0] if found else self.current
+        if found:
+            self._latest = self._choice.current = found[0]
 
     def fitting(self, call: BlockCall) -> Sequence[Engine]:
         """Returns the engines whose schedules a call may belong to.
@@ -101,12 +119,16 @@ class Family:
         shaped = [engine for engine in fits if _agrees(engine.plan.schedule, handed)]
         if not shaped:
             self._raise_shapes(handed)
-        self.current = shaped[0]
+        self._latest = choice.current = shaped[0]
         return shaped
 
     @property
     def _choice(self) -> _Choice:
-        return self._choices.setdefault(threading.get_ident(), _Choice(self.engines))
+        try:
+            return self._threads.choice  # type: ignore[no-any-return]
+        except AttributeError:
+            made = self._threads.choice = _Choice(self.engines)
+            return made
 
     def agreed(self, seen: Sequence[Seen]) -> Seen:
         """Returns the call as the schedule sees it that it is run for.
@@ -131,8 +153,8 @@ class Family:
         before = choice.handed
         choice.handed = _handed_scales(values) or before
         known = self._running(choice.handed)
-        if known and self._used is None:
-            self.current = known[0]
+        if known:
+            self._latest = choice.current = known[0]
         try:
             yield
         finally:
@@ -166,6 +188,7 @@ class Family:
         with ExitStack() as within:
             for engine in self.engines:
                 within.enter_context(engine.generation.watch.whole())
+                within.enter_context(engine.generation.skipped.whole())
             yield
         watch = self.current.generation.watch
         if judges and not watch.within:
@@ -195,30 +218,33 @@ class _Choice:
     """What is known of the schedule that a thread's loop runs.
 
     Attributes:
+        current: The engine that ran last.
         handed: The scales that the loop was called with.
+        fits: The engines that fit the token counts of the generation so far.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
+        self.current: Engine | None = None
         self.handed: Sequence[Scale] = ()
+        self.fits: Sequence[Engine] = engines
         self._seen: list[int] = []  # the token counts of the generation, each once
-        self._fits: Sequence[Engine] = engines
 
     def by_tokens(self, call: BlockCall, engines: Sequence[Engine]) -> Sequence[Engine]:
         """Returns the engines whose schedules begin with the token counts of the generation."""
         tokens = call.tokens
         if self._seen and tokens == self._seen[-1]:
-            return self._fits
+            return self.fits
         known = tokens in self._seen  # a generation begins, or a step is drawn again
         seen = self._seen[: self._seen.index(tokens) + 1] if known else [*self._seen, tokens]
         fits = [engine for engine in engines if engine.lengths[: len(seen)] == seen]
         if fits:
-            for engine in self._fits:
+            for engine in self.fits:
                 if engine not in fits:
                     engine.generation.leave()
-            self._seen, self._fits = seen, fits
+            self._seen, self.fits = seen, fits
             return fits
         paused = [engine for engine in engines if engine.generation.expects(call)]
-        return paused if len(paused) == 1 else self._fits
+        return paused if len(paused) == 1 else self.fits
 
 
 def _handed_scales(values: Iterable[Any]) -> Sequence[Scale]:

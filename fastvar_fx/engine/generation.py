@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -52,6 +53,9 @@ class Role(NamedTuple):
         return self.track.outputs if self.track else {}
 
 
+_MOST_LEFT: Final = 8
+"""Generations that were left and may go on, at most, if what they captured keeps caches alive."""
+
 DENSE: Final = Role()
 PASS: Final = Role(passes=True)
 
@@ -76,8 +80,9 @@ class Generation:
         self.peak_captured_bytes = 0
         self._tracks: list[list[Track]] = [[] for _ in plan.blocks]
         self._last_layer = 0  # the last block that captured; there may be others that never run
-        self._loop = Loop(plan)
-        self._loops = {threading.get_ident(): self._loop}
+        self._threads = threading.local()  # the loop of each, for as long as it runs
+        self._loop = self._threads.loop = Loop(plan)
+        self._loops = WeakValueDictionary({threading.get_ident(): self._loop})
         self._cache_step = schedule.cache_step
         self._cache_tokens = schedule.length(schedule.cache_step)
         self._positions = {step: i for i, step in enumerate(plan.pruned_steps)}
@@ -157,7 +162,8 @@ class Generation:
             if not place.began:
                 place.began = True
             return
-        if place.late or self._own(layer, place) or (step or 0) < (place.step or 0):
+        captured = self._tracks[layer] and (not place.began or self._own(layer, place))
+        if place.late or captured or (step or 0) < (place.step or 0):
             self._begin_next(call, place)
         place.calls = place.calls + 1 if step == place.step and not place.aborted else 1
         place.step, place.began, place.ended, place.aborted = step, True, False, False
@@ -432,16 +438,17 @@ class Generation:
             self._tracks[layer] = []
             place.reset()
             return
-        gone = [loop.places[layer] for loop in self._loops_gone()]
         kept, cut_off = [], place.cut_off and not place.ended
         for track in self._tracks[layer]:
             ended = track.position == self._end
-            track.left = track.left or track.place is place or track.place in gone
+            track.left = track.left or track.place is place or track.place.loop() is None
             if not track.left or (track.may_go_on() and not ended):
                 kept.append(track)
             else:
                 cut_off = cut_off or (place.began and not ended)
-        self._tracks[layer] = kept
+        unknown = [track for track in kept if track.left and track.keeps_its_caches]
+        dropped = unknown[:-_MOST_LEFT]
+        self._tracks[layer] = [track for track in kept if track not in dropped]
         place.cut_off, place.ended = cut_off, False
         place.reset()
 
@@ -479,8 +486,10 @@ class Generation:
     def reset(self) -> None:
         """Ends the generation, wherever it is, and frees what was captured."""
         self._tracks = [[] for _ in self._tracks]
-        for loop in self._loops.values():
-            loop.reset()
+        for reference in self._loops.valuerefs():  # a list, whatever other threads begin
+            loop = reference()
+            if loop is not None:
+                loop.reset()
 
     def leave(self) -> None:
         """Ends the generation of the current thread, because the loop runs another schedule."""
@@ -543,20 +552,16 @@ class Generation:
         if not torch.compiler.is_compiling():  # nothing may change
             self._loop = self._own_loop()
 
-    def _loops_gone(self) -> list[Loop]:
-        """Returns the loops whose threads have ended."""
-        if len(self._loops) == 1:
-            return []
-        alive = {thread.ident for thread in threading.enumerate()}
-        return [loop for ident, loop in self._loops.items() if ident not in alive]
-
     def _own_loop(self) -> Loop:
         """Returns the loop of this thread; a block of another one may run meanwhile."""
         if torch.compiler.is_compiling():
             return self._loop
-        thread = threading.get_ident()
-        loop = self._loops.get(thread)
-        return loop or self._loops.setdefault(thread, Loop(self.plan, like=self._loop))
+        try:
+            return self._threads.loop  # type: ignore[no-any-return]
+        except AttributeError:
+            made = self._threads.loop = Loop(self.plan, like=self._loop)
+            self._loops[threading.get_ident()] = made
+            return made
 
 
 def continued(tracks: Sequence[Track], reads: Storages) -> Track | None:

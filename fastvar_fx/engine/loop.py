@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
 from fastvar_fx.engine.watch import Watch
@@ -11,6 +13,7 @@ class Place:
     """How far one block is in the generation of a loop.
 
     Attributes:
+        loop: The loop, while its thread runs.
         began: Whether a structure or cache step was met since the last generation ended.
         step: The last structure step, as its index or token count; None for none, or an unknown.
         calls: How many calls that step had.
@@ -23,7 +26,8 @@ class Place:
         ended: Whether the last generation ran to its end, and nothing came after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop) -> None:
+        self.loop = weakref.ref(loop)
         self.cut_off = False
         self.ended = False
         self.reset()
@@ -54,7 +58,7 @@ class Loop:
 
     def __init__(self, plan: Plan, like: Loop | None = None) -> None:
         """Makes a loop in no generation; `like` is that of another thread."""
-        self.places = [Place() for _ in plan.blocks]
+        self.places = [Place(self) for _ in plan.blocks]
         self.watch: Watch = Watch(plan, like.watch if like else None)
         self.skipped = SkippedSteps(plan)
 

@@ -39,8 +39,7 @@ def _watched(
             return now(self, *args, **kwargs)
         family, values = Engine.of(self).family, (*args, *kwargs.values())
         with family.handing(values), family.whole():
-            skipped = family.current.generation.skipped
-            result = skipped.run(now, self, *args, **kwargs)
+            result = now(self, *args, **kwargs)
         undecided = inspect.isgenerator(result) and not family.decided
         return family.resumed(result, values) if undecided else result
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -63,22 +64,22 @@ class SkippedSteps:
                 f'on at a skipped step; pass on_full="cache" to transform'
             )
 
-    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the model; if it drew an image, checks that the steps were skipped.
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it, generations begin and end; if one did, checks that the steps were skipped.
 
         Raises:
-            RunError: If the loop drew a skipped step.
+            RunError: At its end, if the loop drew a skipped step.
         """
         before, self._drew_early = self._drew_early, False
         try:
-            result = method(*args, **kwargs)
+            yield
         except BaseException:
             self.forget()
             raise
         if self._drew_early:
             self.check()
         self._drew_early = self._drew_early or before
-        return result
 
     def check(self) -> None:
         """Checks, at the end of a generation, that the steps were skipped.

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import reachable
-from fastvar_fx.engine.generation import Generation
 from fastvar_fx.engine.overrides import methods_of, override
 from fastvar_fx.errors import ModelError, RunError
 from fastvar_fx.ops import Scale
@@ -47,7 +46,6 @@ class Skipped:
         self.steps = engine.plan.skipped_steps
         self.scales = engine.plan.schedule.scales
         self.family = engine.family
-        self._engine = engine
 
     @property
     def first(self) -> int:
@@ -59,7 +57,7 @@ class Skipped:
 
         At skipped steps, the blocks then return their input at once.
         """
-        self._engine.generation.skipped.drew(step)
+        _drew(self.family.running, step)
 
 
 LoopRule = Callable[[nn.Module, Skipped], bool]
@@ -137,7 +135,7 @@ def _stopping(method: Callable[..., Any]) -> Callable[..., Any]:
     def stopping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        given, first = bound.arguments[_STOP], _generation(self).plan.skipped_steps[0]
+        given, first = bound.arguments[_STOP], Engine.of(self).plan.skipped_steps[0]
         bound.arguments[_STOP] = first if given is None else min(given, first)
         return method(*bound.args, **bound.kwargs)
 
@@ -149,34 +147,40 @@ def _accumulating(method: Callable[..., Any]) -> Callable[..., Any]:
     def accumulating(
         self: nn.Module, si: int, SN: int, f_hat: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        generation = _generation(self)
-        plan = generation.plan
-        if plan.schedule.steps != SN:
+        running = Engine.of(self).family.running
+        steps = {engine.plan.schedule.steps for engine in running}
+        if SN not in steps:
             raise RunError(
-                f"the loop draws {SN} steps, but the schedule has {plan.schedule.steps}; give the "
-                f"schedule that the loop runs"
+                f"the loop draws {SN} steps, but the schedule has {', '.join(map(str, steps))}; "
+                f"give the schedule that the loop runs"
             )
-        if si in plan.skipped_steps:
-            result = _left_out(plan.schedule.scales, si, f_hat)
+        running = [engine for engine in running if engine.plan.schedule.steps == SN]
+        if si in running[0].plan.skipped_steps:
+            result = _left_out([engine.plan.schedule.scales for engine in running], si, f_hat)
         else:
             result = method(self, si, SN, f_hat, *args, **kwargs)
-        generation.skipped.drew(si)
+        _drew(running, si)
         return result
 
     return accumulating
 
 
-def _left_out(scales: Sequence[Scale], step: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+def _left_out(
+    schedules: Sequence[Sequence[Scale]], step: int, f_hat: Tensor
+) -> tuple[Tensor, Tensor]:
     """Returns the sum so far, and the next map made of it."""
-    size, final = tuple(f_hat.shape[-2:]), scales[-1][-2:]
-    if size != final:
+    size, finals = tuple(f_hat.shape[-2:]), {scales[-1][-2:] for scales in schedules}
+    if size not in finals:
         raise RunError(
             f"step {step} is to be skipped, but the loop sums its maps up at {size} by then, not "
-            f'at the final {final}; pass on_full="cache" to transform, or a loop rule of your own'
+            f'at the final {", ".join(map(str, finals))}; pass on_full="cache" to transform, or a '
+            f"loop rule of your own"
         )
+    scales = next(scales for scales in schedules if scales[-1][-2:] == size)
     following = scales[min(step + 1, len(scales) - 1)][-2:]
     return f_hat, F.interpolate(f_hat, size=following, mode="area")
 
 
-def _generation(module: nn.Module) -> Generation:
-    return Engine.of(module).generation
+def _drew(engines: Sequence[Engine], step: int) -> None:
+    for engine in engines:
+        engine.generation.skipped.drew(step)

@@ -78,6 +78,11 @@ class Track:
         """Whether something is left of what it wrote, so that its loop may still run."""
         return any(map(_exists, self.wrote))
 
+    @property
+    def keeps_its_caches(self) -> bool:
+        """Whether autograd keeps its caches, so that nobody knows if the loop still has them."""
+        return any(output.requires_grad for output in self.outputs.values())
+
     def ended(self, last: int) -> bool:
         """Whether it met the last pruned step, with all its samples unless the others are gone."""
         whole = not self.parts or sum(part.live[0] for part in self.parts.values()) >= self.live[0]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import logging
+import threading
 import types
 import warnings
 import weakref
@@ -29,6 +30,9 @@ from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
 from passes.user_frames import error_line, first_line, innermost_user_frame
 
 Forward = Callable[..., Any]
+
+TRACING: Final = threading.RLock()
+"""Held while a call is traced: torch's tracing serves one thread, whatever the models."""
 
 _MEMO: Final = functools._lru_cache_wrapper
 _NOT_HOLDERS: Final = (types.FrameType, types.ModuleType, types.FunctionType, type, _MEMO)

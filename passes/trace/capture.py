@@ -23,7 +23,7 @@ from passes.analyse.rules.site import find_entry
 from passes.base import Context, Draft
 from passes.graph import drop_unread_inputs, has_effect
 from passes.refusal import refuse
-from passes.trace.calls import Call, Facts, FakeCall
+from passes.trace.calls import TRACING, Call, Facts, FakeCall
 from passes.trace.fingerprint import layout
 from passes.trace.state import Path, show
 from passes.trace.symbols import at_sizes
@@ -67,11 +67,12 @@ def capture(call: Call) -> BlockProgram:
     Raises:
         RefusedError: FVX001, if the call cannot be traced, naming the user's line.
     """
-    fake = FakeCall(call)
-    try:
-        graph_module = _trace(fake)
-    finally:
-        fake.clear_memos()
+    with TRACING:
+        fake = FakeCall(call)
+        try:
+            graph_module = _trace(fake)
+        finally:
+            fake.clear_memos()
     symbols, facts = fake.symbols, fake.facts()
     paths = [*fake.tensors, *symbols.numbers]
     symbols.read_from_inputs(graph_module, paths)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type,
 )
 
-from passes.trace.calls import Call, Facts, FakeCall
+from passes.trace.calls import TRACING, Call, Facts, FakeCall
 from passes.trace.outcome import Write
 from passes.trace.state import Path, is_beside
 
@@ -57,11 +57,12 @@ def fingerprint(call: Call) -> Fingerprint:
         RefusedError: FVX001, if the call cannot be run on stand-ins.
         LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
-    fake = FakeCall(call)
-    try:
-        mark = _record(fake)
-    finally:
-        left = fake.clear_memos()
+    with TRACING:
+        fake = FakeCall(call)
+        try:
+            mark = _record(fake)
+        finally:
+            left = fake.clear_memos()
     if left:
         found = [holder for holder in gc.get_referrers(*left) if holder is not left]
         holders = sorted({type(holder).__name__ for holder in found} - {"frame", "FakeTensor"})
