@@ -157,7 +157,7 @@ def _data_uri(image: Tensor, largest: int) -> str:
     picture = Image.fromarray(pixels.numpy())
     picture.thumbnail((largest, largest))
     written = BytesIO()
-    picture.save(written, "JPEG", quality=90)
+    picture.save(written, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{b64encode(written.getvalue()).decode()}"
 
 
