@@ -169,7 +169,7 @@ def restoration(tried: Tried) -> Section:
 
 
 def reuse(tried: Tried) -> Section:
-    selected = {"per branch": tried.paper} | tried.by("once-per-block")
+    selected = {"per branch": tried.paper} | tried.by("once-per-block", "once-per-step")
     return Section(
         "How often tokens are selected",
         "Each branch makes its own selection.",

@@ -41,8 +41,8 @@ from fastvar_fx.ops import (
 )
 from passes.rewrite.prune import Rule
 
-Once = Literal[False, "block"]
-"""How long a selection holds: for one branch, or for all branches of a block."""
+Once = Literal[False, "block", "step"]
+"""How long a selection holds: for one branch, all branches of a block, or all blocks of a step."""
 
 GIVEN: Final = ("cached", "cached_scale", "scale", "step", "layer", "layers")
 """What a function of a `Method` can ask for by the name of a keyword-only parameter."""
@@ -64,8 +64,9 @@ class Method:
         take: Makes what the branch runs on, (x (B, L, C), index (B, kept)) -> (B, kept, C).
         restore: Makes the branch's whole output, (kept (B, kept, C), index (B, kept), cached
             (B, Lc, C), its scale, scale) -> (B, L, C). At ratio 1, `kept` and `index` are empty.
-        once: "block" if all branches of a block keep the tokens that its first branch selects;
-            False if each branch selects its own, as in the paper.
+        once: "block" if all branches of a block keep the tokens that its first branch selects,
+            "step" if the branches of all blocks keep those that the first branch of the first block
+            selects; False if each branch selects its own, as in the paper.
 
     Each function is also given what its keyword-only parameters name:
 
@@ -105,8 +106,10 @@ class Method:
                     f"given to transform by its name, without Method"
                 )
             object.__setattr__(self, name, _with_name(function))
-        if self.once is not False and self.once != "block":
-            raise ArgumentError(f'once of a Method is False or "block"; found {self.once!r}')
+        if self.once is not False and self.once not in ("block", "step"):
+            raise ArgumentError(
+                f'once of a Method is False, "block" or "step"; found {self.once!r}'
+            )
         _ = self.asks  # raises if it is not to be had
 
     @cached_property
@@ -195,12 +198,15 @@ def uniform_grid(x: Tensor, kept: int, *, scale: Scale) -> Tensor:
         >>> uniform_grid(torch.zeros(1, 16, 8), 4, scale=(4, 4)).tolist()
         [[0, 2, 9, 11]]
     """
+    return highest(-_grid_order(scale, x.device).expand(x.shape[:2]), kept)
+
+
+def _grid_order(scale: Scale, device: torch.device) -> Tensor:
+    """Returns numbers (L,) in [0, 1), float64, of which a threshold cuts out a lattice."""
     maps, height, width = as_maps(scale)
-    rows = torch.arange(maps * height, device=x.device, dtype=torch.float64) * _SPREAD[0]
-    columns = torch.arange(width, device=x.device, dtype=torch.float64) * _SPREAD[1]
-    order = rows.unsqueeze(1) + columns  # (m * h, w), of which a threshold cuts out a lattice
-    scores = x.new_zeros(x.shape[:2], dtype=torch.float64) - (order % 1).flatten()
-    return highest(scores, kept)
+    rows = torch.arange(maps * height, device=device, dtype=torch.float64) * _SPREAD[0]
+    columns = torch.arange(width, device=device, dtype=torch.float64) * _SPREAD[1]
+    return (rows.unsqueeze(1) + columns).flatten() % 1
 
 
 # --- restoration ------------------------------------------------------------------------------
@@ -322,6 +328,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "fastvar": Method(),
         "drift-corrected": Method(restore=drift_corrected_restoration),
         "once-per-block": Method(once="block"),
+        "once-per-step": Method(once="step"),
         "random": Method(select=random_tokens),
         "uniform-grid": Method(select=uniform_grid),
         "lowest-scores": Method(select=lowest_scores),

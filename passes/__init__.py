@@ -28,6 +28,7 @@ from passes.refusal import Refusal, RefusedError
 from passes.rewrite.capture_outputs import CaptureOutputs
 from passes.rewrite.kv_append import AppendKV
 from passes.rewrite.prune import Operators, Prune, Step
+from passes.rewrite.share_selection import ShareSelection
 from passes.trace.calls import Call, Reference, live_inputs, reference
 from passes.trace.capture import Capture
 from passes.trace.fingerprint import Fingerprint, LeakedTensorError, fingerprint
@@ -55,6 +56,7 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     FindCaches(),
     AppendKV(),
     VerifyBuffered(),
+    ShareSelection(),  # pruned steps only
 )
 """The passes in the order they run; each does nothing where it does not apply."""
 

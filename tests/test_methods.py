@@ -4,12 +4,13 @@ import doctest
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fastvar_fx
 from fastvar_fx import ArgumentError, Method, methods
@@ -200,8 +201,8 @@ def test_what_is_no_method(model: VAR) -> None:
         transform(methods.zeros)
     with pytest.raises(ArgumentError, match=r"select of a Method is a function; found 'random'"):
         Method(select="random")  # type: ignore[arg-type]
-    for once in (True, 0, "step"):
-        with pytest.raises(ArgumentError, match=rf"False or \"block\"; found {once!r}"):
+    for once in (True, 0, "steps"):
+        with pytest.raises(ArgumentError, match=rf"\"block\" or \"step\"; found {once!r}"):
             Method(once=once)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
         Method(methods.random_tokens)  # type: ignore[call-arg]
@@ -226,6 +227,7 @@ def test_a_name_is_what_it_says() -> None:
     restore = fastvar_fx.ops.drift_corrected_restoration
     assert named["drift-corrected"] == Method(restore=restore)
     assert named["once-per-block"] == Method(once="block")
+    assert named["once-per-step"] == Method(once="step")
     assert named["random"] == Method(select=methods.random_tokens)
     assert named["lowest-scores"] == Method(select=methods.lowest_scores)
     assert named["zeros"] == Method(restore=methods.zeros)
@@ -441,6 +443,62 @@ def test_the_corrected_method_on_every_path(model: VAR, path: str, once: methods
         got = draw(fastvar_fx.compile(fast, backend="eager") if path == "compiled" else fast)
     torch.testing.assert_close(got, want)
     assert (paper - want).abs().max() > 1e-2
+
+
+class Remembering:
+    """A selection that the first branch of a generation makes and the others repeat, by hand."""
+
+    def __init__(self, method: Method) -> None:
+        self.made: list[Any] = []
+
+        @wraps(method.select)
+        def select(x: Tensor, kept: int, **asked: Any) -> Any:
+            if isinstance(x, FakeTensor):  # a program is made
+                return method.select(x, kept, **asked)
+            if not self.made:
+                self.made.append(method.select(x, kept, **asked))
+            return self.made[0]
+
+        self.method = replace(method, select=select)
+
+
+@pytest.mark.parametrize("path", ["eager", "compiled", "recorded"])
+@pytest.mark.parametrize("name", ["fastvar", "drift-corrected", "tome"])
+def test_all_blocks_of_a_step_may_share_a_selection(name: str, path: str) -> None:
+    deep = build("tiny", scales=(1, 2, 3, 4), depth=3, width=32, heads=2)
+    for parameter in deep.blocks.parameters():
+        parameter.data *= 2  # so that each block would select other tokens
+    chosen = methods.method_of(name)
+    hand = Remembering(chosen)
+    by_hand = fastvar_fx.transform(deep, SCHEDULE, method=hand.method)
+    for _ in range(2):  # the first one traces
+        hand.made.clear()
+        want = draw(by_hand)
+    if name != "tome":  # whose groups are the same in all of these blocks
+        alone = draw(fastvar_fx.transform(deep, SCHEDULE, method=replace(chosen, once="block")))
+        assert not torch.allclose(want, alone, atol=1e-3)
+    fast = fastvar_fx.transform(deep, SCHEDULE, method=replace(chosen, once="step"))
+    if path == "recorded":
+        got = record(fast, lambda m, _: draw(m), torch.zeros(1))(torch.zeros(1))
+    else:
+        fast = fastvar_fx.compile(fast, backend="eager") if path == "compiled" else fast
+        got = draw(fast)
+        assert torch.equal(draw(fast), got)
+    torch.testing.assert_close(got, want)
+    rows = [row for row in fastvar_fx.explain(fast).rows if row.step == 3]
+    assert {row.block: row.program for row in rows}.keys() == {f"blocks.{i}" for i in range(3)}
+    first, *others = [row.program for row in rows if row.branch == rows[0].branch]
+    assert first not in others
+    assert len(set(others)) == 1, "blocks that take a selection share a program"
+
+
+def test_a_batch_of_another_size_selects_anew(model: VAR) -> None:
+    """Guidance as two calls of different batches, as where a loop drops some samples."""
+    fast = fastvar_fx.transform(model, SCHEDULE, method="once-per-step")
+    for batch in (2, 3, 2):
+        plain = fastvar_fx.transform(model, SCHEDULE, method="once-per-step")
+        want, got = (each.infer_fhat(batch, 1, g_seed=0) for each in (plain, fast))
+        torch.testing.assert_close(got, want)
 
 
 def test_a_selection_of_several_tensors_compiles(model: VAR) -> None:

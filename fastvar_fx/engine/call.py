@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ class BlockCall:
         path: Where the token map is among the arguments.
         x: The token map (B, L, C).
         tokens: Its token count L.
+        selection: What another block has selected for this step; None to select anew.
         compiling: Whether `torch.compile` traces the call: then nothing may be noted or made.
     """
 
@@ -99,6 +100,7 @@ class BlockCall:
         self.x: Tensor = args[key] if root == "args" else kwargs[key]
         self.tokens: int = self.x.shape[1]
         self.compiling: bool = torch.compiler.is_compiling()
+        self.selection: Sequence[Tensor] | None = None
         self._match: Match | None = None
         self._reads: Storages | None = None
 

@@ -22,9 +22,10 @@ from typing import Any, Final, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from fastvar_fx.engine.call import BlockCall
-from fastvar_fx.engine.loop import Loop, Place
+from fastvar_fx.engine.loop import Loop, Place, Selected
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
 from fastvar_fx.engine.track import Captured, Live, Storages, Track, live_of
@@ -122,11 +123,12 @@ class Generation:
             call: The call.
             role: What `at` returned for it.
             result: What the block returned.
-            outputs: What it captured, at the cache step.
+            outputs: What it captured, at the cache step, or selected for the blocks after it.
         """
         if role.captures:
             self._capture(call, result, outputs)
         elif role.step is not None and role.track is not None:
+            self._share_selection(call, role.step, outputs)
             self._continue(call, role.track, self._positions[role.step], result)
         elif role.track is not None:
             role.track.note_written(call, result)
@@ -214,6 +216,7 @@ class Generation:
     def _pruned(self, call: BlockCall, step: int) -> Role:
         position = self._positions[step]
         track = self._track_of(call, step, position)
+        call.selection = self._selection_for(call, step)
         if (
             track is None
             or position not in (track.position, track.position + 1)
@@ -223,6 +226,22 @@ class Generation:
         if not call.compiling:
             self._loop.watch.saw(self._length(call, step), call.site.layer, pruned=True)
         return Role(step, self._fitting(call, step, track))
+
+    def _selection_for(self, call: BlockCall, step: int) -> tuple[Tensor, ...] | None:
+        """Returns what an earlier block of the same step has selected, if blocks share it."""
+        found = self._loop.selected
+        if found is None or found.step != step or found.layer >= call.site.layer:
+            return None
+        return found.tensors if found.batch == call.x.shape[0] else None
+
+    def _share_selection(self, call: BlockCall, step: int, selected: Captured) -> None:
+        """Keeps a selection for the blocks that come after this one."""
+        layer, batch = call.site.layer, call.x.shape[0]
+        if selected:
+            tensors = tuple(selected.values())
+            self._loop.selected = Selected(step, layer, batch, tensors)
+        elif self._loop.selected is not None and layer >= self._last_layer:
+            self._loop.selected = None
 
     def _continue(self, call: BlockCall, track: Track, position: int, result: Any) -> None:
         """Notes that a call of a pruned step ran, and frees what was captured after the last."""

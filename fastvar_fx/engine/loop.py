@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
+
+from torch import Tensor
 
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
@@ -47,6 +50,22 @@ class Place:
         return self.position >= 0
 
 
+class Selected(NamedTuple):
+    """What a block has selected, for the blocks after it.
+
+    Attributes:
+        step: At which pruned step.
+        layer: The index of the block.
+        batch: The number of samples.
+        tensors: The selection.
+    """
+
+    step: int
+    layer: int
+    batch: int
+    tensors: tuple[Tensor, ...]
+
+
 class Loop:
     """The user's loop, as far as one thread runs it.
 
@@ -54,6 +73,7 @@ class Loop:
         places: How far each block is.
         watch: Notices generations that do not run the schedule.
         skipped: The steps that it leaves out.
+        selected: The newest selection that blocks share; None for none.
     """
 
     def __init__(self, plan: Plan, like: Loop | None = None) -> None:
@@ -61,6 +81,7 @@ class Loop:
         self.places = [Place(self) for _ in plan.blocks]
         self.watch: Watch = Watch(plan, like.watch if like else None)
         self.skipped = SkippedSteps(plan)
+        self.selected: Selected | None = None
 
     def reset(self) -> None:
         """Ends the generation."""
@@ -69,3 +90,4 @@ class Loop:
             place.cut_off = place.ended = False
         self.watch.cut_off()
         self.skipped.forget()
+        self.selected = None

@@ -90,7 +90,9 @@ class Plan:
         after = length - schedule.length(step) if all_maps else 0
         return length - tokens - after, after
 
-    def pruned(self, step: int, layer: int, around: Around, captured: Collection[int]) -> Step:
+    def pruned(
+        self, step: int, layer: int, around: Around, captured: Collection[int], *, taken: bool
+    ) -> Step:
         """Returns what a block keeps at a pruned step.
 
         Args:
@@ -98,6 +100,7 @@ class Plan:
             layer: The block's index.
             around: How many tokens come before and after its map, which all stay.
             captured: The lengths of the captured outputs, which are all equal.
+            taken: Whether it keeps what another block has selected.
         """
         schedule, cache_step, method = self.schedule, self.schedule.cache_step, self.method
         cached = self.around(cache_step, *captured) if captured else around
@@ -107,8 +110,9 @@ class Plan:
             schedule.scales[step],
             Within(method, around, cached) if any(around + cached) else method,
             last=step == self.drawn_steps - 1,
-            selects_once=method.once == "block",
+            selects_once=bool(method.once),
             given=self._given(step, layer),
+            selection="own" if method.once != "step" else "taken" if taken else "given",
         )
 
     def _given(self, step: int, layer: int) -> dict[str, int]:

@@ -63,6 +63,7 @@ class Program:
         metas = map(_Meta.of, values, open_dims)
         self._inputs = list(zip(readers, metas, strict=True))
         self._form = call.form
+        self._takes_selection = call.selection is not None
         self._asked = program.touched - {*made.inputs}
         self._aliases = [
             (_reader(block, path).read, _reader(block, first).read)
@@ -91,6 +92,8 @@ class Program:
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
         if call.form != self._form or _autocast() != self._autocast:
+            return None
+        if (call.selection is not None) != self._takes_selection:
             return None
         for module, name, expected in self._settings:
             value = getattr(module, name, None)
@@ -139,7 +142,7 @@ class Program:
         """
         if call.form != self._form or _autocast() != self._autocast:
             return None
-        if not self._built_like(call):
+        if (call.selection is not None) != self._takes_selection or not self._built_like(call):
             return None
         origin = call.roots()
         earlier: dict[Place, float] = {}
@@ -194,7 +197,8 @@ class Program:
             executor: Runs the graph.
 
         Returns:
-            What the block returns, and the branch outputs that this captures, at the cache step.
+            What the block returns, and what later calls need: at the cache step the outputs of its
+            branches, by branch; at a pruned step the tensors of the selection, if it is shared.
         """
         graph = self._graph
         if self._buffered is not None and self._grows_in_place(call):
@@ -203,6 +207,7 @@ class Program:
                 inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)  # type: ignore[union-attr]
         if outputs:
             inputs += [outputs[branch] for branch in self.captured]
+            inputs += call.selection or ()
         made = executor.run_program(graph, inputs, call)
         tensors = iter(made)
         find = partial(_read, call.block, call)
@@ -212,8 +217,9 @@ class Program:
         owners = [owner(call) for _, owner in self._writes]
         for (write, _), owner, value in zip(self._writes, owners, values, strict=True):
             write.apply(owner, value)
-        # At the cache step, the captured outputs come last.
-        return result, {} if outputs else dict(zip(self.captured, tensors, strict=True))
+        # Last come the captured outputs, at the cache step, or a selection that is shared.
+        last = list(tensors)
+        return result, dict(zip(range(len(last)) if outputs else self.captured, last, strict=True))
 
     def runs(self, graph: GraphModule) -> bool:
         """Whether a graph is this program's."""

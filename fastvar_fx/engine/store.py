@@ -174,7 +174,7 @@ class Store:
         known.insert(0, program)
         del known[_MOST:]
         self._pool.used[program] = entry.root or entry
-        self._drop_unused(self._plan.key(step, site.layer))
+        self._drop_unused(self._key(call, step))
         return program
 
     def _drop_unused(self, key: tuple[Any, ...]) -> None:
@@ -243,7 +243,7 @@ class Store:
         # The batch is that of the token map.
         captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
         plan, pool = self._plan, self._pool
-        key = plan.key(step, call.site.layer)
+        key = self._key(call, step)
         metas, mark = tuple(captured), _fingerprint(live, real)
         for entry in pool.entries:
             if entry.fits(key, metas, live, mark):
@@ -275,7 +275,12 @@ class Store:
             return None
         around = plan.around(step, call.tokens)
         captured = {x.shape[1] for x in role.captured.values()}
-        return plan.pruned(step, call.site.layer, around, captured)
+        taken = call.selection is not None
+        return plan.pruned(step, call.site.layer, around, captured, taken=taken)
+
+    def _key(self, call: BlockCall, step: int) -> tuple[Any, ...]:
+        """Returns what programs for a call depend on, besides the call."""
+        return (*self._plan.key(step, call.site.layer), call.selection is not None)
 
     def _make(self, context: passes.Context, name: str) -> passes.StepProgram | Refusal:
         try:

@@ -320,9 +320,11 @@ class _Recorder:
         for row in report.rows:
             if row.kept < row.tokens:
                 branches.setdefault((row.step, row.block), []).append(row.branch)
-        for block, masks in self._calls:
-            if not masks:
-                continue
+        calls = [(block, masks) for block, masks in self._calls if masks]
+        if self._once == "step":
+            made = {steps[masks[-1].numel()]: masks for _, masks in calls}
+            calls = [(block, made[step]) for step, block in branches]
+        for block, masks in calls:
             step = steps[masks[0].numel()]
             names = branches[step, block]
             # A program that is made at this call selects too, before the call runs.

@@ -92,6 +92,8 @@ class Step:
         last: Whether no step comes after it.
         selects_once: Whether all branches of a block keep the tokens that the first one selects.
         given: Plain values that the operators may ask for, by name.
+        selection: Whether a block selects on its own, or "given" or "taken" with `selects_once`:
+            whether its graph also returns what it selected, or takes what another block has.
     """
 
     kept: int
@@ -101,6 +103,7 @@ class Step:
     last: bool = True
     selects_once: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
+    selection: Literal["own", "given", "taken"] = "own"
 
 
 class Prune:

@@ -233,11 +233,12 @@ def test_the_last_map_prunes_and_those_before_stay_whole(
 
 
 @pytest.mark.parametrize(
-    "method", ["drift-corrected", "once-per-block", "uniform-grid", "nearest-kept", "tome"]
+    "method",
+    ["drift-corrected", "once-per-block", "once-per-step", "uniform-grid", "nearest-kept", "tome"],
 )
 def test_every_method_prunes_the_last_map_alone(method: str) -> None:
     fast = fastvar_fx.transform(Net(Block, as_bool), SCHEDULE, method=method)
-    if method == "once-per-block":
+    if method in ("once-per-block", "once-per-step"):
         fast.generate()
         assert {row.kept for row in fastvar_fx.explain(fast).rows if row.step == 4} == {57}
         return

@@ -15,6 +15,7 @@ from passes.refusal import BranchRefusedError
 from passes.rewrite import prune as prune_module
 from passes.rewrite.capture_outputs import capture_outputs
 from passes.rewrite.prune import ASKS_NOTHING, PrunedGraph, Step, prune
+from passes.rewrite.share_selection import share_selection
 from passes.rewrite.side_input import SideLayout, take_side
 from passes.trace.calls import Call
 from passes.trace.capture import BlockProgram, capture
@@ -478,3 +479,40 @@ def test_a_restored_output_of_its_own_is_added_into() -> None:
     assert ops(plain.graph_module)["add_.Tensor"] == 0
     (a, *_), (b, *_) = (run(program, made, module, x, side) for made in (plain, fresh))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_selection_that_is_given_and_taken(nested: bool) -> None:
+    class Nested:
+        asks, restores_anew = ASKS_NOTHING, False
+        select = staticmethod(lambda x, kept: (select(x, kept), (x.mean(1), x[:, 0])))
+        take = staticmethod(lambda x, selection: take(x, selection[0]))
+        restore = staticmethod(lambda kept, selection, *rest: restore(kept, selection[0], *rest))
+
+    module, x, side = ffn(), torch.randn(B, L, C), torch.randn(L, 1)
+    program = program_of(module, x, side)
+    step = replace(STEP, operators=Nested() if nested else Named(), selects_once=True)
+    pruned = pruned_of(program, branches_of(program), step)
+    given, taken = (
+        replace(
+            pruned, graph_module=share_selection(pruned.graph_module, replace(step, selection=s))
+        )
+        for s in ("given", "taken")
+    )
+    made, *rest = run(program, pruned, module, x, side)
+    count = 3 if nested else 1
+    same, *others = run(program, given, module, x, side)
+    assert torch.equal(same, made)
+    assert len(others) == len(rest) + count
+    assert torch.equal(others[len(rest)], select(x, KEPT))
+    assert not taken.graph_module.graph.find_nodes(op="call_function", target=step.operators.select)
+    live = [get(roots(module, (x, side), {}), program.inputs[i]) for i in pruned.inputs]
+    index = torch.tensor([[5, 4, 3], [0, 1, 2]])[:, :KEPT]
+    selection = [index, x.mean(1), x[:, 0]][:count]
+    out, *_ = taken.graph_module(*live, torch.full((B, 2, C), 0.5), *selection)
+
+    class Fixed(Named):
+        select = staticmethod(lambda x, kept: index)
+
+    hand = pruned_of(program, branches_of(program), replace(STEP, operators=Fixed()))
+    assert torch.equal(out, run(program, hand, module, x, side)[0])
