@@ -89,7 +89,17 @@ class Tried:
 
 
 def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
-    ablations = (ratio, scale, cache_step, extreme, selection, restoration, reuse, merging)
+    ablations = (
+        ratio,
+        scale,
+        cache_step,
+        extreme,
+        selection,
+        restoration,
+        reuse,
+        merging,
+        published,
+    )
     return tuple(section(Tried(scales)) for section in ablations)
 
 
@@ -145,7 +155,7 @@ def extreme(tried: Tried) -> Section:
 
 
 def selection(tried: Tried) -> Section:
-    others = tried.by("random", "uniform-grid", "lowest-scores")
+    others = tried.by("random", "uniform-grid", "high-pass", "lowest-scores")
     chosen = {"pivotal tokens": tried.paper} | others
     return Section(
         "Which tokens are kept",
@@ -195,6 +205,17 @@ def merging(tried: Tried) -> Section:
         "At equal speed-up FastVAR loses less than merging.",
         settings,
         tuple(better),
+    )
+
+
+def published(tried: Tried) -> Section:
+    others = tried.by(
+        "drift-corrected", "drift-corrected-grid", "stepvar", "sparsevar", "fastervar"
+    )
+    return Section(
+        "Corrected restoration, and methods published since",
+        "None: the paper knows none of these.",
+        {"FastVAR": tried.paper} | others,
     )
 
 

@@ -33,6 +33,7 @@ from fastvar_fx.ops import (
     cached_token_restoration,
     drift_corrected_restoration,
     highest,
+    locally_corrected_restoration,
     pivotal_scores,
     pivotal_token_selection,
     put_tokens,
@@ -48,6 +49,12 @@ GIVEN: Final = ("cached", "cached_scale", "scale", "step", "layer", "layers")
 """What a function of a `Method` can ask for by the name of a keyword-only parameter."""
 
 _RULES: Final[tuple[Rule, ...]] = ("select", "take", "restore")
+
+_NEW_MEMORY: Final = (
+    cached_token_restoration,
+    drift_corrected_restoration,
+    locally_corrected_restoration,
+)
 
 _SPREAD: Final = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 sequence, whose multiples fill the unit square evenly (M. Roberts, 2018)."""
@@ -120,7 +127,7 @@ class Method:
     @property
     def restores_anew(self) -> bool:
         """Whether the result of `restore` is known to be new memory, which may be overwritten."""
-        return self.restore in (cached_token_restoration, drift_corrected_restoration)
+        return self.restore in _NEW_MEMORY
 
 
 def _with_name(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,6 +214,31 @@ def _grid_order(scale: Scale, device: torch.device) -> Tensor:
     rows = torch.arange(maps * height, device=device, dtype=torch.float64) * _SPREAD[0]
     columns = torch.arange(width, device=device, dtype=torch.float64) * _SPREAD[1]
     return (rows.unsqueeze(1) + columns).flatten() % 1
+
+
+def high_pass_tokens(x: Tensor, kept: int, *, scale: Scale) -> Tensor:
+    """Returns the tokens (B, kept) that differ most from the 3 x 3 tokens around them."""
+    return highest(_high_pass(x, scale), kept)
+
+
+def _with_anchors(scores: Tensor, kept: int, scale: Scale) -> Tensor:
+    """Returns scores (B, L) that are infinite on an even grid of a quarter of the kept tokens."""
+    anchors = uniform_grid(scores.unsqueeze(-1), kept // 4, scale=scale)
+    return scores.scatter(1, anchors, torch.inf)
+
+
+def _high_pass(x: Tensor, scale: Scale) -> Tensor:
+    """Returns the distance (B, L) of every token to the mean of the 3 x 3 tokens around it."""
+    maps = x.float().reshape(-1, *scale[-2:], x.shape[2]).permute(0, 3, 1, 2)
+    around = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+    distances: Tensor = torch.linalg.vector_norm(maps - around, dim=1)
+    return distances.reshape(x.shape[:2])
+
+
+def _changed(cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
+    """Returns how much (B, L) a branch added to every token at the cache step."""
+    norms: Tensor = torch.linalg.vector_norm(cached.float(), dim=2, keepdim=True)
+    return resize_map(norms, cached_scale, scale).squeeze(2)
 
 
 # --- restoration ------------------------------------------------------------------------------
@@ -318,6 +350,67 @@ def _unmerge(
     return take_tokens(kept, selection[1])
 
 
+# --- published rivals -------------------------------------------------------------------------
+
+
+def stepvar() -> Method:
+    """Returns StepVAR: keeps texture and structure, and copies the nearest kept token.
+
+    The score of a token is its distance to the tokens around it, and its distance to the mean along
+    the first principal component of the map; each is divided by its largest one.
+
+    Source: StepVAR, arXiv 2603.01757: a high-pass filter and principal component analysis, and
+    features from the nearest neighbour. That both count alike, and the filter, are choices made
+    here; the component comes from four power iterations.
+    """
+    return Method(select=_structure_and_texture, restore=nearest_kept)
+
+
+def _structure_and_texture(x: Tensor, kept: int, *, scale: Scale) -> Tensor:
+    centred = x.float() - x.float().mean(dim=1, keepdim=True)
+    component = take_tokens(centred, highest(pivotal_scores(x), 1))  # (B, 1, C)
+    for _ in range(4):
+        component = F.normalize((component @ centred.mT) @ centred, dim=2)
+    texture, structure = _high_pass(x, scale), (centred @ component.mT).squeeze(2).abs()
+    return highest(F.normalize(texture, torch.inf) + F.normalize(structure, torch.inf), kept)
+
+
+def sparsevar() -> Method:
+    """Returns SparseVAR: keeps anchors and what changed most, and copies the nearest kept token.
+
+    Source: SparseVAR, arXiv 2507.20454: tokens of low frequency are found by their mean squared
+    change, and tokens on a sparse uniform grid always stay. Here the change is what the branch
+    added at the cache step, a quarter of the kept tokens are anchors, and the number of kept tokens
+    is that of the schedule, not that of a threshold.
+    """
+    return Method(select=_anchored_changed, restore=nearest_kept)
+
+
+def _anchored_changed(
+    x: Tensor, kept: int, *, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    scores = _changed(cached, cached_scale, scale)
+    return highest(_with_anchors(scores, kept, scale), kept)
+
+
+def fastervar() -> Method:
+    """Returns the selection of FasterVAR: tokens drawn with probabilities like their squared norms.
+
+    Draws are without replacement, from torch's global generator. Dropped tokens are restored from
+    the cache step. FasterVAR also leaves out guidance at the last steps, which no method does.
+
+    Source: FasterVAR (StageVAR), arXiv 2512.16483.
+    """
+    return Method(select=_drawn_by_norm)
+
+
+def _drawn_by_norm(x: Tensor, kept: int) -> Tensor:
+    weights = x.float().square().sum(dim=2)
+    # The highest of log weights with Gumbel noise are such draws (arXiv 1903.06059).
+    gumbel = -torch.empty_like(weights).exponential_().log()
+    return highest(weights.log() + gumbel, kept)
+
+
 def _check_some_kept(kept: Tensor, rule: str) -> None:
     if not kept.shape[1]:
         raise ArgumentError(f"{rule} needs at least one kept token; use a ratio below 1")
@@ -327,16 +420,21 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
         "fastvar": Method(),
         "drift-corrected": Method(restore=drift_corrected_restoration),
+        "drift-corrected-grid": Method(select=uniform_grid, restore=locally_corrected_restoration),
         "once-per-block": Method(once="block"),
         "once-per-step": Method(once="step"),
         "random": Method(select=random_tokens),
         "uniform-grid": Method(select=uniform_grid),
+        "high-pass": Method(select=high_pass_tokens),
         "lowest-scores": Method(select=lowest_scores),
         "zeros": Method(restore=zeros),
         "nearest-kept": Method(restore=nearest_kept),
         "bilinear": Method(restore=interpolated("bilinear")),
         "nearest": Method(restore=interpolated("nearest")),
         "tome": token_merging(),
+        "stepvar": stepvar(),
+        "sparsevar": sparsevar(),
+        "fastervar": fastervar(),
     }
 )
 """The named methods."""

@@ -181,6 +181,54 @@ def drift_corrected_restoration(
     return put_tokens(resize_map(cached, cached_scale, scale), index, kept)
 
 
+def locally_corrected_restoration(
+    kept: Tensor, index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale
+) -> Tensor:
+    """Returns `drift_corrected_restoration` with a drift (B, L, C) that differs by place.
+
+    The drift of a token is the mean over the kept ones among the 3 x 3 tokens around it, to which
+    the drift of the whole map is added once: where no token near is kept, it alone counts. This
+    suits selections without large holes, such as an even grid.
+
+    Args:
+        kept: The branch's output on the kept tokens (B, kept, C).
+        index: Which tokens those are (B, kept), int64.
+        cached: The branch's output captured at the cache step (B, Lc, C), Lc = prod(cached_scale).
+        cached_scale: (h, w) or (m, h, w) of the cache step.
+        scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
+
+    Raises:
+        ArgumentError: If the shapes do not fit each other.
+
+    Source: not of the paper.
+
+    Example:
+        >>> cached = torch.tensor([[[5.0]]])
+        >>> kept, index = torch.tensor([[[1.0], [3.0]]]), torch.tensor([[0, 3]])
+        >>> out = locally_corrected_restoration(kept, index, cached, (1, 1), (1, 4))
+        >>> out.flatten().tolist()  # of drifts -4 and -2, and -3 on average
+        [1.0, 1.5, 2.5, 3.0]
+    """
+    _check_shapes(kept, index, cached, cached_scale, scale)
+    full = resize_map(cached, cached_scale, scale)
+    if kept.shape[1]:
+        drifts = _at_least_float32(kept) - take_tokens(full, index)  # (B, kept, C)
+        mean = drifts.mean(dim=1, keepdim=True)
+        empty = drifts.new_zeros(len(full), prod(scale), 1)
+        there = put_tokens(empty, index, torch.ones_like(drifts[..., :1]))
+        spread = put_tokens(torch.zeros_like(full, dtype=drifts.dtype), index, drifts - mean)
+        local = _sum_around(spread, scale) / (1 + _sum_around(there, scale))
+        full = (full + mean + local).to(full.dtype)
+    return put_tokens(full, index, kept)
+
+
+def _sum_around(x: Tensor, scale: Scale) -> Tensor:
+    """Returns the sum (B, L, C) over the 3 x 3 tokens around each token."""
+    maps = x.reshape(-1, *scale[-2:], x.shape[2]).permute(0, 3, 1, 2)
+    sums = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1)
+    return sums.permute(0, 2, 3, 1).reshape(x.shape)
+
+
 def _captured_mean(index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
     """Returns the mean (B, 1, C) of the captured output over the tokens at `index`."""
     wide = _at_least_float32(cached)

@@ -36,12 +36,20 @@ def test_docstrings() -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 12])
-@pytest.mark.parametrize("rule", ["random", "lowest", "grid"])
+@pytest.mark.parametrize(
+    "rule", ["random", "lowest", "grid", "high-pass", "stepvar", "sparsevar", "fastervar"]
+)
 def test_a_selection_is_ascending_and_of_the_asked_size(rule: str, kept: int) -> None:
     rules: dict[str, Any] = {
         "random": methods.random_tokens,
         "lowest": methods.lowest_scores,
         "grid": partial(methods.uniform_grid, scale=(3, 4)),
+        "high-pass": partial(methods.high_pass_tokens, scale=(3, 4)),
+        "stepvar": partial(methods.stepvar().select, scale=(3, 4)),
+        "sparsevar": partial(
+            methods.sparsevar().select, cached=noise(3, 4, 5), cached_scale=(2, 2), scale=(3, 4)
+        ),
+        "fastervar": methods.fastervar().select,
     }
     index = rules[rule](noise(3, 12, 5), kept)
     assert index.shape == (3, kept)
@@ -81,6 +89,65 @@ def test_the_grid_stacks_joint_maps() -> None:
     joint, stacked = (methods.uniform_grid(x, 6, scale=scale) for scale in ((2, 3, 4), (6, 4)))
     assert torch.equal(joint, stacked)
     assert not torch.equal(joint, methods.uniform_grid(x, 6, scale=(4, 6)))
+
+
+def test_high_pass_tokens_differ_from_those_around_them() -> None:
+    x = torch.tensor([[[0.0], [0.0], [9.0], [9.0], [9.0], [5.0], [9.0], [9.0]]])
+    assert methods.high_pass_tokens(x, 3, scale=(1, 8)).tolist() == [[1, 2, 5]]
+    # As two maps of one row, the step between tokens 3 and 4 is between maps.
+    x = torch.tensor([[[0.0], [0.0], [0.0], [0.0], [9.0], [9.0], [9.0], [8.0]]])
+    assert methods.high_pass_tokens(x, 2, scale=(2, 1, 4)).tolist() == [[6, 7]]
+
+
+def test_stepvar_adds_texture_and_structure() -> None:
+    # Texture 0, 4/3, 8/3, 2 and structure 1, 1, 3, 1, each over the largest.
+    x = torch.tensor([[[0.0], [0.0], [4.0], [0.0]]])
+    step = methods.stepvar()
+    assert [step.select(x, n, scale=(1, 4)).tolist() for n in (1, 2, 3)] == [
+        [[2]],
+        [[2, 3]],
+        [[1, 2, 3]],
+    ]
+    assert step.restore is methods.nearest_kept
+
+
+def test_the_structure_of_stepvar_is_the_first_principal_component() -> None:
+    x = noise(3, 36, 5) * torch.tensor([9.0, 1, 1, 1, 1])
+    centred = x - x.mean(1, keepdim=True)
+    component = torch.linalg.svd(centred, full_matrices=False).Vh[:, :1]
+    structure = (centred @ component.mT).squeeze(2).abs()
+    maps = x.view(3, 6, 6, 5)
+    around = torch.stack(
+        [
+            maps[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean((1, 2))
+            for i in range(6)
+            for j in range(6)
+        ],
+        dim=1,
+    )
+    texture = (x - around).norm(dim=2)
+    scores = texture / texture.amax(1, keepdim=True) + structure / structure.amax(1, keepdim=True)
+    want = scores.topk(9, dim=1).indices.sort(1).values
+    assert torch.equal(methods.stepvar().select(x, 9, scale=(6, 6)), want)
+
+
+def test_sparsevar_keeps_anchors_and_what_changed() -> None:
+    cached = torch.arange(8.0).view(1, 8, 1) * torch.tensor([0.6, -0.8])
+    sparse = methods.sparsevar()
+    scales: Any = {"cached_scale": (1, 8), "scale": (1, 8)}
+    index = sparse.select(torch.zeros(1, 8, 3), 4, cached=cached, **scales)
+    assert index.tolist() == [[0, 5, 6, 7]], "the anchor of four kept tokens is the first token"
+    assert sparse.restore is methods.nearest_kept
+
+
+def test_fastervar_draws_by_squared_norms() -> None:
+    draw_tokens = methods.fastervar().select
+    x = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0, 3.0]).view(1, 6, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert draw_tokens(x, 3).tolist() == [[1, 3, 5]]
+        many = draw_tokens(torch.tensor([[3.0], [1.0]]).expand(4000, 2, 1), 1)
+    assert many.float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
 # -- restoration --------------------------------------------------------------------------------
@@ -226,6 +293,10 @@ def test_a_name_is_what_it_says() -> None:
     named = {name: methods.method_of(name) for name in methods.names()}
     restore = fastvar_fx.ops.drift_corrected_restoration
     assert named["drift-corrected"] == Method(restore=restore)
+    assert named["drift-corrected-grid"] == Method(
+        select=methods.uniform_grid, restore=fastvar_fx.ops.locally_corrected_restoration
+    )
+    assert named["high-pass"] == Method(select=methods.high_pass_tokens)
     assert named["once-per-block"] == Method(once="block")
     assert named["once-per-step"] == Method(once="step")
     assert named["random"] == Method(select=methods.random_tokens)

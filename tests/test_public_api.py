@@ -162,12 +162,16 @@ measure: fastvar_fx.transform
     -> Report
 methods: module
     Method
+    fastervar
+    high_pass_tokens
     interpolated
     lowest_scores
     method_of
     names
     nearest_kept
     random_tokens
+    sparsevar
+    stepvar
     token_merging
     uniform_grid
     zeros
