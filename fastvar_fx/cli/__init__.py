@@ -1,4 +1,4 @@
-"""The command line: `fastvar-fx presets | explain | demo | bench | evaluate`, a module each.
+"""The command line, a module for each command: `fastvar-fx --help` lists them.
 
 Exit codes: 0 done; 1 it could not be done and stderr says why; 2 the command line is wrong, or
 packages of the extra `cli` are missing. With `--json`, stdout holds JSON and nothing else.

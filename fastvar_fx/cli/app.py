@@ -11,6 +11,7 @@ from fastvar_fx.cli.demo import run_demo
 from fastvar_fx.cli.evaluate import run_evaluate
 from fastvar_fx.cli.explain import run_explain
 from fastvar_fx.cli.presets import run_presets
+from fastvar_fx.cli.sample import run_sample
 from fastvar_fx.cli.user_code import current_directory_importable
 
 
@@ -30,5 +31,6 @@ def run(arguments: Sequence[str] | None) -> None:
     app.command("demo")(run_demo)
     app.command("bench")(run_bench)
     app.command("evaluate")(run_evaluate)
+    app.command("sample")(run_sample)
     with current_directory_importable():
         typer.main.get_command(app).main(arguments, prog_name="fastvar-fx")

@@ -17,6 +17,7 @@ from fastvar_fx.cli.options import (
     Ratios,
     ScheduleFile,
     chosen_schedule,
+    class_list,
 )
 from fastvar_fx.cli.terminal import (
     environment,
@@ -26,7 +27,6 @@ from fastvar_fx.cli.terminal import (
     show,
     show_progress,
     sides_text,
-    usage,
 )
 from fastvar_fx.quality.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
 from fastvar_fx.quality.subjects import DEMO, case, case_names, own_schedule
@@ -36,7 +36,8 @@ _ALL = ",".join(METRICS)
 CaseName = Annotated[str, typer.Argument(help=f"One of {', '.join(case_names())}.")]
 Metrics = Annotated[str, typer.Option("--metrics", help=f"Any of {_ALL}.")]
 Classes = Annotated[
-    str | None, typer.Option("--classes", help="Classes to draw, such as 0,3; one image each.")
+    str | None,
+    typer.Option("--classes", help="Classes to draw, such as 0,3 or 0-4; one image each."),
 ]
 Images = Annotated[
     Path | None,
@@ -73,7 +74,7 @@ def run_evaluate(
     chosen = chosen_schedule(model, preset, schedule, ratios, own_schedule(model))
     with show_progress() as progress:
         progress("building the model")
-        subject = case(model, chosen, classes=_class_list(classes), folder=images)
+        subject = case(model, chosen, classes=class_list(classes), folder=images)
         result = evaluate(
             subject,
             method=method,
@@ -86,15 +87,6 @@ def run_evaluate(
         print(json.dumps(_as_dict(result)))
     else:
         _print(result)
-
-
-def _class_list(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        usage(f"--classes takes numbers separated by commas, such as 0,3; found {text!r}")
 
 
 def _as_dict(result: Evaluation) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _RANDOM_SIZES: Final[dict[str, Any]] = {
 }
 _KNOWN: Final = (DEMO, RANDOM, *(name for name in var.CONFIGS if name != DEMO))
 NAMES: Final = f"{', '.join(_KNOWN)} (random weights except for {DEMO})"
+_MOST_CLASSES: Final = 100_000
 _TRAINED: Final = "trained on 31 photographs: the pictures show their textures, loosely arranged"
 _UNTRAINED: Final = "random weights: the pictures show texture, no objects"
 
@@ -105,7 +106,7 @@ class Asked:
     def _named_model(self) -> Subject:
         if self.run is not None:
             usage(f"--run is for package.module:factory; {self.model} has its own generation loop")
-        schedule = self._schedule(self._named_scales())
+        schedule = self.chosen_schedule(self._named_scales())
         sides = _square_sides(schedule)
         try:
             model = _trained(sides) if self.model == DEMO else _random(self.model, sides)
@@ -136,11 +137,12 @@ class Asked:
             )
         if self.batch is not None:
             usage("--batch is for the named models; your --run function decides the batch")
-        schedule = self._schedule(None)
+        schedule = self.chosen_schedule(None)
         run = users_code(f"--run {self.run}", RunError)(load(self.run, "--run"))
         return Subject(self.model, call_factory(self.model), schedule, run, self.blocks, self.seed)
 
-    def _schedule(self, own: Sequence[int] | None) -> Schedule:
+    def chosen_schedule(self, own: Sequence[int] | None) -> Schedule:
+        """Returns the schedule that is asked for; `own` are the scales of a named model."""
         base = None if own is None else Schedule(own, _RATIOS)
         return chosen_schedule(self.model, self.preset, self.schedule_file, self.ratios, base)
 
@@ -170,6 +172,24 @@ def _with_ratios(schedule: Schedule, text: str) -> Schedule:
         usage(f"--ratios takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
     kept_step = schedule.cache_step if len(ratios) == len(schedule.ratios) else None
     return Schedule(schedule.scales, ratios, cache_step=kept_step, layers=schedule.layers)
+
+
+def class_list(text: str | None) -> list[int] | None:
+    """Returns the classes in a text such as `0,3` or `0-999`; None for None."""
+    if text is None:
+        return None
+    classes: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        if not (low.isdecimal() and (high.isdecimal() or not dash)):
+            usage(
+                f"--classes takes numbers and ranges separated by commas, such as 0,3 or 0-9; "
+                f"found {text!r}"
+            )
+        classes += range(int(low), min(int(high or low), int(low) + _MOST_CLASSES) + 1)
+    if not 1 <= len(classes) <= _MOST_CLASSES:
+        usage(f"--classes takes 1 to {_MOST_CLASSES} classes; found {text!r}")
+    return classes
 
 
 def _square_sides(schedule: Schedule) -> tuple[int, ...]:

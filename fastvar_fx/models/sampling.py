@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ def sample_top_k_top_p(
     logits: Tensor,
     top_k: int = 0,
     top_p: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Returns one id drawn per token, int64 (B, L).
 
@@ -25,7 +26,8 @@ def sample_top_k_top_p(
         logits: Unnormalized log-probabilities, (B, L, V).
         top_k: Draw among the k likeliest ids (ties with the k-th included); 0 for all.
         top_p: Draw among the likeliest ids that together reach this probability; 0 for all.
-        generator: Source of randomness; None for torch's global one of the device.
+        generator: Source of randomness, one for the batch or B for one each; None for torch's
+            global one of the device.
     """
     B, L, V = logits.shape
     if top_k > 0:
@@ -36,6 +38,13 @@ def sample_top_k_top_p(
         drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)
         drop[..., -1].fill_(False)  # the likeliest id always stays
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-    probabilities = logits.softmax(dim=-1).view(-1, V)  # (B * L, V)
-    drawn = torch.multinomial(probabilities, 1, replacement=True, generator=generator)
-    return drawn.view(B, L)  # (B * L, 1) -> (B, L)
+    probabilities = logits.softmax(dim=-1)  # (B, L, V)
+    if isinstance(generator, Sequence):
+        each = zip(probabilities, generator, strict=True)
+        return torch.cat([_draw(image, own) for image, own in each]).view(B, L)
+    return _draw(probabilities.view(-1, V), generator).view(B, L)  # (B * L, 1) -> (B, L)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Returns one id per row, int64 (N, 1), for probabilities (N, V)."""
+    return torch.multinomial(probabilities, 1, replacement=True, generator=generator)
