@@ -39,6 +39,7 @@ NOT_RUN: Final = {
     "lint-imports": "`.ci/run` does it",
     ".ci/run": "runs these very tests",
     ".ci/gpu": "`.ci/run` rehearses it",
+    "torchrun --nnodes": "needs several machines",
     "python examples/infinity.py": "needs a checkout and weights of Infinity",
     "python examples/hart.py": "needs a checkout and weights of HART",
     "python examples/ablations.py": "takes hours; tests/test_ablations.py runs it on a small model",
@@ -49,6 +50,7 @@ NOT_RUN: Final = {
 SMALLER: Final = {
     "bench": "--preset var-tiny --repeats 1 --no-compile --resolutions ''",
     "evaluate": "--seeds 1 --repeats 1 --metrics psnr",
+    "sample": "--count 2 --batch 1",
 }
 """Options that are added to a command so that it takes seconds; of two, the last one counts."""
 
@@ -130,6 +132,9 @@ def factory():
 
 def generate(model):
     return model.generate(torch.tensor([1, 2]))
+
+def draw(model, seeds, labels):
+    return model.generate(torch.tensor(labels))
 """
 
 
@@ -202,9 +207,10 @@ def test_commands(document: Path, shell: Any) -> None:
 
 def smaller(command: str) -> str:
     for verb, options in SMALLER.items():
-        if command.startswith(f"fastvar-fx {verb}"):
+        if re.match(rf"(fastvar-fx|torchrun .* fastvar_fx.cli) {verb}", command):
             verb_and_options, *rest = re.split(r"(?=[|>&;])", command, maxsplit=1)
             tiny = re.sub(MODEL, " var-tiny", verb_and_options.strip())
+            tiny = re.sub(r"(?<=--nproc-per-node )\d+", "2", tiny)
             return " ".join((tiny, options, *rest))
     return command
 

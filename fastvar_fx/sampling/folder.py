@@ -16,6 +16,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +35,8 @@ Record = dict[str, Any]
 
 _COMPRESSION: Final = 1
 """Of PNG, 0 to 9: higher levels take several times as long for files about 10 % smaller."""
+_ENCODERS: Final = 4
+"""Threads that encode the images of a batch."""
 
 
 class Folder:
@@ -176,8 +179,9 @@ class Folder:
             images: What they show, uint8 (H, W, 3) each.
         """
         records = []
-        for image, shown in images.items():
-            data = _png(shown)
+        with ThreadPoolExecutor(_ENCODERS) as threads:
+            files = list(threads.map(_png, images.values()))
+        for image, data in zip(images, files, strict=True):
             name = _name(image.index)
             with _written_whole(self._images / name) as file:
                 file.write(data)
