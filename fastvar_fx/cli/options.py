@@ -183,7 +183,7 @@ def class_list(text: str | None) -> list[int] | None:
         low, dash, high = part.partition("-")
         if not (low.isdecimal() and (high.isdecimal() or not dash)):
             usage(
-                f"--classes takes numbers and ranges separated by commas, such as 0,3 or 0-9; "
+                f"--classes takes numbers separated by commas, and ranges, such as 0,3 or 0-9; "
                 f"found {text!r}"
             )
         classes += range(int(low), min(int(high or low), int(low) + _MOST_CLASSES) + 1)

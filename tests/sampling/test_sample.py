@@ -533,7 +533,7 @@ def test_torchrun_with_a_pruned_model_and_another_number_of_processes() -> None:
         ("tiny --count 0", 2, "greater than or equal to 1"),
         ("tiny --count 1 --draw a:b", 2, "--draw is for package.module:factory"),
         ("tiny --count 1 --dense --ratios 0.5", 2, "--dense prunes nothing"),
-        ("tiny --count 1 --classes 1,x", 2, "numbers and ranges separated by commas"),
+        ("tiny --count 1 --classes 1,x", 2, "numbers separated by commas, and ranges"),
         ("tiny --count 1 --classes 0-999999999999", 2, "1 to 100000 classes"),
         ("tiny --count 1 --classes 5-3", 2, "1 to 100000 classes"),
         ("tiny --count 1 --classes 3,1000", 1, "classes 0 to 999; found 1000"),
