@@ -122,7 +122,7 @@ def run_sample(
             "model": model,
             "draw": draw,
             "weights": fingerprint(*source.parts),
-            "device": next(source.model.parameters()).device.type,
+            "device": ", ".join(sorted({p.device.type for p in source.model.parameters()})),
             "images": str(conditions),
             "seed": seed,
             "batch": batch,

@@ -34,7 +34,7 @@ Record = dict[str, Any]
 """A line of the manifest: index, seed, class or prompt, file, bytes, sha256."""
 
 _COMPRESSION: Final = 1
-"""Of PNG, 0 to 9: higher levels take several times as long for files about 10 % smaller."""
+"""Of PNG, 0 to 9: on photographs, 6 takes three times as long for files 7 % smaller."""
 _ENCODERS: Final = 4
 """Threads that encode the images of a batch."""
 

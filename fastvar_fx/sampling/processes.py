@@ -68,7 +68,7 @@ def joined() -> Iterator[Processes]:
     Raises:
         RunError: If another process ended early, when this one waits for it.
     """
-    if "RANK" not in os.environ:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
         yield Processes()
         return
     local_rank, local_world = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))

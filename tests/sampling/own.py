@@ -57,6 +57,10 @@ def draw_and_die(model: Toy, seeds: Sequence[int], conditions: Sequence[Any]) ->
     return draw(model, seeds, conditions)
 
 
+def draw_globally(model: Toy, seeds: Sequence[int], conditions: Sequence[Any]) -> Tensor:
+    return torch.rand(len(seeds), 3, SIDE, SIDE)
+
+
 @one_by_one
 def draw_unseeded(model: Toy, seed: int, condition: object) -> Tensor:
     return torch.rand(1, 3, SIDE, SIDE) * model.level

@@ -27,7 +27,7 @@ from fastvar_fx.cli import main, sample
 from fastvar_fx.sampling import folder as folder_module
 from fastvar_fx.sampling.drawing import draw_var, fingerprint, pixels_of
 from fastvar_fx.sampling.folder import Folder
-from fastvar_fx.sampling.loop import Pace
+from fastvar_fx.sampling.loop import Pace, Sampler
 from fastvar_fx.sampling.plan import Conditions, Plan, read_prompts
 from fastvar_fx.sampling.processes import Processes
 from tests.sampling import own
@@ -157,6 +157,15 @@ def test_loops_that_take_no_seed() -> None:
         assert cli(*options, "--batch", batch, "--out", f"by{batch}") == 0
     assert manifest("by1") == manifest("by3")
     assert len({line["sha256"] for line in manifest("by1")}) == 4
+
+
+def test_batches_drawn_from_the_global_generators_are_the_same_after_an_interruption() -> None:
+    options = (*TOY, "--draw", "tests.sampling.own:draw_globally", "--count", 6, "--batch", 2)
+    assert cli(*options, "--out", "whole") == 0
+    assert cli(*options, "--count", 2) == 0
+    assert cli(*options) == 0
+    assert_equal_runs("out", "whole")
+    assert len({line["sha256"] for line in manifest()}) == 6
 
 
 def test_tokens_of_an_image_come_from_its_seed_alone() -> None:
@@ -457,6 +466,33 @@ def test_ranks_share_all_batches_and_know_their_machine() -> None:
     assert sorted(chain(*shares)) == list(range(10))
     assert {len(share) for share in shares} == {2, 3}
     assert [list(rank.of_machine) for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_the_first_process_of_a_machine_shows_all_of_its_images() -> None:
+    shown: list[Pace] = []
+    folder = Folder(Path("out"))
+    processes = [Processes(0, 3, 0, 2), Processes(1, 3, 1, 2), Processes(2, 3, 0, 1)]
+
+    def sampler(rank: int) -> Sampler:
+        return Sampler(
+            plan=Plan(count=11, batch=2, seed=0, conditions=Conditions()),
+            model=own.toy(),
+            draw=own.draw,
+            folder=folder,
+            run={},
+            processes=processes[rank],
+            show=shown.append,
+            tell=print,
+        )
+
+    todo = {batch: list(range(2 * batch, min(2 * batch + 2, 11))) for batch in range(6)}
+    with folder.claimed({}):
+        for rank in (2, 1, 0):
+            sampler(rank)._draw_share(todo)
+    assert [(pace.done, pace.total) for pace in shown] == [(2, 3), (3, 3), (6, 8), (8, 8)]
+    assert shown[-2].per_second is None
+    assert shown[-1].per_second is not None
+    assert shown[-1].seconds_left == 0
 
 
 def start(rank: int, world: int, port: int, *arguments: object) -> subprocess.Popen[str]:
