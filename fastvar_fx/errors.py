@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 from passes.user_frames import error_line, is_users
 
@@ -42,6 +43,17 @@ class GraphError(FastVARError, RuntimeError):
 
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""
+
+
+def raise_to_compiler(message: str) -> NoReturn:
+    """Raises a `RunError` while `torch.compile` traces, which lets only its own errors pass."""
+    from torch._dynamo.exc import Unsupported
+
+    raise type("RunError", (RunError, Unsupported), {"__module__": __name__})(message)
+
+
+# Dynamo calls it as it is, as if `torch.compiler.assume_constant_result` were around it.
+raise_to_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

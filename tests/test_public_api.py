@@ -56,6 +56,8 @@ Report: fastvar_fx.engine.report
     bases object
     *
     rows: tuple[Row, ...]
+    scales: tuple[Scale, ...]
+    schedules: int
     cache_step: int
     prunes: bool
     unmet: dict[int, int]

@@ -249,6 +249,45 @@ def test_state_that_cannot_be_seen_is_an_error() -> None:
         transformed(Block).run()
 
 
+class Keys:
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def append(self, k: Tensor) -> Tensor:
+        self.held.append(k)
+        return torch.cat(self.held, 1)
+
+
+FUNCTIONS: dict[str, Callable[[], Any]] = {
+    "method": lambda: Keys().append,
+    "partial": lambda: functools.partial(Keys.append, Keys()),
+    "lambda": lambda: (lambda keys: lambda k: keys.append(k))(Keys()),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("maps", [1, 2])
+def test_a_cache_behind_a_function_is_an_error_when_it_is_traced_first(
+    function: str, maps: int
+) -> None:
+    """With two token maps, that is at the first call, which finds out which one is pruned."""
+
+    class Block(Attention):
+        def forward(self, x: Tensor, cond: Tensor, append: Any) -> Tensor:
+            q, k, _ = self.qkv(x + cond).chunk(3, -1)
+            keys = append(k)
+            out: Tensor = x + self.out(F.scaled_dot_product_attention(q, keys, keys))
+            return out
+
+    fast = transformed(Block)
+    append = FUNCTIONS[function]()
+    with pytest.raises(ModelError, match="the object that holds it, not a function") as raised:  # noqa: PT012
+        for h, w in SCALES:
+            x = torch.randn(2, h * w, WIDTH, dtype=torch.float64, device=DEVICE)
+            first(fast)(x, x if maps == 2 else x[:, :1], append)
+    assert f"(2, {4 if maps == 2 else 9}, 8)" in str(raised.value)
+
+
 def test_a_nested_residual_is_part_of_its_branch() -> None:
     class Block(Attention):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
-from fastvar_fx.engine.token_map import find_token_map
+from fastvar_fx.engine.token_map import find_token_map, naming_leaks
 from fastvar_fx.engine.track import Storages, storages
 from passes import Call
 from passes.trace.state import Path, Roots, roots
@@ -67,7 +67,8 @@ class BlockSite:
         path = self._paths.get(form)
         if path is None:
             run = partial(self.forward, block)
-            path = self._paths[form] = find_token_map(run, block, args, kwargs)
+            with naming_leaks(self.name):
+                path = self._paths[form] = find_token_map(run, block, args, kwargs)
         return path
 
 

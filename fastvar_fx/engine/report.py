@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastvar_fx.engine.plan import Plan
     from fastvar_fx.engine.store import StepRecord
     from fastvar_fx.measuring.compare import Comparison
+    from fastvar_fx.ops import Scale
     from fastvar_fx.schedule import Schedule
     from passes.analyse.costs import BranchReport
 
@@ -181,6 +182,8 @@ class Report:
 
     Attributes:
         rows: One per block, step and branch.
+        scales: The token maps of the schedule that it is a report on.
+        schedules: How many schedules the model was transformed with.
         cache_step: The step whose branch outputs are captured.
         prunes: Whether the schedule prunes any step.
         unmet: Token counts of pruned steps that no run came to yet, by step.
@@ -204,6 +207,8 @@ class Report:
     """
 
     rows: tuple[Row, ...]
+    scales: tuple[Scale, ...]
+    schedules: int
     cache_step: int
     prunes: bool
     unmet: dict[int, int]
@@ -228,6 +233,8 @@ class Report:
         rows = tuple(row for record in records for row in _rows(record))
         return cls(
             rows=rows,
+            scales=plan.schedule.scales,
+            schedules=len(engine.family.engines),
             cache_step=plan.schedule.cache_step,
             prunes=bool(plan.pruned_steps),
             unmet={s: plan.schedule.length(s) for s in plan.pruned_steps if s not in met},

@@ -26,6 +26,9 @@ def table(report: Report) -> str:
 def remarks(report: Report) -> list[str]:
     """Returns the lines below the table, or in its place if the report has no rows."""
     savings = [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+    if report.schedules > 1:
+        scales = " ".join("x".join(map(str, scale)) for scale in report.scales)
+        savings.insert(0, f"the schedule of scales {scales}, one of {report.schedules}")
     if report.outside_share is not None:
         share = f"{100 * report.outside_share:.1f} %"
         whole = "of the matrix-product FLOPs of a dense generation"

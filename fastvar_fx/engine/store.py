@@ -16,7 +16,8 @@ from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind
-from fastvar_fx.errors import ArgumentError, FastVARError, ModelError, RunError
+from fastvar_fx.engine.token_map import naming_leaks
+from fastvar_fx.errors import ArgumentError, FastVARError, raise_to_compiler
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
 
@@ -141,7 +142,7 @@ class Store:
 
     def _make_for(self, call: BlockCall, step: int, role: Role) -> Match:
         if call.compiling:
-            raise RunError(
+            raise_to_compiler(
                 f"{call.site.name} has no program for this call of step {step}; run "
                 f"fastvar_fx.trace(model, run) with these shapes before torch.compile"
             )
@@ -197,15 +198,11 @@ class Store:
 
     def _find_or_make(self, call: BlockCall, step: int, role: Role) -> _Entry:
         try:
-            found = self._with_open_sizes(call, step, role)
-            return found or self._equal_or_new(call, step, role, call.as_captured())
+            with naming_leaks(call.site.name):
+                found = self._with_open_sizes(call, step, role)
+                return found or self._equal_or_new(call, step, role, call.as_captured())
         except RefusedError as error:
             return _Entry(-1, (), (), None, error.refusal)
-        except passes.LeakedTensorError as error:
-            raise ModelError(
-                f"{call.site.name} cannot be traced: {error}. Keep such state in attributes, lists "
-                f"or dicts of the block, or hand it in; then transform the model anew"
-            ) from error
 
     def _with_open_sizes(self, call: BlockCall, step: int, role: Role) -> _Entry | None:
         """Returns a program that holds for other sizes too and prunes as much, if there is one.

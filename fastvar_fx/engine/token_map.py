@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvar_fx.errors import RunError
-from passes import Call, reference
+from fastvar_fx.errors import ModelError, RunError
+from passes import Call, LeakedTensorError, fingerprint, reference
 from passes.analyse.branches import find_branches
 from passes.refusal import RefusedError
 from passes.trace.capture import BlockProgram, capture
@@ -30,6 +31,7 @@ def find_token_map(
 
     Raises:
         RunError: If no argument can be the token map.
+        passes.LeakedTensorError: If the forward keeps a tensor where it cannot be seen.
     """
     places = [("args", i) for i, value in enumerate(args) if _is_map(value)]
     named = [("kwargs", name) for name, value in kwargs.items() if _is_map(value)]
@@ -48,10 +50,28 @@ def find_token_map(
     if len(likely) == 1:
         return likely[0]
     try:
+        fingerprint(call)  # a capture does not notice tensors that the forward keeps elsewhere
         program = capture(call)
     except RefusedError:
         return likely[0]
     return next((path for path in likely if _carries_trunk(program, path)), likely[0])
+
+
+@contextmanager
+def naming_leaks(block: str) -> Iterator[None]:
+    """Within it, a tensor that a forward keeps where it cannot be seen is an error of the model.
+
+    Raises:
+        ModelError: With the block's name and what to do.
+    """
+    try:
+        yield
+    except LeakedTensorError as error:
+        raise ModelError(
+            f"{block} cannot be traced: {error}. Keep such state in attributes, lists or dicts of "
+            f"the block, or hand in the object that holds it, not a function that does; then "
+            f"transform the model anew"
+        ) from error
 
 
 def _carries_trunk(program: BlockProgram, path: Path) -> bool:

@@ -19,6 +19,8 @@ import fastvar_fx
 from fastvar_fx import CompileError, ModelError, RunError, Schedule
 from fastvar_fx.models import VAR, VAR_256, build, infinity
 from fastvar_fx.models.maps import template
+from tests.engine.test_family import FAMILY, counts
+from tests.engine.test_family import Net as Family
 
 LABELS = torch.tensor([1, 2])
 
@@ -84,11 +86,48 @@ def test_dynamo_takes_the_whole_token_loop() -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_compiling_before_tracing_says_so() -> None:
-    fast = fastvar_fx.transform(build("tiny", depth=1), Schedule(VAR_256, (0.5,)))
-    compile_blocks(fast, "eager")
-    with pytest.raises((RunError, torch._dynamo.exc.Unsupported), match=r"fastvar_fx\.trace"):
-        fast.infer_fhat(2, LABELS, g_seed=0)
+@pytest.mark.parametrize("around", ["method", "model", "block", "loop"])
+def test_compiling_before_tracing_says_so(around: str) -> None:
+    """And after it, it works."""
+    scales = FAMILY[0].scales
+    want = fastvar_fx.transform(Unseeded(), FAMILY[0]).draw(scales)
+    fast = fastvar_fx.transform(Unseeded(), FAMILY)
+    fastvar_fx.use(fast, FAMILY[0])
+    options: Any = {"fullgraph": True, "backend": "eager"}
+
+    def run() -> list[Tensor]:
+        torch._dynamo.reset()
+        if around == "method":
+            return torch.compile(fast.draw, **options)(scales)  # type: ignore[no-any-return]
+        if around == "model":
+            return torch.compile(fast, **options)(scales)  # type: ignore[no-any-return]
+        if around == "loop":
+            drawing = torch.compile(lambda: list(map(fast.sized, counts(scales))), **options)
+            return drawing()  # type: ignore[no-any-return]
+        for block in fast.blocks:
+            block.compile(**options)
+        return fast.draw(scales)
+
+    with pytest.raises(RunError, match=r"fastvar_fx\.trace"):
+        run()
+    for block in fast.blocks:
+        block._compiled_call_impl = None
+    fastvar_fx.trace(fast, lambda fast: fast.draw(scales))
+    assert all(map(torch.equal, run(), want))
+    torch._dynamo.reset()
+
+
+class Unseeded(Family):
+    """Dynamo takes no generators of random numbers."""
+
+    def forward(self, scales: Any) -> list[Tensor]:
+        return self.draw(scales)
+
+    def sized(self, tokens: int, handed: Any = None) -> Tensor:
+        x = torch.sin(torch.arange(8 * tokens).double()).reshape(1, tokens, 8)
+        for block in self.blocks:
+            x = block(x, handed)
+        return x
 
 
 # --- fastvar_fx.compile -----------------------------------------------------------------------

@@ -180,6 +180,20 @@ def test_one_schedule_and_a_loop_of_other_shapes_is_an_error() -> None:
     same([fast.sized(tokens) for tokens in counts(LANDSCAPE)], alone(LANDSCAPE))
 
 
+def test_reports_say_which_schedule_they_show() -> None:
+    fast = family()
+    for schedule in (FAMILY[1], FAMILY[0]):
+        fast.draw(schedule.scales)
+        report = fastvar_fx.explain(fast)
+        assert (report.scales, report.schedules) == (schedule.scales, 3)
+        names = " ".join(f"{h}x{w}" for h, w in schedule.scales)
+        assert f"\nthe schedule of scales {names}, one of 3\n" in str(report)
+    fastvar_fx.use(fast, FAMILY[2])
+    assert "7x7 10x10, one of 3\n" in str(fastvar_fx.explain(fast))
+    assert ", one of 3" in str(fastvar_fx.trace(fast, lambda fast: fast.draw(SQUARE)))
+    assert "one of" not in str(fastvar_fx.explain(fastvar_fx.transform(Net(), FAMILY[0])))
+
+
 # --- what they share ---------------------------------------------------------------------------
 
 
