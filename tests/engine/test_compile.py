@@ -98,12 +98,12 @@ def test_compiling_before_tracing_says_so(around: str) -> None:
     def run() -> list[Tensor]:
         torch._dynamo.reset()
         if around == "method":
-            return torch.compile(fast.draw, **options)(scales)  # type: ignore[no-any-return]
+            return torch.compile(fast.draw, **options)(scales)
         if around == "model":
             return torch.compile(fast, **options)(scales)  # type: ignore[no-any-return]
         if around == "loop":
             drawing = torch.compile(lambda: list(map(fast.sized, counts(scales))), **options)
-            return drawing()  # type: ignore[no-any-return]
+            return drawing()
         for block in fast.blocks:
             block.compile(**options)
         return fast.draw(scales)
