@@ -183,16 +183,22 @@ class Family:
             judges: Whether a generation that does not run its schedule is an error.
 
         Raises:
-            RunError: At its end, if the last generation did not run its schedule.
+            RunError: At its end, if the last generation did not run its schedule, or ran fewer
+                calls at its last step.
         """
         with ExitStack() as within:
             for engine in self.engines:
                 within.enter_context(engine.generation.watch.whole())
                 within.enter_context(engine.generation.skipped.whole())
             yield
-        watch = self.current.generation.watch
-        if judges and not watch.within:
-            watch.finished()
+        generation = self.current.generation
+        if judges and not generation.watch.within:
+            generation.watch.finished()
+            try:
+                generation.check_calls()
+            except RunError:
+                generation.aborted()  # and so no error again when the next one begins
+                raise
 
     def _running(self, scales: Sequence[Scale]) -> list[Engine]:
         """Returns the engines whose schedules run these very scales."""

@@ -28,7 +28,7 @@ from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.loop import Loop, Place, Selected
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
-from fastvar_fx.engine.track import Captured, Live, Storages, Track, live_of
+from fastvar_fx.engine.track import Captured, Live, Storages, Track, exists, live_of, memory
 from fastvar_fx.engine.watch import Watch
 from fastvar_fx.errors import CaptureMismatchError, ModelError, RunError
 
@@ -202,7 +202,9 @@ class Generation:
         place.began, place.ended = place.began or not self._cache_step, False
         if call.compiling:
             return
-        track.reads = call.reads()
+        track.reads, track.x = call.reads(), memory(call.x)
+        self._loop.captures.enter(layer)
+        track.drawn = self._loop.captures.number
         track.note_written(call, result)
         track.caches = bool(track.wrote)
         if place.step is not None:  # a step that is drawn again and again
@@ -263,7 +265,7 @@ class Generation:
 
     def _out_of_order(self, call: BlockCall, step: int) -> Role:
         """A pruned step's length without this generation's capture: source tokens, or a mistake."""
-        layer, schedule = call.site.layer, self.plan.schedule
+        layer = call.site.layer
         place = self._loop.places[layer]
         expected = call.tokens in self.early_calls or self._caches_are_empty(call)
         others = any(track.place is not place for track in self._tracks[layer])
@@ -271,17 +273,20 @@ class Generation:
         self._begin(layer, place)
         if lost and not expected:
             place.cut_off = True
-            raise RunError(
-                f"{call.site.name}: step {step} ({call.tokens} tokens) came without the "
-                f"steps before it: the features of cache step {self._cache_step} "
-                f"({self._cache_tokens} tokens) or of the pruned step before are missing. Dense so "
-                f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
-                f"scales {schedule.scales}. A generation that was left for another one, drawn to "
-                f"its end, or continued on a copy of the model is drawn again from its first step; "
-                f"to run two at once, transform or deep-copy the model once for each"
-            )
+            self._raise_missing(call, step)
         self._note(call, self.early_calls, self._length(call, step))
         return DENSE
+
+    def _raise_missing(self, call: BlockCall, step: int) -> NoReturn:
+        raise RunError(
+            f"{call.site.name}: step {step} ({call.tokens} tokens) came without the "
+            f"steps before it: the features of cache step {self._cache_step} "
+            f"({self._cache_tokens} tokens) or of the pruned step before are missing. Dense so "
+            f"far: {sorted(self.dense_calls)} tokens. Give the schedule that the loop runs: "
+            f"scales {self.plan.schedule.scales}. A generation that was left for another one, "
+            f"drawn to its end, or continued on a copy of the model is drawn again from its first "
+            f"step; to run two at once, transform or deep-copy the model once for each"
+        )
 
     def _length(self, call: BlockCall, step: int) -> int:
         """Returns what tells the step of a call."""
@@ -312,6 +317,8 @@ class Generation:
         layer = call.site.layer
         tracks = self._tracks[layer]
         if len(tracks) == 1 and not tracks[0].caches and tracks[0].position < position:
+            if self._loop.places[layer].left and not call.compiling:
+                self._check_not_left(call, step, tracks[0])
             return tracks[0]
         if not tracks:
             return None
@@ -345,6 +352,10 @@ class Generation:
             _raise_uncertain(call.site.name, "the pruned step before ran some of them again")
         place.counted = place.counted or len(free) > 1
         if waiting:
+            if not call.compiling:
+                self._check_not_left(call, step, waiting[0])
+                self._check_one_map(call, own, position)
+                self._check_order(call, own, waiting[0])
             return waiting[0]
         again = min(free, key=lambda track: track.draws)
         alike = not again.reads or again.reads_alike(call.reads())
@@ -357,7 +368,45 @@ class Generation:
                 f"again, or two loops alternate, draw the whole generation again, and transform or "
                 f"deep-copy the model once for each loop"
             )
+        if not call.compiling:
+            self._check_order(call, own, again)
         return again
+
+    def _check_not_left(self, call: BlockCall, step: int, track: Track) -> None:
+        """Checks that a call does not continue a generation that was left for the track's.
+
+        Raises:
+            RunError: If it reads what only the former read.
+        """
+        left, reads = track.place.left, call.reads()
+        if reads & left - track.reads and not reads & track.reads - left:
+            self._raise_missing(call, step)
+
+    def _check_one_map(self, call: BlockCall, own: Sequence[Track], position: int) -> None:
+        """Checks that calls of a step get one token map if they did at the cache step.
+
+        Raises:
+            RunError: If not: the step seems to be left amid its calls and drawn again.
+        """
+        place, x = self._loop.places[call.site.layer], memory(call.x)
+        if len(own) > 1 and self._cache_step and len({track.x for track in own}) == 1:
+            if place.x is not None and place.x[0] == position and place.x[1] != x:
+                _raise_uncertain(call.site.name, "it gets another token map than the call before")
+        place.x = position, x
+
+    def _check_order(self, call: BlockCall, own: Sequence[Track], track: Track) -> None:
+        """Checks that all blocks continue one call of the loop in a pass through them.
+
+        Raises:
+            RunError: If not: a step seems to be left amid its calls and drawn again.
+        """
+        if len(own) < 2:
+            return
+        course = self._loop.continues
+        if course.enter(call.site.layer) or course.follows is None:
+            course.follows = track.drawn
+        elif course.follows != track.drawn:
+            _raise_uncertain(call.site.name, "the blocks before it continue another one")
 
     def _settled(self, layer: int, place: Place) -> list[Track]:
         """Returns this generation's tracks, without those of a cache step that was drawn again."""
@@ -465,6 +514,8 @@ class Generation:
                 kept.append(track)
             else:
                 cut_off = cut_off or (place.began and not ended)
+                place.left |= set() if ended or track.caches else track.reads
+        place.left = set(filter(exists, place.left))
         unknown = [track for track in kept if track.left and track.keeps_its_caches]
         dropped = unknown[:-_MOST_LEFT]
         self._tracks[layer] = [track for track in kept if track not in dropped]
@@ -560,6 +611,14 @@ class Generation:
                 a step were left out and which ones is unknown.
         """
         self.skipped.check()
+        self.check_calls()
+
+    def check_calls(self) -> None:
+        """Checks, at the end of a generation, that the last step ran as many calls as the first.
+
+        Raises:
+            RunError: If some calls of a step were left out and which ones is unknown.
+        """
         for layer, name in enumerate(self.plan.blocks):
             if self._incomplete(layer):
                 _raise_uncertain(name, "the last step ran fewer calls")
@@ -602,7 +661,8 @@ def _raise_uncertain(block: str, why: str) -> NoReturn:
     raise RunError(
         f"{block} runs several times in a step, and which call of the cache step one of a pruned "
         f"step continues is unknown: {why}. Hand each of them its own caches, or give a cache_step "
-        f"at which every block runs as often as at the pruned steps"
+        f"at which every block runs as often as at the pruned steps. If a step was left amid its "
+        f"calls, call fastvar_fx.reset(model) and draw the whole generation again"
     )
 
 

@@ -6,9 +6,11 @@ import weakref
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
+from fastvar_fx.engine.track import Storages
 from fastvar_fx.engine.watch import Watch
 
 
@@ -27,12 +29,16 @@ class Place:
         aborted: Whether a block raised an exception, so that a step may be drawn again.
         cut_off: Whether a generation that had captured was left before its end.
         ended: Whether the last generation ran to its end, and nothing came after it.
+        x: The pruned step and the memory of the token map of the last call that was told apart by
+            order alone.
+        left: The memory of arguments that only generations read that were left.
     """
 
     def __init__(self, loop: Loop) -> None:
         self.loop = weakref.ref(loop)
         self.cut_off = False
         self.ended = False
+        self.left: Storages = set()
         self.reset()
 
     def reset(self) -> None:
@@ -43,6 +49,7 @@ class Place:
         self.position = -1
         self.rows: dict[tuple[int, int], set[int]] = {}
         self.counted = self.doubted = self.aborted = False
+        self.x: tuple[int, StorageWeakRef] | None = None
 
     @property
     def late(self) -> bool:
@@ -66,6 +73,27 @@ class Selected(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
+class Pass:
+    """A pass of a loop through the blocks: calls of layers in ascending order.
+
+    Attributes:
+        number: Which one it is.
+        follows: The pass of the cache step that it continues; None if there is nothing to tell.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.follows: int | None = None
+        self._layer = -1
+
+    def enter(self, layer: int) -> bool:
+        """Notes a call of a block, and returns whether another pass begins with it."""
+        begins = layer <= self._layer
+        self.number += begins
+        self._layer = layer
+        return begins
+
+
 class Loop:
     """The user's loop, as far as one thread runs it.
 
@@ -74,6 +102,8 @@ class Loop:
         watch: Notices generations that do not run the schedule.
         skipped: The steps that it leaves out.
         selected: The newest selection that blocks share; None for none.
+        captures: Its passes through the blocks at the cache step.
+        continues: Those at pruned steps, of calls that are told apart by order alone.
     """
 
     def __init__(self, plan: Plan, like: Loop | None = None) -> None:
@@ -82,6 +112,7 @@ class Loop:
         self.watch: Watch = Watch(plan, like.watch if like else None)
         self.skipped = SkippedSteps(plan)
         self.selected: Selected | None = None
+        self.captures, self.continues = Pass(), Pass()
 
     def reset(self) -> None:
         """Ends the generation."""

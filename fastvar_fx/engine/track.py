@@ -32,6 +32,8 @@ class Track:
         outputs: What it captured.
         live: Batch size, device and dtype of its token map.
         place: The block in the loop that made the call.
+        x: The memory of its token map.
+        drawn: Which pass of the loop through the blocks it was in.
         reads: The memory of its arguments.
         wrote: The memory of what it and its counterparts returned or stored, such as caches.
         caches: Whether it wrote anything.
@@ -46,6 +48,8 @@ class Track:
         self.outputs = outputs
         self.live = live_of(call.x)
         self.place = place
+        self.x: StorageWeakRef | None = None
+        self.drawn = 0
         self.reads: Storages = set()
         self.wrote: Storages = set()
         self.caches = False
@@ -62,6 +66,7 @@ class Track:
             rows = {branch: output[first:last] for branch, output in self.outputs.items()}
             made = self.parts[first] = Track(call, self.place, rows)
             made.position, made.caches = self.position, self.caches
+            made.x, made.drawn = self.x, self.drawn
         return self.parts[first]
 
     def met(self, position: int) -> None:
@@ -76,7 +81,7 @@ class Track:
 
     def may_go_on(self) -> bool:
         """Whether something is left of what it wrote, so that its loop may still run."""
-        return any(map(_exists, self.wrote))
+        return any(map(exists, self.wrote))
 
     @property
     def keeps_its_caches(self) -> bool:
@@ -94,7 +99,7 @@ class Track:
 
     def reads_alike(self, reads: Storages) -> bool:
         """Whether a call reads all that is left of what this one read, and there is something."""
-        left = set(filter(_exists, self.reads))
+        left = set(filter(exists, self.reads))
         return bool(left) and left <= reads
 
 
@@ -112,18 +117,20 @@ def storages(values: Any, token_map: Tensor) -> Storages:
         value = todo.pop()
         if isinstance(value, Tensor):
             if value.layout is torch.strided:
-                found.add(_memory(value))
+                found.add(memory(value))
         elif id(value) not in seen:
             seen.add(id(value))
             todo += _inside(value)
-    return found - {_memory(token_map)}
+    return found - {memory(token_map)}
 
 
-def _memory(tensor: Tensor) -> StorageWeakRef:
+def memory(tensor: Tensor) -> StorageWeakRef:
+    """Returns the memory of a tensor, which is not kept alive."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _exists(storage: StorageWeakRef) -> bool:
+def exists(storage: StorageWeakRef) -> bool:
+    """Whether the tensors of some memory still exist."""
     return not storage.expired()  # type: ignore[no-untyped-call]
 
 

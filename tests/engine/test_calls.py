@@ -277,6 +277,22 @@ def test_fewer_calls_at_the_last_step_are_an_error_in_trace_and_in_the_next_gene
         run(fast)
 
 
+def test_fewer_calls_at_the_last_step_of_a_method_are_an_error_at_its_end() -> None:
+    """Once: the next generation is not the one to blame."""
+
+    class Drawing(Net):
+        def draw(self, last: int) -> None:
+            for step in range(5):
+                for draw in alike(self)[: last if step == 4 else 2]:
+                    draw.step(step)
+
+    fast = fastvar_fx.transform(Drawing("none"), SCHEDULE)
+    for _ in range(2):
+        with pytest.raises(RunError, match="the last step ran fewer"):
+            fast.draw(1)
+        fast.draw(2)
+
+
 def test_fewer_calls_at_the_last_step_after_a_cache_step_that_is_the_first() -> None:
     schedule = Schedule((3, 4, 5), (0.5, 0.4))
     fast = transformed("none", schedule)
@@ -297,6 +313,55 @@ def test_a_step_that_is_left_amid_its_calls_and_drawn_again_is_an_error() -> Non
         draw.step(3)
     with pytest.raises(RunError, match="the pruned step before ran some of them again"):
         draws[0].step(4)
+
+
+@pytest.mark.parametrize("again", range(5))
+@pytest.mark.parametrize("calls", range(1, 4))
+def test_a_step_left_amid_its_calls_ends_right_or_in_an_error(again: int, calls: int) -> None:
+    """`calls` of its four block calls ran; that two are one and a half passes shows at once."""
+    draws, hands = alike(transformed("none")), alike(Net("none"))
+    for step in range(5):
+        if step == again:
+            for draw in draws[: (calls + 1) // 2]:
+                x = randn(step, 1, SCHEDULE.tokens(step))
+                for layer in range(min(calls, 2) if draw is draws[0] else calls - 2):
+                    x = draw.block(layer, x, step)
+        try:
+            got = [draw.step(step) for draw in draws]
+        except RunError:
+            assert step >= max(again, CACHE_STEP)
+            assert calls == 2 or step <= max(again, PRUNED[0])
+            break
+        for hand in hands:
+            hand.hand = True
+        want = [hand.step(step) for hand in hands]
+        if calls != 2 or again < CACHE_STEP or step == 4:
+            assert all(map(torch.allclose, got, want))
+    else:
+        assert again < CACHE_STEP
+    for step in range(5):
+        for draw in draws:
+            draw.step(step)
+
+
+def test_calls_with_one_token_map_at_the_cache_step_have_one_at_each_step() -> None:
+    """So a pruned step that is left after its first call and drawn again shows at once."""
+    draws = alike(transformed("none", SCHEDULE))
+    maps = [randn(step, 1, SCHEDULE.tokens(step)) for step in range(5)]
+
+    def draw(step: int, x: Tensor) -> None:
+        for each in draws:
+            for layer in range(DEPTH):
+                x = each.block(layer, maps[step] if layer == 0 else x, step)
+
+    for step in range(5):
+        draw(step, maps[step])
+    for step in range(3):
+        draw(step, maps[step])
+    draws[0].block(1, draws[0].block(0, maps[3], 3), 3)
+    maps[3] = randn(9, 1, 16)
+    with pytest.raises(RunError, match="another token map than the call before"):
+        draw(3, maps[3])
 
 
 def alike(net: Net) -> list[Draw]:
@@ -445,6 +510,23 @@ def test_loops_that_alternate_and_hand_in_nothing_are_an_error(order: str) -> No
     steps = [(who, order[:i].count(who)) for i, who in enumerate(order)]
     with pytest.raises(RunError, match="transform or deep-copy the model once for each"):
         _ = [draws[who].step(step) for who, step in steps]
+
+
+@pytest.mark.parametrize("order", ["aaabbba", "aaabbbba", "aaaabbba"])
+def test_a_loop_without_caches_comes_back_after_another_began(order: str) -> None:
+    """Its own arguments show that it is not the one that captured last."""
+    fast, net = transformed("none"), Net("none")
+    draws = {who: Draw(fast, seed) for seed, who in enumerate("ab")}
+    want = Draw(net, 1, hand=True)
+    steps = [(who, order[:i].count(who)) for i, who in enumerate(order)]
+    for who, step in steps[:-1]:
+        got = draws[who].step(step)
+        if who == "b":
+            same(got, want.step(step))
+    with pytest.raises(RunError, match=r"left for another one|draw the whole gen"):
+        draws["a"].step(steps[-1][1])
+    for step in range(order.count("b"), 5):
+        same(draws["b"].step(step), want.step(step))
 
 
 def test_a_copy_made_within_a_generation_says_that_it_cannot_go_on() -> None:
