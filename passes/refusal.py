@@ -68,6 +68,10 @@ CODES: Final = {
         "a number that is made of the token count enters the values",
         "none needed: this branch stays dense. Numbers that are attributes stay as they are",
     ),
+    "FVX023": Code(
+        "the block does not run on the kept tokens alone",
+        "hand in what has an entry per token, or keep it in an attribute of the block",
+    ),
 }
 """Stable refusal codes; the reason of a refusal adds the case at hand."""
 

@@ -26,8 +26,9 @@ from passes.graph import bind, op_name, plain, reach
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
-from passes.trace.state import Path
+from passes.trace.state import Path, get
 from passes.trace.symbols import NOTHING_VARIES
+from passes.user_frames import where
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,17 @@ class CheckCounts:
         if context.step is None or context.step.kept == 0 or not wanted:
             return draft
         kept = context.step.kept
+        call, whole = _on_kept(context.call, wanted, draft, kept)
         try:
-            made = capture(_on_kept(context.call, wanted, draft, kept)).graph_module
+            made = capture(call).graph_module
         except RefusedError as error:
-            log.debug("%s does not run on %d tokens: %s", context.call.module, kept, error.refusal)
+            at = error.refusal.where
+            failed = [] if whole else _failed(at, draft, wanted)
+            if not failed:
+                log.debug("%s stays unchecked on %d tokens: %s", call.module, kept, error.refusal)
+            refusal = Refusal("FVX023", f"on {kept} tokens: {error.refusal.reason}", where=at)
+            for branch in failed:
+                draft = draft.refusing(branch.index, refusal)
             return draft
         ops, others = _ops(draft.source), _ops(made)
         if [node.target for node in ops] != [node.target for node in others]:
@@ -70,17 +78,48 @@ class CheckCounts:
         return draft
 
 
-def _on_kept(call: Call, branches: list[Branch], draft: Draft, kept: int) -> Call:
-    """Returns the call on the kept tokens only: inputs with an entry per token are shorter."""
+def _failed(line: str, draft: Draft, wanted: list[Branch]) -> list[Branch]:
+    """Returns the branches that a line of the user's is in; all if it is in none.
+
+    One that is refused already does not run on the kept tokens, and so its failure means nothing.
+    """
+    found = [b for b in draft.found if any(where(node) == line for node in b.region)]
+    return [b for b in found if b in wanted] if found else wanted
+
+
+def _on_kept(
+    call: Call, branches: list[Branch], draft: Draft, kept: int
+) -> tuple[Call, list[Node]]:
+    """Returns the call on the kept tokens only: inputs with an entry per token are shorter.
+
+    Also returns the side inputs of the branches that stay whole, for they are cut from a table at
+    places that the loop says.
+    """
     placeholders = draft.source.graph.find_nodes(op="placeholder")
     paths = dict(zip(placeholders, draft.captured.inputs, strict=True))
     cut: dict[Path, dict[int, int]] = {call.stream: {1: kept}}
+    tokens = get(call.roots(), call.stream).shape[1]
+    whole = []
     for _, side, axes in (found for branch in branches for found in gathered(branch)):
         source, dims = _origin(side, _aligned(axes, side))
         if source in paths:
             sizes = {d: dim_size(dim, kept) for d, dim in enumerate(dims) if has_tokens(dim)}
             cut[paths[source]] = sizes
-    return replace(call, varying=NOTHING_VARIES, cut=cut)
+            continue
+        # It is computed in other ways: each input of as many entries is cut.
+        shapes = {n: list(n.meta["val"].shape) for n in _inputs_of(source) if n in paths}
+        found = {n: shape.index(tokens) for n, shape in shapes.items() if shape.count(tokens) == 1}
+        for node, dim in found.items():
+            cut.setdefault(paths[node], {dim: kept})
+        if shapes and not found:
+            whole.append(side)
+    return replace(call, varying=NOTHING_VARIES, cut=cut), whole
+
+
+def _inputs_of(side: Node) -> Iterator[Node]:
+    """Yields the tensors that a value is computed from."""
+    computed = reach([side], lambda n: n.all_input_nodes)
+    return (n for n in computed if n.op == "placeholder" and isinstance(n.meta["val"], Tensor))
 
 
 def _aligned(axes: Axes, side: Node) -> Axes:

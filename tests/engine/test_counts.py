@@ -71,6 +71,15 @@ def test_numbers_made_of_the_token_count(name: str) -> None:
     check(kind_of(NUMBERS[name]), 1, {(0, "attend"): "for the kept tokens"}, "FVX022")
 
 
+FACTORS = {1: 1.0, 4: 1.1, 9: 1.2, 16: 1.3, 25: 1.4}
+
+
+def test_a_number_that_is_looked_up_by_the_token_count() -> None:
+    """There is none for the kept tokens, so nobody knows what the branch does with them."""
+    factor = kind_of(lambda q, k, v: attend(q, k, v) * FACTORS[q.shape[2]])
+    check(factor, 1, {(0, "attend"): "KeyError"}, "FVX023")
+
+
 @pytest.mark.parametrize("twist", [newest(20), newest_by_start], ids=["-20:", "start"])
 def test_windows_of_the_newest_keys(twist: Twist) -> None:
     check(kind_of(twist), 1, {(0, "attend"): ""}, "FVX012")
