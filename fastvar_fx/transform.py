@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -349,6 +351,14 @@ def _check_schedule(
             f"the schedule prunes layers {beyond}, but the model has {blocks} blocks, 0 to "
             f"{blocks - 1}"
         )
+    sides = _summed_sides(schedule)
+    if sides and step_of is None:
+        raise ScheduleError(
+            f"the scales {schedule.scales} of one row are the running sums of square maps of sides "
+            f"{sides}, as the sequences of a loop that feeds all maps so far; such a loop runs "
+            f"Schedule({sides}, {schedule.ratios}, prefix=True). If the maps have one row, pass "
+            f"step_of="
+        )
     skipped = _skipped_steps(schedule, on_full)
     steps = range(schedule.steps - len(skipped))
     if step_of is not None or not any(step in schedule.pruned_steps for step in steps):
@@ -361,6 +371,17 @@ def _check_schedule(
             f"share theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
     return skipped
+
+
+def _summed_sides(schedule: Schedule) -> tuple[int, ...]:
+    """Returns the growing sides of the square maps that scales of one row are running sums of."""
+    if schedule.prefix or any(1 not in scale[-2:] or len(scale) > 2 for scale in schedule.scales):
+        return ()
+    counts = [schedule.tokens(step) for step in range(schedule.steps)]
+    maps = [after - before for before, after in pairwise([0, *counts])]
+    sides = tuple(isqrt(max(tokens, 0)) for tokens in maps)
+    squares = [side * side for side in sides] == maps
+    return sides if squares and list(sides) == sorted(set(sides)) and len(sides) > 2 else ()
 
 
 def _listed(schedules: Any) -> tuple[Schedule, ...]:

@@ -21,8 +21,8 @@ from passes.trace.state import PLAIN, Path, attributes
 _VALUES: Final = (range, slice, Fraction, torch.Size)
 _HOOKS: Final = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _OF_MODULE: Final = frozenset(vars(nn.Module()))
-_MOST_ITEMS: Final = 64
-"""Items of a container that are compared one by one; of longer ones, only the length is."""
+_MANY: Final = 64
+"""Containers of more plain values than this are described at once: their types alone."""
 
 
 class Structure:
@@ -148,8 +148,10 @@ class Structure:
         self._number(value)
         items = value if held is None else held
         kind = dict if isinstance(value, dict) else type(value)
-        if len(items) > _MOST_ITEMS:
-            return kind, len(items)
+        if len(items) > _MANY:
+            kinds = tuple(map(type, items.values() if isinstance(items, dict) else items))
+            if all(issubclass(each, PLAIN) for each in set(kinds)):
+                return kind, tuple(items) if isinstance(items, dict) else (), kinds
         if isinstance(items, dict):
             return kind, [(key, describe(item)) for key, item in items.items()]
         return kind, [describe(item) for item in items]

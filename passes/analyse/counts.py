@@ -62,9 +62,9 @@ class CheckCounts:
             failed = [] if whole else _failed(at, draft, wanted)
             if not failed:
                 log.debug("%s stays unchecked on %d tokens: %s", call.module, kept, error.refusal)
-            refusal = Refusal("FVX023", f"on {kept} tokens: {error.refusal.reason}", where=at)
+            failure = Refusal("FVX023", f"on {kept} tokens: {error.refusal.reason}", where=at)
             for branch in failed:
-                draft = draft.refusing(branch.index, refusal)
+                draft = draft.refusing(branch.index, failure)
             return draft
         ops, others = _ops(draft.source), _ops(made)
         if [node.target for node in ops] != [node.target for node in others]:

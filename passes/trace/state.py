@@ -229,11 +229,22 @@ def is_container(value: Any) -> bool:
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
-    """Returns what a plain object holds; None for modules, code and values without attributes."""
-    if isinstance(value, nn.Module) or (callable(value) and not is_container(value)):
+    """Returns what an object holds; None for code and values without attributes.
+
+    Also None for modules, except those that only hold values, as a KV cache may be written.
+    """
+    if isinstance(value, nn.Module):
+        return _read_module(value) if _only_holds(value) else None
+    if callable(value) and not is_container(value):
         return None
     held = hasattr(value, "__dict__") or _slots(value)
     return _read_object(value) if held else None
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether a module has neither weights, submodules nor hooks, and is no layer of torch."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (module._parameters or module._modules or hooks or _is_torch_layer(module))
 
 
 def _is_torch_layer(value: Any) -> bool:

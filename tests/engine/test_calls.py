@@ -50,7 +50,13 @@ class Called:
         raise AssertionError
 
 
-OBJECTS = {"slots": Slotted, "callable": Called}
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+
+
+OBJECTS = {"slots": Slotted, "callable": Called, "module": Held}
 
 
 class Block(nn.Module):

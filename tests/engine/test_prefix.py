@@ -299,6 +299,16 @@ def test_a_block_that_gets_another_sequence_than_the_schedule_says_is_an_error()
         Schedule(SCALES, (0.5,), prefix=1)  # type: ignore[arg-type]
 
 
+def test_running_sums_as_scales_of_one_row_are_an_error_that_names_the_schedule() -> None:
+    """The maps in such a sequence would be resized as one row: rows of other maps would mix."""
+    sums = [(1, 1), (1, 5), (1, 14), (1, 30)]
+    with pytest.raises(ScheduleError, match=r"Schedule\(\(1, 2, 3, 4\), \(0.5,\), prefix=True\)"):
+        fastvar_fx.transform(Net(Block, as_bool), Schedule(sums, (0.5,)))
+    fastvar_fx.transform(Net(Block, as_bool), Schedule(sums, (0.5,)), step_of=lambda *_: 0)
+    for rows in ([(1, 1), (1, 2), (1, 4), (1, 8)], [(1, 1), (5, 1), (14, 1), (29, 1)]):
+        fastvar_fx.transform(Net(Block, as_bool), Schedule(rows, (0.5,)))
+
+
 def test_a_schedule_keeps_its_prefix() -> None:
     assert Schedule.from_json(SCHEDULE.to_json()) == SCHEDULE
     assert SCHEDULE.extend((7, 8)).prefix
