@@ -208,25 +208,10 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         [ONE] * 70,
         [*[ONE] * 69, None],
     ),
-    "a longer list among many": (
-        lambda c: sum(map(len, c)),
-        [[1]] * 70,
-        [*[[1]] * 69, [1, 2]],
-    ),
-    "another key of many": (
-        lambda c: 2.0 if 70 in c else 3.0,
-        dict.fromkeys(range(70), 0),
-        dict.fromkeys(range(1, 71), 0),
-    ),
     "a type among many numbers": (
         lambda c: 2.0 if isinstance(c[-1], bool) else 3.0,
         [1] * 70,
         [*[1] * 69, True],
-    ),
-    "one of many tensors twice": (
-        lambda c: c[0] - c[-1],
-        [ONE, *[TWO] * 68, TWO.clone()],
-        [ONE, *[TWO] * 68, ONE],
     ),
 }
 
