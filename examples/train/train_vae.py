@@ -14,10 +14,10 @@ from pathlib import Path
 import loop
 import torch
 import torch.nn.functional as F
-from data import SIDE, CropSet
 from torch import Tensor, nn
 
 from fastvar_fx.models import CONFIGS, VAR_256
+from fastvar_fx.models.scenes import SIDE, pictures
 from fastvar_fx.models.vqvae import VQVAE, Downsample, QuantizedMap, ResBlock, Upsample
 
 CONFIG = CONFIGS["demo"]
@@ -135,6 +135,18 @@ def picture_loss(made: Tensor, images: Tensor) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def psnr(vae: VQVAE, images: Tensor) -> float:
+    """Returns the PSNR in dB of quantized pictures, uint8 (N, 3, 256, 256), mean over pictures."""
+    values = []
+    for some in torch.split(images, 8):
+        maps = vae.quantize.quantized(vae.features(some / 127.5 - 1, CONFIG.scales), CONFIG.scales)
+        f_hat = torch.stack([token_map.added for token_map in maps]).sum(0)
+        errors = (vae.decode(f_hat) - some / 255).square().mean((1, 2, 3))  # (n,)
+        values.append(-10 * errors.log10())
+    return torch.cat(values).mean().item()
+
+
 def straight_through(f: Tensor, maps: list[QuantizedMap]) -> tuple[Tensor, Tensor]:
     """Returns the quantized features, with the gradient of `f`, and the quantizer's loss.
 
@@ -172,9 +184,28 @@ def refill(
     codebook.weight[unused] = torch.cat(drawn)[chosen]
 
 
-def train(set_path: Path, run: Path, steps: int, device: str, *, bf16: bool) -> None:
-    """Trains until the given step, from the checkpoint in `run` on if there is one."""
-    images = CropSet.load(set_path).images
+def rendered(path: Path, count: int) -> Tensor:
+    """Returns the pictures of seeds 0 to `count` - 1, uint8 (N, 3, 256, 256), kept in a file."""
+    if path.exists():
+        kept: Tensor = loop.read(path, "vae")["images"]
+        if len(kept) == count:
+            return kept
+    images, _ = pictures(range(count))
+    loop.write(path, {"images": images})
+    return images
+
+
+def train(run: Path, steps: int, count: int, device: str, *, bf16: bool) -> None:
+    """Trains until the given step, from the checkpoint in `run` on if there is one.
+
+    Args:
+        run: Folder of the checkpoints.
+        steps: Number of steps in all.
+        count: Number of pictures to train on.
+        device: Device to train on.
+        bf16: Whether encoder and decoder run in bfloat16.
+    """
+    images = rendered(run / "pictures.pt", count)
     vae = new_vae().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
     used = torch.zeros(CONFIG.vocab_size, dtype=torch.bool, device=device)

@@ -19,7 +19,7 @@ from fastvar_fx.cli.user_code import call_factory, load, users_code
 from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
 from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.models import checkpoints, demo_weights, var
-from fastvar_fx.models.sampling import TOP_K, TOP_P
+from fastvar_fx.models.sampling import TOP_K, TOP_P, spread_classes
 from fastvar_fx.schedule import VAR_512, Schedule
 
 _RATIOS: Final = (0.5, 0.75)
@@ -36,7 +36,7 @@ _RANDOM_SIZES: Final[dict[str, Any]] = {
 _KNOWN: Final = (DEMO, RANDOM, *(name for name in var.CONFIGS if name != DEMO))
 NAMES: Final = f"{', '.join(_KNOWN)} (random weights except for {DEMO})"
 _MOST_CLASSES: Final = 100_000
-_TRAINED: Final = "trained on 31 photographs: the pictures show their textures, loosely arranged"
+_TRAINED: Final = "a small model, trained on rendered pictures of solids on a floor"
 _UNTRAINED: Final = "random weights: the pictures show texture, no objects"
 
 
@@ -218,7 +218,7 @@ def _random(name: str, sides: tuple[int, ...]) -> var.VAR:
 
 
 def _run_var(model: var.VAR, *, batch: int, seed: int, on_step: var.OnStep | None = None) -> Tensor:
-    classes = torch.arange(batch) % model.num_classes
+    classes = torch.tensor(spread_classes(model.num_classes, batch))
     return model.autoregressive_infer_cfg(
         batch, classes, g_seed=seed, top_k=TOP_K, top_p=TOP_P, on_step=on_step
     )

@@ -1,6 +1,6 @@
-"""The files that are part of the package: weights of the model `demo`, and photographs.
+"""The weights that are part of the package, those of the model `demo`, and its held-out pictures.
 
-See `weights/README.md` for how they were made, and for the authors of the photographs.
+See `weights/README.md` for how they were made.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvar_fx.errors import ModelError
+from fastvar_fx.models.configs import check_sizes
+from fastvar_fx.models.scenes import HELD_OUT, pictures
 
 NAME: Final = "demo"
 """The model, a key of `fastvar_fx.models.var.CONFIGS`."""
 
 WEIGHTS: Final = Path(__file__).with_name("weights") / "demo.safetensors"
 """Its parameters in float16, named `var.*` and `vae.*`."""
-
-CLASSES: Final = ("sky and water", "hills and woods", "leaves and grass", "flowers", "things")
-"""What its classes show."""
-
-PHOTOGRAPHS: Final = WEIGHTS.with_name("held_out")
-"""Folder of photographs that the model was not trained on; a file's name begins with its class."""
 
 
 def weights() -> dict[str, dict[str, Tensor]]:
@@ -55,29 +51,27 @@ def weights() -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def held_out() -> tuple[Tensor, Tensor]:
-    """Returns photographs that the model `demo` never saw, and their classes.
+def held_out(count: int = 8) -> tuple[Tensor, Tensor]:
+    """Returns pictures that the model `demo` never saw, and their classes.
+
+    Args:
+        count: Number of pictures, at least 1; the first n are the same for every count.
 
     Returns:
         Images, float32 (N, 3, 256, 256) in [-1, 1], and labels, int64 (N,).
 
     Raises:
-        ImportError: If pillow, of the extra `cli`, is not installed.
-        FileNotFoundError: If the photographs were not installed.
+        TypeError: If `count` is no int.
+        ArgumentError: If it is below 1.
 
     Example:
         >>> images, labels = held_out()
         >>> images.shape[1:]
         torch.Size([3, 256, 256])
     """
-    files = sorted(PHOTOGRAPHS.glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(
-            f"there are no held-out photographs in {PHOTOGRAPHS}; install the package again"
-        )
-    images = torch.stack([read_image(file) for file in files])
-    labels = [int(file.name.partition("-")[0]) for file in files]
-    return images.float() / 127.5 - 1, torch.tensor(labels)
+    check_sizes(count=count)
+    images, labels = pictures(range(HELD_OUT, HELD_OUT + count))
+    return images.float() / 127.5 - 1, labels
 
 
 def read_image(file: Path) -> Tensor:

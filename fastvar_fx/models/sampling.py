@@ -48,3 +48,18 @@ def sample_top_k_top_p(
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """Returns one id per row, int64 (N, 1), for probabilities (N, V)."""
     return torch.multinomial(probabilities, 1, replacement=True, generator=generator)
+
+
+def spread_classes(classes: int, count: int) -> tuple[int, ...]:
+    """Returns the classes of a batch, spread evenly from the first to the last.
+
+    Args:
+        classes: Number of classes, at least 1.
+        count: Size of the batch, at least 1; classes repeat where it is larger than their number.
+
+    Example:
+        >>> spread_classes(25, 5)
+        (0, 6, 12, 18, 24)
+    """
+    spread = torch.linspace(0, classes - 1, min(count, classes)).int().tolist()
+    return tuple(spread[i % len(spread)] for i in range(count))

@@ -359,12 +359,13 @@ class VAR(nn.Module):
                 f"Leave the first token map out of the inputs"
             )
         cond = self.class_emb(label)  # (B, C)
-        rest = self.word_embed(x_BLCv_wo_first_l.to(self.word_embed.weight.dtype))
-        x = torch.cat((self._start(cond), rest), dim=1)  # (B, L, C)
-        x = x + self._positions()
-        mask = self.attn_bias_for_masking
+        start, rest = self._start(cond), x_BLCv_wo_first_l.to(self.word_embed.weight.dtype)
+        positions, mask = self._positions(), self.attn_bias_for_masking
         if only is not None:
-            x, mask = x[:, only], mask[:, :, only[:, None], only]
+            first, later = only[only < self.first_l], only[only >= self.first_l] - self.first_l
+            start, rest = start[:, first], rest[:, later]
+            positions, mask = positions[:, only], mask[:, :, only[:, None], only]
+        x = torch.cat((start, self.word_embed(rest)), dim=1) + positions  # (B, n, C)
         ada = self.shared_ada_lin(cond)
         for block in self.blocks:
             x = block(x, ada, mask)
@@ -685,11 +686,11 @@ CONFIGS: Mapping[str, VARConfig] = MappingProxyType(
         "d36-512": VARConfig(depth=36, shared_aln=True, scales=VAR_512),
         "tiny": VARConfig(depth=4, width=128, heads=4, vocab_size=512, ch=32),
         "demo": VARConfig(
-            depth=6,
+            depth=8,
             width=256,
-            heads=8,
+            heads=4,
             shared_aln=True,
-            num_classes=5,
+            num_classes=25,
             scales=VAR_512,
             vocab_size=512,
             z_channels=16,

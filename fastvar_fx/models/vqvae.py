@@ -7,7 +7,7 @@ VAR draws an image as K square token maps of growing side. The decoder side turn
     image = decoder(post_quant_conv(f_hat)) (B, 3, r * H, r * W), r = 16 as published
 
 It also turns a partial `f_hat` into the input of the next scale. Generation needs no more;
-`VQVAE` adds the encoder, for training and for measuring on photographs.
+`VQVAE` adds the encoder, for training and for measuring on pictures.
 
 Source: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2.
 """
