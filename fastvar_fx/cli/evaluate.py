@@ -43,9 +43,12 @@ Images = Annotated[
     Path | None,
     typer.Option(
         "--images",
-        help="Folder of photographs of the size that the model draws; 3-lake.jpg has class 3, "
+        help="Folder of held-out images, of the size that the model draws; 3-lake.jpg has class 3, "
         "lake.jpg has none.",
     ),
+]
+HeldOutCount = Annotated[
+    int, typer.Option("--held-out", min=1, help="Number of held-out images, without --images.")
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds to draw from.")]
 Repeats = Annotated[
@@ -65,16 +68,18 @@ def run_evaluate(
     metrics: Metrics = _ALL,
     classes: Classes = None,
     images: Images = None,
+    held_out: HeldOutCount = 8,
     seeds: Seeds = 4,
     repeats: Repeats = 3,
     as_json: Json = False,
 ) -> None:
-    """Compare the pruned model with the dense one and with photographs: quality and speed."""
+    """Compare the pruned model with the dense one and with held-out images: quality and speed."""
     wanted = check_metrics([name for name in metrics.split(",") if name])
     chosen = chosen_schedule(model, preset, schedule, ratios, own_schedule(model))
     with show_progress() as progress:
         progress("building the model")
-        subject = case(model, chosen, classes=class_list(classes), folder=images)
+        asked = class_list(classes)
+        subject = case(model, chosen, classes=asked, folder=images, held_out=held_out)
         result = evaluate(
             subject,
             method=method,

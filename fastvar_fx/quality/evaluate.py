@@ -1,8 +1,8 @@
 """Quality and speed of a pruned model, compared with the dense one: `fastvar-fx evaluate`.
 
-Both models draw from the same seeds, and are also compared with photographs that they were not
-trained on. The likelihood of a photograph is that of its tokens, given to the model's own loop step
-by step; the loop prunes the same steps as in generation.
+Both models draw from the same seeds, and are also compared with held-out images, which they were
+not trained on. The likelihood of a held-out image is that of its tokens, given to the model's own
+loop step by step; the loop prunes the same steps as in generation.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
         "ssim": "structural similarity to it, at most 1",
         "agreement": "share of the tokens of the pruned steps that equal those of the dense run",
         "spectrum": "distance of radial power spectra, rms over the rings, dB",
-        "frechet": "Frechet distance of fixed texture features (not FID) to the photographs",
-        "bits": "bits per token of given images, photographs and dense draws, teacher-forced "
+        "frechet": "Frechet distance of fixed texture features (not FID) to the held-out images",
+        "bits": "bits per token of given images, held-out ones and dense draws, teacher-forced "
         "through the model's own loop",
     }
 )
 """The metrics by name."""
 
 DENSE: Final = "dense"
-PHOTOGRAPHS: Final = "photographs"
+HELD_OUT: Final = "held-out images"
 """The references of a metric: the dense model's draws, or images that it was not trained on."""
 
 _Images = Sequence[tuple[Tensor, Tensor]]
@@ -65,12 +65,13 @@ class Score:
 
     Attributes:
         metric: A key of `METRICS`.
-        against: The reference, `DENSE` or `PHOTOGRAPHS`.
+        against: The reference, `DENSE` or `HELD_OUT`.
         dense: The dense model's; None if it is the reference.
         pruned: The pruned model's.
         difference: Pruned minus dense, with the interval of the paired differences; None if the
             dense model is the reference.
         values: The pruned model's, one per seed or image, for paired comparisons of methods.
+        dense_values: The dense model's; empty if it is the reference.
     """
 
     metric: str
@@ -79,6 +80,7 @@ class Score:
     pruned: Interval
     difference: Interval | None
     values: tuple[float, ...]
+    dense_values: tuple[float, ...] = ()
 
     @classmethod
     def to_dense(cls, metric: str, values: Sequence[float]) -> Score:
@@ -92,15 +94,14 @@ class Score:
         """Returns a score of both models against another reference, from paired values."""
         differences = [p - d for d, p in zip(dense, pruned, strict=True)]
         of = Interval.of
-        return cls(metric, against, of(dense), of(pruned), of(differences), tuple(pruned))
+        both = tuple(pruned), tuple(dense)
+        return cls(metric, against, of(dense), of(pruned), of(differences), *both)
 
     @classmethod
-    def to_photographs(
-        cls, metric: str, pairs: _Images, distance: Callable[[Tensor], float]
-    ) -> Score:
-        """Returns a score of both models from the distances of their values to photographs."""
+    def to_held_out(cls, metric: str, pairs: _Images, distance: Callable[[Tensor], float]) -> Score:
+        """Returns a score of both models from the distances of their values to held-out images."""
         dense, pruned = ([distance(value) for value in of] for of in zip(*pairs, strict=True))
-        return cls.of_both(metric, PHOTOGRAPHS, dense, pruned)
+        return cls.of_both(metric, HELD_OUT, dense, pruned)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data."""
@@ -118,7 +119,7 @@ class StepScore:
         step: Its index.
         agreement: Share of the tokens that equal those of the dense run; None if not measured, or
             if the step is skipped.
-        bits_dense: Bits per token, dense, of the photographs or, without any, of what the dense
+        bits_dense: Bits per token, dense, of the held-out images or, without any, of what the dense
             model drew; None if not measured.
         bits_pruned: The same, pruned.
     """
@@ -180,7 +181,7 @@ class Evaluation:
     """Quality and speed of a pruned model.
 
     Attributes:
-        case: The model, its schedule and the photographs.
+        case: The model, its schedule and the held-out images.
         seeds: The seeds drawn from.
         batch: Images per seed.
         fidelity: What pruning changed.
@@ -348,19 +349,17 @@ class Baseline:
         spectra = [(radial_spectrum(d), radial_spectrum(p)) for d, p in images]
         values = [float(spectrum_distance(p, d).mean()) for d, p in spectra]
         yield Score.to_dense("spectrum", values)
-        if self.case.photographs is not None:
-            reference = radial_spectrum(self.case.photographs.images).mean(0)
-            yield Score.to_photographs(
+        if self.case.held_out is not None:
+            reference = radial_spectrum(self.case.held_out.images).mean(0)
+            yield Score.to_held_out(
                 "spectrum", spectra, lambda s: float(spectrum_distance(s.mean(0), reference))
             )
 
     def _frechet(self, images: _Images) -> Iterator[Score]:
-        if self.case.photographs is not None:
-            reference = texture_features(self.case.photographs.images)
+        if self.case.held_out is not None:
+            reference = texture_features(self.case.held_out.images)
             features = [(texture_features(d), texture_features(p)) for d, p in images]
-            yield Score.to_photographs(
-                "frechet", features, lambda f: frechet_distance(f, reference)
-            )
+            yield Score.to_held_out("frechet", features, lambda f: frechet_distance(f, reference))
 
 
 def _draw(
@@ -378,7 +377,7 @@ class _Given:
     Attributes:
         labels: Their classes, int64 (N,).
         tokens: Their token maps, int64 (N, l) each.
-        against: Where they come from, `DENSE` or `PHOTOGRAPHS`.
+        against: Where they come from, `DENSE` or `HELD_OUT`.
         batch: Images of a generation, for which the transformed model has programs.
     """
 
@@ -400,15 +399,15 @@ class _Given:
 
 
 def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Given]:
-    """Returns the tokens of the photographs, if there are any, and of the dense draws."""
+    """Returns the tokens of the held-out images, if there are any, and of the dense draws."""
     drawn = [(g.labels, g.tokens) for g in generations.values()]
     known = [(labels, maps) for labels, maps in drawn if labels is not None and maps is not None]
     maps = tuple(torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
     batch = len(next(iter(generations.values())).latents)
     given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE, batch)]
-    photographs = case.photographs
-    if photographs is not None and photographs.tokens is not None:
-        given.insert(0, _Given(photographs.labels, photographs.tokens, PHOTOGRAPHS, batch))
+    held_out = case.held_out
+    if held_out is not None and held_out.tokens is not None:
+        given.insert(0, _Given(held_out.labels, held_out.tokens, HELD_OUT, batch))
     return given
 
 
@@ -418,8 +417,8 @@ def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
     if drawn.images is None:
         no_decoder = "the package has no image decoder for this model; others compare latents"
         reasons |= dict.fromkeys(("ssim", "frechet"), no_decoder)
-    elif case.photographs is None:
-        reasons["frechet"] = "there are no photographs to compare with"
+    elif case.held_out is None:
+        reasons["frechet"] = "there are no held-out images to compare with"
     if drawn.tokens is None:
         reasons |= dict.fromkeys(("agreement", "bits"), "its loop does not return the tokens")
     elif case.schedule.full_steps:
@@ -496,7 +495,7 @@ def evaluate(
     """Returns quality and speed of a pruned model.
 
     Args:
-        case: The model, its schedule and the photographs.
+        case: The model, its schedule and the held-out images.
         method: How branches are pruned, one of `fastvar_fx.methods.names()`.
         metrics: Keys of `METRICS`; the result lists those that do not apply.
         seeds: How many seeds to draw from, each a batch; at least 1.

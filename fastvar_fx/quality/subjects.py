@@ -1,4 +1,4 @@
-"""The models that `evaluate` knows, each with its schedule, its loop and its photographs."""
+"""The models that `evaluate` knows, each with its schedule, its loop and its held-out images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvar_fx.methods import Method
 from fastvar_fx.models import demo_weights, load, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
-from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p
+from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p, spread_classes
 from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
@@ -58,7 +58,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Photographs:
+class HeldOut:
     """Images that a model was not trained on.
 
     Attributes:
@@ -81,7 +81,7 @@ class Case:
         model: The dense model, in eval mode.
         schedule: The scales that it draws, and the pruning ratios.
         draw: Draws a batch from a seed: (model, seed) -> generation.
-        photographs: Images to compare with, if there are any.
+        held_out: Images to compare with, if there are any.
         note: A remark for the reader of a report; may be empty.
     """
 
@@ -89,7 +89,7 @@ class Case:
     model: nn.Module
     schedule: Schedule
     draw: Callable[[Any, int], Generation]
-    photographs: Photographs | None = None
+    held_out: HeldOut | None = None
     note: str = ""
 
     def subject(self, seed: int) -> Subject:
@@ -160,19 +160,21 @@ def case(
     *,
     classes: Sequence[int] | None = None,
     folder: Path | None = None,
+    held_out: int = 8,
 ) -> Case:
     """Returns a model to evaluate, on the GPU if there is one, else on the CPU.
 
     Args:
         name: One of `case_names()`.
         schedule: Its scales and pruning ratios; None for its own.
-        classes: Classes to draw, one image each per seed; None for the first five.
-        folder: Folder of photographs of the size that the model draws. A number and a dash at the
-            beginning of a file's name are its class, as in `3-lake.jpg`; other files have none.
+        classes: Classes to draw, one image each per seed; None for five spread evenly.
+        folder: Folder of held-out images, of the size that the model draws. A number and a dash at
+            the beginning of a file's name are its class, as in `3-lake.jpg`; other files have none.
+        held_out: Number of held-out images of the packaged model, where no folder is given.
 
     Raises:
-        ModelError: If the name or a class is unknown, classes or photographs are given for a model
-            that has none, or the folder has no usable photographs.
+        ModelError: If the name or a class is unknown, classes or held-out images are given for a
+            model that has none, or the folder has no usable images.
         ScheduleError: If the trained model draws other scales.
     """
     schedule = schedule or own_schedule(name)
@@ -182,9 +184,9 @@ def case(
     if isinstance(model, VAR):
         model.vae.to(device)
         drawn = _check_classes(model, classes)
-        photographs = _photographs_of(model, name, folder)
+        others = _held_out_of(model, name, folder, held_out)
         draw: Callable[[Any, int], Generation] = partial(draw_var, classes=drawn)
-        return Case(name, model, schedule, draw, photographs, note)
+        return Case(name, model, schedule, draw, others, note)
     for what, given in (("classes", classes), ("decoder for images to compare", folder)):
         if given is not None:
             raise ModelError(f"{name} has no {what}; leave them out")
@@ -215,7 +217,7 @@ def _draw_text(model: Infinity | HART, seed: int, scales: Any) -> Generation:
 
 def _check_classes(model: VAR, classes: Sequence[int] | None) -> tuple[int, ...]:
     if classes is None:
-        return tuple(range(min(model.num_classes, _MOST_CLASSES)))
+        return spread_classes(model.num_classes, min(model.num_classes, _MOST_CLASSES))
     unknown = [c for c in classes if not 0 <= c < model.num_classes]
     if unknown or not classes:
         found = unknown[0] if unknown else "none"
@@ -223,26 +225,29 @@ def _check_classes(model: VAR, classes: Sequence[int] | None) -> tuple[int, ...]
     return tuple(classes)
 
 
-# --- photographs ------------------------------------------------------------------------------
+# --- held-out images ------------------------------------------------------------------------------
 
 
-def _photographs_of(model: VAR, name: str, folder: Path | None) -> Photographs | None:
+def _held_out_of(model: VAR, name: str, folder: Path | None, count: int) -> HeldOut | None:
     if folder is not None:
         side = model.vae.pyramid.factor * model.scales[-1]
         images, labels = read_folder(folder, side, model.num_classes)
     elif name == DEMO:
-        images, labels = demo_weights.held_out()
+        images, labels = demo_weights.held_out(count)
         images = (images + 1) / 2
     else:
         return None
-    return Photographs(images, labels, _tokens_of(model, images))
+    return HeldOut(images, labels, _tokens_of(model, images))
 
 
 def _tokens_of(model: VAR, images: Tensor) -> tuple[Tensor, ...] | None:
     if not isinstance(model.vae, VQVAE):
         return None
-    maps = model.vae.encode(images.to(model.lvl_1L.device) * 2 - 1, model.scales)
-    return tuple(tokens.cpu() for tokens in maps)
+    parts = [
+        model.vae.encode(some.to(model.lvl_1L.device) * 2 - 1, model.scales)
+        for some in torch.split(images, 8)
+    ]
+    return tuple(torch.cat(maps).cpu() for maps in zip(*parts, strict=True))
 
 
 def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -258,10 +263,10 @@ def read_folder(folder: Path, side: int, classes: int) -> tuple[Tensor, Tensor]:
             has another size or an unknown class.
     """
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}; give one with photographs")
+        raise ModelError(f"there is no folder {folder}; give one with held-out images")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
     if not files:
-        raise ModelError(f"{folder} holds no photograph; put files {', '.join(_SUFFIXES)} there")
+        raise ModelError(f"{folder} holds no image; put files {', '.join(_SUFFIXES)} there")
     images = torch.stack([_read(file, side) for file in files])
     return images, torch.tensor([_class_of(file, classes) for file in files])
 

@@ -18,13 +18,13 @@ from fastvar_fx.errors import ModelError, ScheduleError
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.quality.evaluate import (
     DENSE,
-    PHOTOGRAPHS,
+    HELD_OUT,
     Baseline,
     check_metrics,
     evaluate,
     token_bits,
 )
-from fastvar_fx.quality.subjects import Case, Generation, Photographs, case, draw_var, read_folder
+from fastvar_fx.quality.subjects import Case, Generation, HeldOut, case, draw_var, read_folder
 
 SIDES = (1, 2, 3, 4)
 SCHEDULE = fastvar_fx.Schedule(SIDES, (0.5,))
@@ -41,11 +41,11 @@ def draw(model: VAR, seed: int) -> Generation:
 
 @pytest.fixture(scope="module")
 def subject(model: VAR) -> Case:
-    """The photographs are what the dense model draws from another seed."""
+    """The held-out images are what the dense model draws from another seed."""
     drawn = draw(model, 99)
     assert drawn.images is not None
-    photographs = Photographs(drawn.images, torch.tensor([0, -1]), drawn.tokens)
-    return Case("tiny", model, SCHEDULE, draw, photographs)
+    held_out = HeldOut(drawn.images, torch.tensor([0, -1]), drawn.tokens)
+    return Case("tiny", model, SCHEDULE, draw, held_out)
 
 
 # -- bits ---------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -
     for step in fidelity.steps[:-1]:
         assert step.bits_pruned == step.bits_dense
     assert fidelity.steps[-1].bits_pruned != fidelity.steps[-1].bits_dense
-    score = fidelity.score("bits", PHOTOGRAPHS)
+    score = fidelity.score("bits", HELD_OUT)
     assert score is not None
     assert score.dense is not None
     assert score.difference is not None
@@ -87,16 +87,16 @@ def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -
     assert score.difference.mean == pytest.approx(score.pruned.mean - score.dense.mean)
 
 
-def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: Case) -> None:
-    """Batches are of two, so that the third photograph needs one that is filled up."""
+def test_any_number_of_held_out_images_is_scored_image_by_image(model: VAR, subject: Case) -> None:
+    """Batches are of two, so that the third held-out image needs one that is filled up."""
     three = draw_var(model, 7, classes=(2, 3, 4))
     assert three.images is not None
     assert three.tokens is not None
     labels = torch.tensor([2, 3, -1])
-    photographs = Photographs(three.images, labels, three.tokens)
+    held_out = HeldOut(three.images, labels, three.tokens)
     fast = subject.pruned()
-    fidelity = Baseline.of(replace(subject, photographs=photographs), ["bits"], [0]).compare(fast)
-    score = fidelity.score("bits", PHOTOGRAPHS)
+    fidelity = Baseline.of(replace(subject, held_out=held_out), ["bits"], [0]).compare(fast)
+    score = fidelity.score("bits", HELD_OUT)
     assert score is not None
     tokens = torch.tensor([float(side**2) for side in SIDES], dtype=torch.float64)
     expected = token_bits(fast, three.tokens, labels) @ tokens / tokens.sum()  # type: ignore[arg-type]
@@ -104,9 +104,9 @@ def test_any_number_of_photographs_is_told_image_by_image(model: VAR, subject: C
 
 
 def test_the_bits_of_what_the_dense_model_drew(subject: Case) -> None:
-    """They need no photographs."""
-    baseline = Baseline.of(replace(subject, photographs=None), ["bits", "frechet"], [0, 1])
-    assert "no photographs" in baseline.left_out["frechet"]
+    """They need no held-out images."""
+    baseline = Baseline.of(replace(subject, held_out=None), ["bits", "frechet"], [0, 1])
+    assert "no held-out images" in baseline.left_out["frechet"]
     score = baseline.compare(subject.pruned()).score("bits", DENSE)
     assert score is not None
     assert score.difference is not None
@@ -127,7 +127,7 @@ def test_a_model_that_prunes_nothing_is_the_dense_one(subject: Case) -> None:
     assert scores["ssim", DENSE].pruned.mean == pytest.approx(1)
     assert scores["spectrum", DENSE].pruned.mean == 0
     for metric in ("spectrum", "frechet", "bits"):
-        difference = scores[metric, PHOTOGRAPHS].difference
+        difference = scores[metric, HELD_OUT].difference
         assert difference is not None
         assert difference.mean == 0
     assert all(step.agreement == 1 for step in result.fidelity.steps)
@@ -137,10 +137,10 @@ def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     result = evaluate(subject, seeds=3, repeats=0)
     found = {(s.metric, s.against): s.pruned for s in result.fidelity.scores}
     to_dense = {(m, DENSE) for m in ("psnr", "ssim", "agreement", "spectrum")}
-    to_photographs = {(m, PHOTOGRAPHS) for m in ("spectrum", "frechet", "bits")}
-    assert set(found) == to_dense | to_photographs | {("bits", DENSE)}
+    to_held_out = {(m, HELD_OUT) for m in ("spectrum", "frechet", "bits")}
+    assert set(found) == to_dense | to_held_out | {("bits", DENSE)}
     assert {key: value.count for key, value in found.items() if value.count != 3} == {
-        ("bits", PHOTOGRAPHS): 2,
+        ("bits", HELD_OUT): 2,
         ("bits", DENSE): 6,
     }
     assert 0 < found["ssim", DENSE].mean < 1
@@ -154,7 +154,7 @@ def test_other_methods_are_evaluated(subject: Case) -> None:
     baseline = Baseline.of(subject, ["bits"], [0])
     scores = []
     for method in ("fastvar", "tome"):
-        score = baseline.compare(subject.pruned(method)).score("bits", PHOTOGRAPHS)
+        score = baseline.compare(subject.pruned(method)).score("bits", HELD_OUT)
         assert score is not None
         scores.append(score.pruned.mean)
     assert scores[0] != scores[1]
@@ -178,14 +178,14 @@ def test_models_without_a_decoder_are_compared_by_their_latents() -> None:
     assert "does not return the tokens" in result.left_out["bits"]
 
 
-# -- photographs --------------------------------------------------------------------------------
+# -- held-out images ---------------------------------------------------------------------------
 
 
 def write_image(path: Path, width: int = 64, height: int = 64) -> None:
     Image.fromarray(np.full((height, width, 3), 51, dtype=np.uint8)).save(path)
 
 
-def test_a_folder_of_photographs(tmp_path: Path) -> None:
+def test_a_folder_of_held_out_images(tmp_path: Path) -> None:
     for name in ("3-lake.png", "no class.png", "12.png"):
         write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
@@ -195,10 +195,10 @@ def test_a_folder_of_photographs(tmp_path: Path) -> None:
     assert labels.tolist() == [-1, 3, -1]
 
 
-def test_photographs_that_cannot_be_used(tmp_path: Path) -> None:
+def test_held_out_images_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no folder"):
         read_folder(tmp_path / "missing", 64, 10)
-    with pytest.raises(ModelError, match=r"holds no photograph; put files \.jpeg"):
+    with pytest.raises(ModelError, match=r"holds no image; put files \.jpeg"):
         read_folder(tmp_path, 64, 10)
     write_image(tmp_path / "wide.png", width=80)
     with pytest.raises(ModelError, match=r"64 x 64 pixels, but .*wide\.png has 80 x 64; crop"):
@@ -251,7 +251,7 @@ def test_the_command_prints_json(
     command = ["evaluate", "var-tiny", "--ratios", "0.25", "--metrics", "psnr,bits"]
     options = ["--classes", "0,2", "--seeds", "2", "--repeats", "1"]
     assert main([*command, *options, "--json"]) == 0
-    assert asked == {"classes": [0, 2], "folder": None, "ratios": (0.25,)}
+    assert asked == {"classes": [0, 2], "folder": None, "held_out": 8, "ratios": (0.25,)}
     data = json.loads(capsys.readouterr().out)
     assert [score["metric"] for score in data["scores"]] == ["psnr", "bits", "bits"]
     assert data["steps"][-1]["bits_pruned"] != data["steps"][-1]["bits_dense"]

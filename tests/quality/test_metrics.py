@@ -155,9 +155,9 @@ def test_frechet_distance_of_gaussians_is_known() -> None:
 
 
 def test_frechet_distance_grows_with_blur_even_for_few_images() -> None:
-    photographs, others = noise(4, 3, 64, 64), noise(4, 3, 64, 64, seed=1)
+    held_out, others = noise(4, 3, 64, 64), noise(4, 3, 64, 64, seed=1)
     blurred = torch.nn.functional.avg_pool2d(others, 3, 1, 1)
-    reference = texture_features(photographs)
+    reference = texture_features(held_out)
     near, far = (frechet_distance(texture_features(x), reference) for x in (others, blurred))
     assert 0 <= near < far / 3
 
