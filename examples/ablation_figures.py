@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib import colormaps
@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastvar_fx import Method, Schedule, transform
+from fastvar_fx.models.sampling import spread_classes
 from fastvar_fx.ops import Scale, kept_tokens, pivotal_token_selection
 from fastvar_fx.quality.evaluate import Speed
-from fastvar_fx.quality.metrics import radial_spectrum
+from fastvar_fx.quality.metrics import Interval, radial_spectrum
 from fastvar_fx.quality.subjects import Case, draw_var
 
 CAPTIONS = {
+    "samples.png": "Images of the dense model, and of the pruned one by several methods, at the "
+    "same seeds: 50 % and 75 % of the tokens of the last two steps are dropped.",
     "steps.png": "Images of the dense and the pruned model after each of the last steps, at the "
     "same seed. They are equal up to the cache step.",
     "spectra.png": "Radial power spectra of the dense model's image after each step, and of the "
@@ -25,14 +28,14 @@ CAPTIONS = {
     "kept_tokens.png": "Tokens kept at the last step at several pruning ratios, over the dense "
     "image: the share of branches that keep each token.",
     "runtime.png": "Time of the transformer blocks at each step, medians of alternating runs.",
-    "tradeoff.png": "Quality against speed of every row of the tables; the star is the dense "
-    "model, the line the pruning ratio of the last two steps. Lower and further to the right is "
-    "better.",
+    "tradeoff.png": "Bits per token lost against measured speed-up, each method at several pruning "
+    "ratios of the last two steps; bars are 95 % intervals, the star is the dense model. Lower and "
+    "further to the right is better.",
 }
 """By file name."""
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-SHOWN_STEPS, MOST_CLASSES = 6, 4
+SHOWN_STEPS, MOST_CLASSES, SAMPLES = 6, 4, 7
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
@@ -40,9 +43,9 @@ def save(figure: Figure, out: Path, name: str) -> None:
 
 
 def after_each_step(model: Any) -> list[Tensor]:
-    """Returns images (B, 3, H, W) of the first classes after each step, of seed 0."""
+    """Returns images (B, 3, H, W) of a few classes after each step, of seed 0."""
     maps: list[Tensor] = []
-    classes = range(min(model.num_classes, MOST_CLASSES))
+    classes = spread_classes(model.num_classes, MOST_CLASSES)
     draw_var(model, 0, classes, on_step=lambda _, latents: maps.append(latents))
     with torch.no_grad():
         return [model.vae.decode(latents).float().cpu() for latents in maps]
@@ -52,6 +55,19 @@ def show(axis: Any, image: Tensor) -> None:
     axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set_xticks([])
     axis.set_yticks([])
+
+
+def draw_samples(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
+    models: dict[str, Any] = {"dense": case.model, **fast}
+    classes = spread_classes(models["dense"].num_classes, SAMPLES)
+    figure = Figure(figsize=(2 * len(classes), 2.05 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), len(classes), squeeze=False)
+    for row, (name, model) in zip(axes, models.items(), strict=True):
+        images = draw_var(model, 0, classes).picture
+        row[0].set_ylabel(name, fontsize=15)
+        for axis, image in zip(row, images, strict=True):
+            show(axis, image)
+    save(figure, out, "samples.png")
 
 
 def draw_steps(case: Case, fast: nn.Module, out: Path) -> None:
@@ -86,9 +102,11 @@ def draw_spectra(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
     left.legend(title="step: token map", fontsize=9, ncols=2)
     finished = {"dense": steps[-1]}
     finished |= {name: after_each_step(model)[-1] for name, model in fast.items()}
-    if case.photographs is not None:
-        finished["photographs"] = case.photographs.images
-    styles = {"dense": "C3-", "pruned": "C0--", "ToMe": "C1:", "photographs": "k-"}
+    if case.held_out is not None:
+        finished["held out"] = case.held_out.images
+    styles = {"dense": "C3-", "FastVAR": "C0--", "ToMe": "C1:"}
+    styles |= {"drift-corrected": "C2-.", "drift-corrected-grid": "C4-"}
+    styles["held out"] = "k-"
     for name, images in finished.items():
         spectrum = radial_spectrum(images).mean(0)
         right.plot(range(1, len(spectrum) + 1), spectrum, styles[name], label=name, lw=2)
@@ -142,14 +160,12 @@ def kept_share(case: Case, schedule: Schedule) -> Tensor:
     return (counts / len(kept)).view(schedule.scales[-1])
 
 
-def draw_runtime(scales: Sequence[Scale], pruned: Speed, merged: Speed, out: Path) -> None:
+def draw_runtime(scales: Sequence[Scale], speeds: Mapping[str, Speed], out: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axis = figure.subplots()
-    times = {
-        "dense": [1e3 * dense.median for dense, _ in pruned.steps],
-        "pruned": [1e3 * part.median for _, part in pruned.steps],
-        "ToMe": [1e3 * part.median for _, part in merged.steps],
-    }
+    first = next(iter(speeds.values()))
+    times = {"dense": [1e3 * dense.median for dense, _ in first.steps]}
+    times |= {name: [1e3 * part.median for _, part in s.steps] for name, s in speeds.items()}
     for (name, values), style in zip(times.items(), ("C3o-", "C0s--", "C1^:"), strict=True):
         axis.plot(values, style, label=f"{name}: {sum(values):.0f} ms in all")
     names = [f"{i}\n{' x '.join(map(str, scale))}" for i, scale in enumerate(scales)]
@@ -160,27 +176,37 @@ def draw_runtime(scales: Sequence[Scale], pruned: Speed, merged: Speed, out: Pat
     save(figure, out, "runtime.png")
 
 
-Point = tuple[str, float, float | None, float]
-"""Label, speed-up, bits per token of dense draws more than dense, distance of spectra in dB."""
+class Point(NamedTuple):
+    """A row in the figure of quality against speed.
+
+    Attributes:
+        label: What is written beside it.
+        speed: Speed-up of the transformer blocks.
+        held_out: Bits per token of held-out images more than dense; None if not measured.
+        draws: The same of dense draws.
+    """
+
+    label: str
+    speed: float
+    held_out: Interval | None
+    draws: Interval | None
 
 
-def draw_tradeoff(points: Mapping[str, Sequence[Point]], out: Path) -> None:
-    figure = Figure(figsize=(11, 6), layout="constrained")
+def draw_tradeoff(curves: Mapping[str, Sequence[Point]], out: Path) -> None:
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    titles = ("bits per token of dense draws, more than dense", "distance of spectra to dense, dB")
-    markers = "osD^vP*X"
-    for place, (axis, title) in enumerate(zip(axes, titles, strict=True)):
-        for i, (section, found) in enumerate(points.items()):
-            known = [(p[0], p[1], p[2 + place]) for p in found if p[2 + place] is not None]
-            labels, xs, ys = zip(*known, strict=True)
-            swept = i == 0
-            style = {"ls": "-" if swept else "", "zorder": 3 if swept else 2}
-            axis.plot(xs, ys, markers[i], color=f"C{i}", ms=8, alpha=0.7, label=section, **style)
-            for label, x, y in zip(labels, xs, ys, strict=True) if swept else ():
-                axis.annotate(label, (x, y), xytext=(6, -14), textcoords="offset points")
-        axis.plot(1, 0, "*", color="k", ms=20, label="dense")
-        axis.set(xlabel="speed-up of the transformer blocks, times", ylabel=title)
+    for axis, what in zip(axes, ("held_out", "draws"), strict=True):
+        for (name, points), marker in zip(curves.items(), "osD^vP*X", strict=False):
+            known = [(p, getattr(p, what)) for p in points if getattr(p, what) is not None]
+            xs, ys = [p.speed for p, _ in known], [bits.mean for _, bits in known]
+            axis.errorbar(xs, ys, [bits.half for _, bits in known], marker=marker, label=name)
+            for p, bits in known:
+                place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
+                axis.annotate(p.label, (p.speed, bits.mean), **place)
+        axis.plot(1, 0, "*", color="k", ms=16, label="dense")
+        of = "held-out images" if what == "held_out" else "dense draws"
+        axis.set_title(f"bits per token of {of}, more than dense")
+        axis.set(xlabel="speed-up of the transformer blocks, times")
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=10)
+    axes[0].legend()
     save(figure, out, "tradeoff.png")

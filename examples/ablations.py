@@ -3,17 +3,21 @@
     python examples/ablations.py --out ablations          # the packaged model
     python examples/ablations.py --out ablations --quick  # a tiny one, random weights, to try it
 
-Writes a report, `report.md`, and its figures. Every row is compared with the dense model at the
-same seeds, and with photographs that the model was not trained on; timed runs alternate between all
+Writes a report, `report.md`, and its figures. The scores of each row are kept in the folder `rows`
+beside it: a run that was stopped goes on with the first row that is missing. `--share 1/2` and
+`--share 2/2` measure half of the rows each, at the same time, and write no report; a run without
+`--share` then times the rows and writes it. Every row is compared with the dense model at the
+same seeds, and with held-out images; timed runs alternate between all
 rows. Only the paper's claims in the report are fixed text. Needs matplotlib (the extra "cli").
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +25,6 @@ from typing import Any
 
 import ablation_figures as figures
 import torch
-from torch import nn
 
 from fastvar_fx import Schedule, transform
 from fastvar_fx.measuring.runs import Runs, alternate
@@ -29,11 +32,13 @@ from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
 from fastvar_fx.quality.evaluate import (
     DENSE,
+    HELD_OUT,
     METRICS,
-    PHOTOGRAPHS,
     Baseline,
     Fidelity,
+    Score,
     Speed,
+    StepScore,
     speed_of,
 )
 from fastvar_fx.quality.metrics import Interval
@@ -41,9 +46,15 @@ from fastvar_fx.quality.subjects import DEMO, Case, Generation, case, draw_var
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where another part is varied."""
-FASTVAR, TOME = "fastvar", "tome"
-BATCH = 3
+FASTVAR, CORRECTED, GRID, TOME = "fastvar", "drift-corrected", "drift-corrected-grid", "tome"
+COMPARED = {"FastVAR": FASTVAR, CORRECTED: CORRECTED, GRID: GRID, "ToMe": TOME}
+"""Methods that are compared at equal speed, by their name in the report, with `GRID`."""
+BATCH = 1
 """Images per seed; guidance doubles them."""
+CURVE = ((0.25, 0.5), (0.5, 0.5), (0.5, 0.75), (0.75, 0.75), (0.75, 0.9))
+"""Ratios of the last two steps at which methods are compared by speed."""
+GOAL = 1.8
+"""Speed-up of the transformer blocks at which methods are compared."""
 
 
 # --------------------------------------------------------------------------------------- ablations
@@ -56,6 +67,12 @@ class Setting:
     schedule: Schedule
     method: str = FASTVAR
 
+    @property
+    def name(self) -> str:
+        """A name for files and progress, such as `fastvar 0.5 0.75 from 7`."""
+        ratios = " ".join(f"{ratio:g}" for ratio in self.schedule.ratios)
+        return f"{self.method} {ratios} from {self.schedule.cache_step}"
+
 
 @dataclass(frozen=True)
 class Section:
@@ -66,12 +83,14 @@ class Section:
         claim: What the paper finds.
         settings: By the label of their row.
         better: Pairs of labels; the paper claims that the first loses less than the second.
+        curves: Labels of the rows of each method, slowest first; compared at equal speed.
     """
 
     title: str
     claim: str
     settings: dict[str, Setting]
     better: tuple[tuple[str, str], ...] = ()
+    curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Tried:
@@ -97,7 +116,7 @@ def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
         selection,
         restoration,
         reuse,
-        merging,
+        speed,
         published,
     )
     return tuple(section(Tried(scales)) for section in ablations)
@@ -188,23 +207,18 @@ def reuse(tried: Tried) -> Section:
     )
 
 
-def merging(tried: Tried) -> Section:
+def speed(tried: Tried) -> Section:
     settings: dict[str, Setting] = {}
-    better: list[tuple[str, str]] = []
-    for ratios in ((0.5, 0.5), PAPER):
-        pair = {
-            f"{name}, {percent(*ratios)}": tried.at(*ratios, method=method)
-            for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
-        }
-        settings |= pair
-        better += first_than_others(pair)
-    (fastvar, _), (_, tome) = better  # merging costs time: these two are about as fast
-    better.append((fastvar, tome))
+    curves: dict[str, tuple[str, ...]] = {}
+    for name, method in COMPARED.items():
+        rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in CURVE}
+        settings |= rows
+        curves[name] = tuple(rows)
     return Section(
-        "Token merging (table 3)",
+        "Quality against speed, and token merging (table 3)",
         "At equal speed-up FastVAR loses less than merging.",
         settings,
-        tuple(better),
+        curves=curves,
     )
 
 
@@ -247,42 +261,68 @@ class Row:
         score = self.fidelity.score(metric, against)
         return None if score is None else score.values
 
-    @property
-    def bits(self) -> float | None:
-        """Bits per token of dense draws, minus those of the dense model."""
-        score = self.fidelity.score("bits", DENSE)
-        return None if score is None or score.difference is None else score.difference.mean
 
-    @property
-    def spectrum(self) -> float:
-        """Distance from the spectra of the dense images, in dB."""
-        score = self.fidelity.score("spectrum", DENSE)
-        assert score is not None
-        return score.pruned.mean
+def measure(
+    model: Case, settings: Iterable[Setting], seeds: int, folder: Path
+) -> dict[Setting, Fidelity]:
+    """Returns the scores of each setting; those in the folder are not measured again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {setting: folder / f"{setting.name}.json" for setting in settings}
+    missing = {setting: path for setting, path in found.items() if not path.exists()}
+    baseline = Baseline.of(model, tuple(METRICS), range(seeds)) if missing else None
+    for setting, path in missing.items():
+        assert baseline is not None
+        begun = time.perf_counter()
+        fast = transform(model.model, setting.schedule, method=setting.method)
+        write(path, baseline.compare(fast, setting.schedule))
+        print(f"{setting.name}: {time.perf_counter() - begun:.1f} s", flush=True)
+    return {setting: read(path) for setting, path in found.items()}
 
 
-def measure_settings(
-    model: Case, settings: Iterable[Setting], seeds: int, repeats: int
-) -> dict[Setting, Row]:
-    """Returns a row for each setting."""
-    baseline = Baseline.of(model, tuple(METRICS), range(seeds))
+def write(path: Path, fidelity: Fidelity) -> None:
+    """Writes scores whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(asdict(fidelity)), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read(path: Path) -> Fidelity:
+    """Returns the scores that `write` wrote.
+
+    Raises:
+        SystemExit: If the file is damaged.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        scores = tuple(_score(**score) for score in kept["scores"])
+        return Fidelity(scores, tuple(StepScore(**step) for step in kept["steps"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise SystemExit(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run again"
+        ) from error
+
+
+def _score(*, values: list[float], dense_values: list[float], **parts: Any) -> Score:
+    for name in ("dense", "pruned", "difference"):
+        if parts[name] is not None:
+            parts[name] = Interval(**parts[name])
+    return Score(**parts, values=tuple(values), dense_values=tuple(dense_values))
+
+
+def time_settings(model: Case, settings: Iterable[Setting], repeats: int) -> dict[Setting, Speed]:
+    """Returns the times of each setting; their runs alternate."""
     subject = model.subject(0)
     dense = subject.runs(model.model)
     dense.count()
-    fidelity: dict[Setting, Fidelity] = {}
     runs: dict[Setting, Runs] = {}
     for setting in dict.fromkeys(settings):
-        schedule, begun = setting.schedule, time.perf_counter()
+        schedule = setting.schedule
         fast = transform(model.model, schedule, method=setting.method)
-        fidelity[setting] = baseline.compare(fast, schedule)
         runs[setting] = subject.runs(fast, schedule.steps - len(schedule.full_steps))
         runs[setting].count()
-        took = time.perf_counter() - begun
-        print(f"{setting.method}, {percent(*schedule.ratios)}: {took:.1f} s", flush=True)
-    timed = {"dense": dense}
-    timed |= {f"{s.method}, {percent(*s.schedule.ratios)}": each for s, each in runs.items()}
+    timed = {"dense": dense} | {setting.name: each for setting, each in runs.items()}
     alternate(timed, repeats, progress=partial(print, flush=True))
-    return {s: Row(s, fidelity[s], speed_of(dense, each)) for s, each in runs.items()}
+    return {setting: speed_of(dense, each) for setting, each in runs.items()}
 
 
 def in_turn(model: Any, seed: int) -> Generation:
@@ -296,8 +336,8 @@ COLUMNS = {
     "PSNR to dense, dB": ("psnr", DENSE, 2),
     "tokens as dense": ("agreement", DENSE, 3),
     "spectrum to dense, dB": ("spectrum", DENSE, 2),
-    "Frechet to photographs, more than dense": ("frechet", PHOTOGRAPHS, 2),
-    "bits per token of photographs, more than dense": ("bits", PHOTOGRAPHS, 4),
+    "Frechet to held-out images, more than dense": ("frechet", HELD_OUT, 2),
+    "bits per token of held-out images, more than dense": ("bits", HELD_OUT, 4),
     "bits per token of dense draws, more than dense": ("bits", DENSE, 4),
 }
 
@@ -328,12 +368,58 @@ def verdicts(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
     for better, worse in section.better:
         pair = rows[section.settings[better]], rows[section.settings[worse]]
         judged = (
-            ("bits per token of photographs saved", paired("bits", PHOTOGRAPHS, *pair), 4),
+            ("bits per token of held-out images saved", paired("bits", HELD_OUT, *pair), 4),
             ("of dense draws", paired("bits", DENSE, *pair), 4),
             ("dB of PSNR gained", paired("psnr", DENSE, *reversed(pair)), 2),
         )
         parts = [f"{v.text(n, '+')} {what}: {word(v)}" for what, v, n in judged if v is not None]
         yield f"- {better} rather than {worse}: {'; '.join(parts)}."
+
+
+def at_equal_speed(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
+    """Yields a line for each method of a curve: what it loses at the speed-up of the goal."""
+    lost = {
+        name: at_speed([rows[section.settings[label]] for label in labels])
+        for name, labels in section.curves.items()
+    }
+    for name, bits in lost.items():
+        if bits is None:
+            yield f"- {name} has no rows around a speed-up of {GOAL:g}x, or no bits."
+            continue
+        best = lost.get(GRID)
+        line = f"- {name} at {GOAL:g}x loses {Interval.of(bits.lost).text(4)} bits per token"
+        line += f" of held-out images, {Interval.of(bits.share).text(2, '+')} %"
+        if best is not None and name != GRID:
+            more = [a - b for a, b in zip(bits.lost, best.lost, strict=True)]
+            line += f"; {Interval.of(more).text(4, '+')} more than {GRID}"
+        yield f"{line}."
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Bits per token that pruning loses on each held-out image, and their share in percent."""
+
+    lost: list[float]
+    share: list[float]
+
+
+def at_speed(curve: Sequence[Row]) -> Lost | None:
+    """Returns what a method loses at the speed-up of the goal, by its rows on both sides of it.
+
+    The dense model is a row with speed-up 1. None where all rows are on one side.
+    """
+    scores = {row.speed.transformer.speedup: row.fidelity.score("bits", HELD_OUT) for row in curve}
+    known = [(speed, score) for speed, score in scores.items() if score is not None]
+    if not known:
+        return None
+    dense = known[0][1].dense_values
+    points = [(1.0, dense), *((speed, score.values) for speed, score in known)]
+    for (slow, a), (fast, b) in pairwise(sorted(points)):
+        if slow <= GOAL <= fast:
+            place = (GOAL - slow) / (fast - slow)
+            lost = [x + place * (y - x) - d for x, y, d in zip(a, b, dense, strict=True)]
+            return Lost(lost, [100 * n / d for n, d in zip(lost, dense, strict=True)])
+    return None
 
 
 def paired(metric: str, against: str, a: Row, b: Row) -> Interval | None:
@@ -351,16 +437,16 @@ def word(difference: Interval) -> str:
 
 
 def report(model: Case, rows: dict[Setting, Row], seeds: int, repeats: int) -> str:
-    photographs = model.photographs
-    count = 0 if photographs is None else len(photographs.images)
+    held_out = model.held_out
+    count = 0 if held_out is None else len(held_out.images)
     scales = ", ".join(sides(scale) for scale in model.schedule.scales)
     about = (
         f"Token maps {scales}. Unless a row says otherwise, {percent(*PAPER)} of the tokens of the "
-        f"last two steps are dropped. {seeds} seeds, {count} photographs that the model was not "
-        f"trained on. ±: 95 % confidence interval of the mean by Student's t over seeds; for bits "
+        f"last two steps are dropped. {seeds} seeds, {count} held-out images. "
+        f"±: 95 % confidence interval of the mean by Student's t over seeds; for bits "
         f"over images. FLOPs and time are those of the transformer blocks, batches of {BATCH}, "
         f"median of {repeats} runs that alternate between all rows; {environment()}. Agreement "
-        f"with the paper is judged by paired differences: same photographs, same seeds."
+        f"with the paper is judged by paired differences: same held-out images, same seeds."
     )
     note = [f"{model.note.capitalize()}.", ""] if model.note else []
     lines = [f"# The effect of each part of FastVAR: {model.name}", "", *note, about, ""]
@@ -369,6 +455,7 @@ def report(model: Case, rows: dict[Setting, Row], seeds: int, repeats: int) -> s
     for section in sections(model.schedule.scales):
         lines += ["", f"## {section.title}", "", f"Paper: {section.claim}", ""]
         lines += [*table(section, rows), "", *verdicts(section, rows)]
+        lines += at_equal_speed(section, rows)
     lines += ["", "## Figures", ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in figures.CAPTIONS.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -392,40 +479,68 @@ def tiny() -> Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("ablations"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=256, help="number of held-out images")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--share", type=share, help="measure a share of the rows, such as 1/2")
     parser.add_argument("--quick", action="store_true", help="a tiny model, random weights")
     options = parser.parse_args()
     torch.manual_seed(0)  # for the selection at random
-    model = tiny() if options.quick else case(DEMO)
+    model = tiny() if options.quick else case(DEMO, held_out=options.held_out)
     model = replace(model, draw=in_turn)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = [s for part in sections(model.schedule.scales) for s in part.settings.values()]
-    rows = measure_settings(model, settings, options.seeds, options.repeats)
+    found = [s for part in sections(model.schedule.scales) for s in part.settings.values()]
+    settings = list(dict.fromkeys(found))
+    if options.share:
+        number, of = options.share
+        measure(model, settings[number - 1 :: of], options.seeds, options.out / "rows")
+        return
+    fidelity = measure(model, settings, options.seeds, options.out / "rows")
+    speeds = time_settings(model, settings, options.repeats)
+    rows = {setting: Row(setting, fidelity[setting], speeds[setting]) for setting in settings}
     text = report(model, rows, options.seeds, options.repeats)
     (options.out / "report.md").write_text(text, encoding="utf-8")
     draw_figures(model, rows, options.out)
     print(f"wrote {options.out / 'report.md'} and {len(figures.CAPTIONS)} figures")
 
 
+def share(text: str) -> tuple[int, int]:
+    """Returns the numbers of a share such as 1/2."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"a share is n/m with n from 1 to m; found {text}")
+    return int(number), int(of)
+
+
 def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
     scales = model.schedule.scales
-    paper, merging = Setting(Schedule(scales, PAPER)), Setting(Schedule(scales, PAPER), TOME)
-    fast: dict[str, nn.Module] = {
-        "pruned": transform(model.model, paper.schedule),
-        "ToMe": transform(model.model, paper.schedule, method=TOME),
+    fast = {
+        name: transform(model.model, Schedule(scales, PAPER), method=method)
+        for name, method in COMPARED.items()
     }
-    figures.draw_steps(model, fast["pruned"], out)
+    figures.draw_samples(model, fast, out)
+    figures.draw_steps(model, fast["FastVAR"], out)
     figures.draw_spectra(model, fast, out)
     figures.draw_kept_tokens(model, out)
-    figures.draw_runtime(scales, rows[paper].speed, rows[merging].speed, out)
-    points: dict[str, list[figures.Point]] = {}
+    speeds = {
+        name: rows[Setting(Schedule(scales, PAPER), method)].speed
+        for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
+    }
+    figures.draw_runtime(scales, speeds, out)
     for section in sections(scales):
-        found = [(label, rows[setting]) for label, setting in section.settings.items()]
-        points[section.title] = [
-            (label, row.speed.transformer.speedup, row.bits, row.spectrum) for label, row in found
-        ]
-    figures.draw_tradeoff(points, out)
+        if section.curves:
+            curves = {
+                name: [point(rows[section.settings[label]]) for label in labels]
+                for name, labels in section.curves.items()
+            }
+            figures.draw_tradeoff(curves, out)
+
+
+def point(row: Row) -> figures.Point:
+    """Returns the place of a row in the figure of quality against speed."""
+    speedup = row.speed.transformer.speedup
+    scores = [row.fidelity.score("bits", against) for against in (HELD_OUT, DENSE)]
+    held_out, draws = (score.difference if score is not None else None for score in scores)
+    return figures.Point(percent(*row.setting.schedule.ratios), speedup, held_out, draws)
 
 
 if __name__ == "__main__":

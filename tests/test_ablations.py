@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from PIL import Image
 
-from fastvar_fx import methods
+from fastvar_fx import Schedule, methods
+from fastvar_fx.quality.evaluate import HELD_OUT, Fidelity, Score, Speed
 from fastvar_fx.quality.metrics import Interval
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -61,6 +65,44 @@ def test_a_difference_within_its_interval_is_not_significant(
     assert ablations.word(Interval(mean, half, 3)) == word
 
 
+def row_of(speedup: float, bits: list[float], dense: list[float]) -> ablations.Row:
+    score = Score.of_both("bits", HELD_OUT, dense, bits)
+    speed = SimpleNamespace(transformer=SimpleNamespace(speedup=speedup))
+    setting = ablations.Setting(Schedule(SCALES, (0.5,)))
+    return ablations.Row(setting, Fidelity((score,), ()), cast("Speed", speed))
+
+
+def test_methods_are_compared_at_equal_speed() -> None:
+    """Between rows of 1.6x and 2x the bits at 1.8x are their mean, image by image."""
+    dense = [2.0, 4.0]
+    slow, fast = row_of(1.6, [2.1, 4.2], dense), row_of(2.0, [2.3, 4.2], dense)
+    lost = ablations.at_speed([fast, slow])
+    assert lost is not None
+    assert lost.lost == pytest.approx([0.2, 0.2])
+    assert lost.share == pytest.approx([10, 5])
+    assert ablations.at_speed([slow]) is None
+    alone = ablations.at_speed([fast])
+    assert alone is not None
+    assert alone.lost == pytest.approx([0.8 * 0.3, 0.8 * 0.2]), "the dense model is 1x"
+
+
+def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    kept = row_of(2, [2.1, 4.2], [2.0, 4.0]).fidelity
+    ablations.write(path, kept)
+    assert ablations.read(path) == kept
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(SystemExit, match=r"row.json is damaged .*; delete it"):
+        ablations.read(path)
+
+
+def test_shares() -> None:
+    assert ablations.share("2/3") == (2, 3)
+    for wrong in ("0/2", "3/2", "half", "1/"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"a share is n/m"):
+            ablations.share(wrong)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_report_and_its_figures(
@@ -69,23 +111,29 @@ def test_the_report_and_its_figures(
     everything = ablations.sections
 
     def some(scales: tuple[tuple[int, int], ...]) -> tuple[ablations.Section, ...]:
-        """The ratios, for the line of the figure, and merging."""
+        """The ratios, and the curves of quality against speed."""
         found = everything(scales)
-        return (found[0], found[-1])
+        return (found[0], found[-2])
 
     monkeypatch.setattr(ablations, "sections", some)
     monkeypatch.setattr(ablation_figures, "RATIOS", (0.5,))
     arguments = ["--quick", "--seeds", "2", "--repeats", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments, "--share", "1/2"])
+    ablations.main()
+    half = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
+    assert not (tmp_path / "report.md").exists()
     monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments])
     ablations.main()
+    assert {path: path.stat().st_mtime_ns for path in half} == half, "nothing is measured twice"
+    measured = len(list((tmp_path / "rows").iterdir()))
+    assert len(half) == -(-measured // 2)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "%" in line]
-    assert len(rows) == 8
-    assert len({row.split(" | ")[6] for row in rows}) == 7, "equal settings have equal bits"
-    assert "rather than ToMe, 50, 75 %" in text
-    assert "0 photographs" in text
+    assert len(rows) == 4 + 4 * len(ablations.CURVE)
+    assert len({row.split(" | ")[6] for row in rows}) == measured, "equal settings, equal bits"
+    assert "0 held-out images" in text
     for name, caption in ablation_figures.CAPTIONS.items():
         assert f"![{caption}]({name})" in text
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 600
-    assert "report.md and 5 figures" in capsys.readouterr().out
+    assert "report.md and 6 figures" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_explain_another_method(cli: Cli) -> None:
     assert {r["kept"] for r in json.loads(out)["rows"] if r["step"] == 9} == {64}
     code, _, err = cli("explain", "--method", "drift-correct")
     assert code == 1
-    assert "no method is named 'drift-correct'; did you mean drift-corrected?" in err
+    assert "no method is named 'drift-correct'; did you mean drift-corrected or " in err
 
 
 def test_explain_a_model_of_the_current_directory(cli: Cli, folder: Path) -> None:
