@@ -13,7 +13,7 @@ import torch
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.executor import Executor
-from fastvar_fx.engine.generation import Role
+from fastvar_fx.engine.generation import Generation, Role
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.ops import Scale
@@ -194,11 +194,15 @@ class Family:
         generation = self.current.generation
         if judges and not generation.watch.within:
             generation.watch.finished()
-            try:
-                generation.check_calls()
-            except RunError:
-                generation.aborted()  # and so no error again when the next one begins
-                raise
+            if generation.watch.drew_steps:
+                self._check_calls(generation)
+
+    def _check_calls(self, generation: Generation) -> None:
+        try:
+            generation.check_calls()
+        except RunError:
+            generation.aborted()  # and so no error again when the next one begins
+            raise
 
     def _running(self, scales: Sequence[Scale]) -> list[Engine]:
         """Returns the engines whose schedules run these very scales."""

@@ -97,6 +97,11 @@ class Watch:
         """Whether a loop is under way."""
         return self._depth > 0
 
+    @property
+    def drew_steps(self) -> bool:
+        """Whether several steps ran within `whole`: it is a loop, and not one step of one."""
+        return len(self._inside) > 1
+
     def finished(self) -> None:
         """Judges a generation that began and ended within `whole`.
 
@@ -106,7 +111,7 @@ class Watch:
         seen = self._seen()
         if len(seen) == 1 and seen[0] not in self._expected:
             self._check_constant(seen[0])
-        if len(self._inside) > 1:
+        if self.drew_steps:
             self._judge(whole=True)
 
     # --- what it means --------------------------------------------------------------------------
