@@ -66,10 +66,11 @@ class BlockRuntime:
         """Runs one call of the block."""
         family = self._family
         if torch.compiler.is_compiling():
-            return _run(family.current, BlockCall(self.site, block, args, kwargs), EAGER)
+            call = BlockCall(self.site, block, args, kwargs, compiling=True)
+            return _run(family.current, call, EAGER)
         with family.lock:
             call = BlockCall(self._sites[0], block, args, kwargs)
-            engines = family.fitting(call)
+            engines = family.engines if family.decided else family.fitting(call)
             try:
                 if len(engines) > 1:
                     return self._run_undecided(engines, call)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.structure import Structure
@@ -35,6 +34,7 @@ class BlockSite:
         forward: Its own forward.
         prunes: Whether the schedule prunes it.
         programs: Its programs by step; they hold while the block is built as it was.
+        paths: Where the token map is, by the forms of calls met so far.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class BlockSite:
         self.prunes = prunes
         self.programs: dict[int, list[Any]] = {}
         self._structure: Structure | None = None
-        self._paths = maps.setdefault(forward, {})
+        self.paths = maps.setdefault(forward, {})
 
     def use_forward(self, forward: Forward) -> None:
         """Replaces the forward, whose arguments may be other ones."""
         self.forward = forward
-        self._paths = {}
+        self.paths = {}
 
     def check_structure(self, block: nn.Module) -> None:
         """Drops the programs if the block is built in another way than at the last check."""
@@ -60,15 +60,13 @@ class BlockSite:
             self.programs.clear()
             self._structure = structure
 
-    def token_map_path(
+    def find_path(
         self, form: Form, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Path:
-        """Returns where the (B, L, C) token map is in calls of this form."""
-        path = self._paths.get(form)
-        if path is None:
-            run = partial(self.forward, block)
-            with naming_leaks(self.name):
-                path = self._paths[form] = find_token_map(run, block, args, kwargs)
+        """Finds out where the (B, L, C) token map is in calls of this form."""
+        run = partial(self.forward, block)
+        with naming_leaks(self.name):
+            path = self.paths[form] = find_token_map(run, block, args, kwargs)
         return path
 
 
@@ -86,23 +84,31 @@ class BlockCall:
         tokens: Its token count L.
         selection: What another block has selected for this step; None to select anew.
         compiling: Whether `torch.compile` traces the call: then nothing may be noted or made.
+        matched: What `match` found.
     """
 
     def __init__(
-        self, site: BlockSite, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        site: BlockSite,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        compiling: bool = False,
     ) -> None:
         self.site = site
         self.block = block
         self.args = args
         self.kwargs = kwargs
         self.form: Form = (len(args), tuple(kwargs))
-        self.path = path = site.token_map_path(self.form, block, args, kwargs)
+        path = site.paths.get(self.form) or site.find_path(self.form, block, args, kwargs)
+        self.path = path
         (_, root), (_, key) = path
         self.x: Tensor = args[key] if root == "args" else kwargs[key]
         self.tokens: int = self.x.shape[1]
-        self.compiling: bool = torch.compiler.is_compiling()
         self.selection: Sequence[Tensor] | None = None
-        self._match: Match | None = None
+        self.compiling = compiling
+        self.matched: Match | None = None
         self._reads: Storages | None = None
 
     def match(self, step: int) -> Match | None:
@@ -111,13 +117,13 @@ class BlockCall:
         Args:
             step: The step that the call is at; one call is at one step.
         """
-        if self._match is None:
+        if self.matched is None:
             for program in self.site.programs.get(step, ()):
                 inputs = program.inputs_of(self)
                 if inputs is not None:
-                    self._match = (program, inputs)
+                    self.matched = (program, inputs)
                     break
-        return self._match
+        return self.matched
 
     def reads(self) -> Storages:
         """Returns the memory of the arguments besides the token map, as they were at first."""

@@ -109,8 +109,6 @@ class Family:
             RunError: If the loop hands in scales that have a schedule's token counts, but other
                 shapes.
         """
-        if self.decided:
-            return self.engines
         if self._used is not None:
             return (self._used,)
         choice = self._choice

@@ -186,12 +186,16 @@ def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield name, module
         for key, value in _held(module):
-            one = isinstance(value, nn.Module)
-            items = [(key, value)] if one else [(f"{key}.{i}", m) for i, m in enumerate(value)]
-            stack += [(_join(name, n), m) for n, m in items if isinstance(m, nn.Module)]
+            if isinstance(value, nn.Module):
+                stack.append((_join(name, key), value))
+                continue
+            for i, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    stack.append((_join(name, f"{key}.{i}"), item))
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the children of a module, then its plain lists and tuples, by name."""
-    yield from module.named_children()
-    yield from ((k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple)))
+def _held(module: nn.Module) -> list[tuple[str, Any]]:
+    """Returns the children of a module, then its plain lists and tuples, by name."""
+    held: list[tuple[str, Any]] = [(k, m) for k, m in module._modules.items() if m is not None]
+    held += [(k, v) for k, v in vars(module).items() if isinstance(v, (list, tuple))]
+    return held

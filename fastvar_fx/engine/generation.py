@@ -101,14 +101,15 @@ class Generation:
             RunError: If the call comes out of order.
             CaptureMismatchError: If it does not fit what was captured.
         """
-        self._enter_thread()
+        if not call.compiling:  # nothing may change
+            self._loop = self._thread_loop()
         if self.plan.skipped_steps and self._loop.skipped.passes(call):
             return PASS
         if not (self.prunes and call.site.prunes):
             return DENSE
         step = self._late_step(call)
         if step is None:
-            return self._dense(call)
+            return self._dense(call) if self._tracks[call.site.layer] else DENSE
         if call.block.training:
             raise ModelError(
                 f"{call.site.name} is in training mode and the schedule prunes; call model.eval() "
@@ -155,7 +156,6 @@ class Generation:
 
     def _structure(self, call: BlockCall, step: int | None) -> None:
         """Notes a call before the cache step, and whether another generation begins with it."""
-        self._note(call, self.dense_calls, step)
         layer = call.site.layer
         place = self._loop.places[layer]
         if call.compiling:  # an assignment, even of the same value, is a guard for Dynamo
@@ -164,6 +164,7 @@ class Generation:
             if not place.began:
                 place.began = True
             return
+        self._note(call, self.dense_calls, step)
         captured = self._tracks[layer] and (not place.began or self._own(layer, place))
         if place.late or captured or (step or 0) < (place.step or 0):
             self._begin_next(call, place)
@@ -632,8 +633,9 @@ class Generation:
 
     def _own_loop(self) -> Loop:
         """Returns the loop of this thread; a block of another one may run meanwhile."""
-        if torch.compiler.is_compiling():
-            return self._loop
+        return self._loop if torch.compiler.is_compiling() else self._thread_loop()
+
+    def _thread_loop(self) -> Loop:
         try:
             return self._threads.loop  # type: ignore[no-any-return]
         except AttributeError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from passes.analyse.caches import Growth, new_buffer
 
@@ -28,7 +30,8 @@ class KVBuffers:
         self.replayed = False
         self.appended = 0
         self.moved = 0
-        self._newest = WeakTensorKeyDictionary()
+        # By the id of the newest view, for as long as that lives.
+        self._newest: dict[int, tuple[weakref.ref[Tensor], Tensor, _Layout]] = {}
 
     def __len__(self) -> int:
         """How many buffers may grow."""
@@ -46,17 +49,24 @@ class KVBuffers:
             buffer = new_buffer(past, growth)
             self.moved += 1
         view = growth.front(buffer, past)
-        self._newest[view] = (buffer, _layout(view))
+        forget = partial(self._newest.pop, id(view))  # called with the reference
+        self._newest[id(view)] = (weakref.ref(view, forget), buffer, _layout(view))
         return view
 
     def _behind(self, cache: Tensor) -> Tensor | None:
         """Takes the buffer that a cache may grow in, if it has one."""
-        buffer, layout = self._newest.pop(cache, (None, None))  # type: ignore[no-untyped-call]
-        if buffer is None or layout != _layout(cache):
+        known = self._newest.pop(id(cache), None)
+        if known is None:
+            return None
+        view, buffer, layout = known
+        if view() is not cache or layout != _layout(cache):
             return None
         frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
         return None if frozen else buffer
 
 
-def _layout(tensor: Tensor) -> tuple[object, ...]:
+_Layout = tuple[object, ...]
+
+
+def _layout(tensor: Tensor) -> _Layout:
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)

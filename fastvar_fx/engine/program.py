@@ -104,8 +104,8 @@ class Program:
             if value is not expected and value != expected:
                 return None
         inputs = []
-        for (read, _), (kind, shape, dtype, device, closed) in self._inputs:
-            value = read(call)
+        for (read, _, held, name), (kind, shape, dtype, device, closed) in self._inputs:
+            value = held(name) if held else read(call)
             if type(value) is not kind:
                 return None
             if dtype is not None and (
@@ -122,8 +122,9 @@ class Program:
 
     def _built_like(self, call: BlockCall) -> bool:
         """Whether the arguments are built as those of the call that the program was made for."""
-        if any(argument(call) is not held(call) for argument, held in self._aliases):
-            return False
+        for argument, held in self._aliases:
+            if argument(call) is not held(call):
+                return False
         return self._structure == Structure.of_arguments(call.args, call.kwargs, self._asked)
 
     def inputs(self, call: BlockCall) -> list[Any]:
@@ -290,10 +291,14 @@ class _Reader(NamedTuple):
         read: Returns the value at a call.
         of_state: Whether a block keeps it from call to call, in itself or in a cache. An argument
             such as a mask is not there at every step, and a weight always is.
+        held: Returns a parameter or buffer of the module by its name: a quicker way to read one.
+        name: Its name.
     """
 
     read: Callable[[BlockCall], Any]
     of_state: bool
+    held: Callable[[str], Any] | None = None
+    name: str = ""
 
 
 def _reader(block: nn.Module, path: Path) -> _Reader:
@@ -310,7 +315,8 @@ def _reader(block: nn.Module, path: Path) -> _Reader:
     for registry in ("_parameters", "_buffers"):  # a module's own `__getattr__` is slow
         entries: dict[str, Any] = getattr(module, registry)
         if name in entries:
-            return _Reader(partial(_read_entry, entries, name), registry == "_buffers")
+            read = partial(_read_entry, entries, name)
+            return _Reader(read, registry == "_buffers", entries.get, name)
     return _Reader(lambda call: getattr(module, name, None), of_state=True)
 
 

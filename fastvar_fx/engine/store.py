@@ -133,11 +133,15 @@ class Store:
     def program_for(self, call: BlockCall, role: Role) -> Match:
         """Returns the program of the role's step that holds for a call, and its inputs."""
         assert role.step is not None
-        found = call.match(role.step) or self._make_for(call, role.step, role)
-        if not call.compiling:
-            _note_use(call.site.programs[role.step], found[0])
-        if not found[0].prunes and not call.compiling:
-            self._check(call, role.step)
+        step = role.step
+        found = call.matched or call.match(step) or self._make_for(call, step, role)
+        if call.compiling:
+            return found
+        programs = call.site.programs[step]
+        if len(programs) > 2:
+            _note_use(programs, found[0])
+        if not found[0].prunes:
+            self._check(call, step)
         return found
 
     def _make_for(self, call: BlockCall, step: int, role: Role) -> Match:

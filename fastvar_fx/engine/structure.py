@@ -6,8 +6,9 @@ that a graph reads, and plain values, are compared with the inputs (`program.py`
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ class Structure:
             isinstance(other, Structure)
             and self._parts == other._parts
             and len(self._objects) == len(other._objects)
-            and all(a is b for a, b in zip(self._objects, other._objects, strict=True))
+            and all(map(operator.is_, self._objects, other._objects))
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -59,8 +60,8 @@ class Structure:
         for _, module in reachable(block):
             made._parts += made._module(module)
             if module is not block:
-                registries = (getattr(module, name) or {} for name in _HOOKS)
-                made._objects += [hook for hooks in registries for hook in hooks.values()]
+                for name in _HOOKS:
+                    made._objects += (getattr(module, name) or {}).values()
         return made
 
     @classmethod
@@ -78,32 +79,41 @@ class Structure:
         made = cls()
         for root, items in (("args", enumerate(args)), ("kwargs", kwargs.items())):
             for key, value in items:
-                path = (("item", root), ("item", key))
-                made._parts.append(made._argument(path, value, asked))
+                if type(value) is Tensor and not asked:
+                    made._parts.append(made._numbers.setdefault(id(value), len(made._numbers)))
+                else:
+                    path = (("item", root), ("item", key))
+                    made._parts.append(made._argument(path, value, asked))
         return made
 
     # --- blocks ---------------------------------------------------------------------------------
 
-    def _module(self, module: nn.Module) -> Iterator[Any]:
+    def _module(self, module: nn.Module) -> list[Any]:
         own = {key: value for key, value in vars(module).items() if key not in _OF_MODULE}
         self._objects += [module, own.pop("forward", None)]
-        yield type(module)
-        for held in (module._parameters, module._buffers, module._modules):
-            yield [(name, self._held(value)) for name, value in held.items()]
+        parts: list[Any] = [type(module)]
+        for registry in ("_parameters", "_buffers", "_modules"):
+            parts.append(registry)
+            for name, value in getattr(module, registry).items():
+                parts.append((name, self._held(value)))
         settings = type(module).__module__.startswith("torch.")
         for name, value in own.items():
             setting = settings and isinstance(value, PLAIN) and type(value) is not float
-            yield name, value if setting else self._held(value)
+            parts.append((name, value if setting else self._held(value)))
+        return parts
 
     def _held(self, value: Any) -> Any:
         """Returns what a block holds: a tensor by its number, a container by what is in it."""
+        kind = type(value)
+        if kind is nn.Parameter or kind is Tensor:
+            return kind, self._number(value), ""
         if isinstance(value, Tensor):
-            return type(value), self._number(value), _wrapping(value)
+            return kind, self._number(value), _wrapping(value)
         if isinstance(value, (dict, list, tuple, deque)):
             return self._container(value, self._held)
         if isinstance(value, (set, frozenset)):
-            return type(value), len(value)
-        return None if isinstance(value, PLAIN) else type(value)
+            return kind, len(value)
+        return None if isinstance(value, PLAIN) else kind
 
     # --- arguments ------------------------------------------------------------------------------
 

@@ -41,7 +41,9 @@ class Watch:
         self._fits = False
         self._ever_pruned: set[int] = like._ever_pruned if like else set()
         self._raised = ""
+        self._whole = sum(map(schedule.tokens, steps))
         self._runs: list[list[int]] = []
+        self._last: int | None = None  # what the last run ends with
         self._pruned: set[int] = set()
         self._layer = self._repeats = 0
 
@@ -55,8 +57,10 @@ class Watch:
                 the next one begins; else after three equal ones at the very first without a
                 pruned step, because they may have been cut off.
         """
-        if self._runs and length == self._runs[-1][-1]:
-            self._repeated(length, layer)
+        if length == self._last:
+            self._repeats += layer == self._layer
+            if length == self._whole:
+                self._check_constant(length)
             return
         if self._begins_anew(length):
             self._judge(whole=False)
@@ -64,7 +68,7 @@ class Watch:
             self._runs[-1].append(length)
         else:
             self._runs = [*self._runs[-_MOST_RUNS:], [length]]
-        self._layer, self._repeats = layer, 1
+        self._last, self._layer, self._repeats = length, layer, 1
         self._inside.add(length)
         if pruned:
             self._pruned.add(length)
@@ -75,7 +79,7 @@ class Watch:
 
     def cut_off(self) -> None:
         """Notes that the generation ended before its last step."""
-        self._runs, self._pruned = [], set()
+        self._runs, self._last, self._pruned = [], None, set()
         self._layer = self._repeats = 0
 
     @contextmanager
@@ -177,11 +181,6 @@ class Watch:
 
     def _seen(self) -> list[int]:
         return list(dict.fromkeys(length for run in self._runs for length in run))
-
-    def _repeated(self, length: int, layer: int) -> None:
-        self._repeats += layer == self._layer
-        if length == sum(map(self._schedule.tokens, range(self._schedule.steps))):
-            self._check_constant(length)
 
     def _check_constant(self, length: int) -> None:
         steps = self._schedule.steps

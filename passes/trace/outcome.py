@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
@@ -64,6 +64,10 @@ class Recipe:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
+    @cached_property
+    def _is_tensor(self) -> bool:
+        return self.leaves == (...,) and self.spec.is_leaf()
+
     @property
     def count(self) -> int:
         """How many tensors it takes."""
@@ -86,6 +90,8 @@ class Recipe:
             tensors: Yields the tensors, in order.
             find: Returns what was handed in at a path.
         """
+        if self._is_tensor:
+            return next(tensors)
         leaves = [_make(leaf, tensors, find) for leaf in self.leaves]
         return leaves[0] if self.spec.is_leaf() else pytree.tree_unflatten(leaves, self.spec)
 
