@@ -2110,10 +2110,10 @@ def cases(
     return Case(spec, depth, schedule, batch, draw(st.integers(0, 50)), layers)
 
 
-def examples(most: int) -> settings:
-    """Settings of a property test of whole models: a third of its examples, all in CI's long run.
+def examples(most: int, quick: int | None = None) -> settings:
+    """Settings of a property test of whole models: all of its examples in CI's long run only.
 
-    That is the run with `--hypothesis-profile thorough`.
+    That is the run with `--hypothesis-profile thorough`. Others have `quick`, or a third.
     """
     thorough = settings.get_current_profile_name() == "thorough"
-    return settings(max_examples=most if thorough else most // 3)
+    return settings(max_examples=most if thorough else quick or most // 3)
