@@ -29,8 +29,8 @@ CAPTIONS = {
     "image: the share of branches that keep each token.",
     "runtime.png": "Time of the transformer blocks at each step, medians of alternating runs.",
     "tradeoff.png": "Bits per token lost against measured speed-up, each method at several pruning "
-    "ratios of the last two steps; bars are 95 % intervals, the star is the dense model. Lower and "
-    "further to the right is better.",
+    "ratios of the last two steps, in the order of the labels; bars are 95 % intervals, the star "
+    "is the dense model. Lower and further to the right is better.",
 }
 """By file name."""
 
@@ -194,13 +194,13 @@ class Point(NamedTuple):
 
 def draw_tradeoff(curves: Mapping[str, Sequence[Point]], out: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes, first = figure.subplots(1, 2), next(iter(curves))
     for axis, what in zip(axes, ("held_out", "draws"), strict=True):
         for (name, points), marker in zip(curves.items(), "osD^vP*X", strict=False):
             known = [(p, getattr(p, what)) for p in points if getattr(p, what) is not None]
             xs, ys = [p.speed for p, _ in known], [bits.mean for _, bits in known]
             axis.errorbar(xs, ys, [bits.half for _, bits in known], marker=marker, label=name)
-            for p, bits in known:
+            for p, bits in known if name == first else ():
                 place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
                 axis.annotate(p.label, (p.speed, bits.mean), **place)
         axis.plot(1, 0, "*", color="k", ms=16, label="dense")

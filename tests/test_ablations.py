@@ -132,6 +132,8 @@ def test_the_report_and_its_figures(
     assert len(rows) == 4 + 4 * len(ablations.CURVE)
     assert len({row.split(" | ")[6] for row in rows}) == measured, "equal settings, equal bits"
     assert "0 held-out images" in text
+    limits = [float(row.split(" | ")[7]) for row in rows]
+    assert min(limits) > 1, "pruning takes fewer FLOPs, and those of the tracing do not count"
     for name, caption in ablation_figures.CAPTIONS.items():
         assert f"![{caption}]({name})" in text
         with Image.open(tmp_path / name) as picture:
