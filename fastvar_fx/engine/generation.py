@@ -22,7 +22,6 @@ from typing import Any, Final, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.loop import Loop, Place, Selected
@@ -129,7 +128,8 @@ class Generation:
         if role.captures:
             self._capture(call, result, outputs)
         elif role.step is not None and role.track is not None:
-            self._share_selection(call, role.step, outputs)
+            if outputs or self._loop.selected is not None:
+                self._share_selection(call, role.step, outputs)
             self._continue(call, role.track, self._positions[role.step], result)
         elif role.track is not None:
             role.track.note_written(call, result)
@@ -219,7 +219,9 @@ class Generation:
     def _pruned(self, call: BlockCall, step: int) -> Role:
         position = self._positions[step]
         track = self._track_of(call, step, position)
-        call.selection = self._selection_for(call, step)
+        selected = self._loop.selected
+        if selected is not None and selected.fits(step, call.site.layer, call.x.shape[0]):
+            call.selection = selected.tensors
         if (
             track is None
             or position not in (track.position, track.position + 1)
@@ -230,20 +232,13 @@ class Generation:
             self._loop.watch.saw(self._length(call, step), call.site.layer, pruned=True)
         return Role(step, self._fitting(call, step, track))
 
-    def _selection_for(self, call: BlockCall, step: int) -> tuple[Tensor, ...] | None:
-        """Returns what an earlier block of the same step has selected, if blocks share it."""
-        found = self._loop.selected
-        if found is None or found.step != step or found.layer >= call.site.layer:
-            return None
-        return found.tensors if found.batch == call.x.shape[0] else None
-
     def _share_selection(self, call: BlockCall, step: int, selected: Captured) -> None:
         """Keeps a selection for the blocks that come after this one."""
         layer, batch = call.site.layer, call.x.shape[0]
         if selected:
             tensors = tuple(selected.values())
             self._loop.selected = Selected(step, layer, batch, tensors)
-        elif self._loop.selected is not None and layer >= self._last_layer:
+        elif layer >= self._last_layer:
             self._loop.selected = None
 
     def _continue(self, call: BlockCall, track: Track, position: int, result: Any) -> None:

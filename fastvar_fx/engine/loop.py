@@ -72,6 +72,10 @@ class Selected(NamedTuple):
     batch: int
     tensors: tuple[Tensor, ...]
 
+    def fits(self, step: int, layer: int, batch: int) -> bool:
+        """Whether it is for a block that comes later in the same step."""
+        return self.step == step and self.layer < layer and self.batch == batch
+
 
 class Pass:
     """A pass of a loop through the blocks: calls of layers in ascending order.

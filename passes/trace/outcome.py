@@ -129,6 +129,8 @@ class Write:
             delattr(container, key) if kind == "attr" else container.pop(key)
         elif self.buffer:
             container._buffers[key] = value  # it may not be registered yet
+        elif kind == "attr" and _is_plain(container, key) and type(value) is Tensor:
+            object.__setattr__(container, key, value)
         elif kind == "attr":
             setattr(container, key, value)
         elif isinstance(container, (list, deque)) and key == len(container):
@@ -228,6 +230,12 @@ def _key(leaf: Any) -> Any:
     if isinstance(leaf, Made):
         return type(leaf.blank), tuple((step, recipe.key) for step, recipe in leaf.entries)
     return type(leaf), leaf if leaf is ... or is_constant(leaf) else id(leaf)
+
+
+def _is_plain(container: Any, name: str) -> bool:
+    """Whether a module keeps an attribute like any object; its own `__setattr__` is slow."""
+    kind: Any = type(container)
+    return kind.__setattr__ is nn.Module.__setattr__ and name in vars(container)
 
 
 def _make(leaf: Any, tensors: Iterator[Any], find: Find) -> Any:
