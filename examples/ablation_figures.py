@@ -38,8 +38,8 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 SHOWN_STEPS, MOST_CLASSES, SAMPLES = 6, 4, 7
 
 
-def save(figure: Figure, out: Path, name: str) -> None:
-    figure.savefig(out / name, dpi=120)
+def save(figure: Figure, out: Path, name: str, dpi: int = 120) -> None:
+    figure.savefig(out / name, dpi=dpi)
 
 
 def after_each_step(model: Any) -> list[Tensor]:
@@ -67,7 +67,7 @@ def draw_samples(case: Case, fast: Mapping[str, nn.Module], out: Path) -> None:
         row[0].set_ylabel(name, fontsize=15)
         for axis, image in zip(row, images, strict=True):
             show(axis, image)
-    save(figure, out, "samples.png")
+    save(figure, out, "samples.png", dpi=80)
 
 
 def draw_steps(case: Case, fast: nn.Module, out: Path) -> None:
