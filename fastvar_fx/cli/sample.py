@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from math import inf
@@ -17,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
-from torch import nn
 
 from fastvar_fx.cli import say
 from fastvar_fx.cli.options import (
@@ -32,11 +30,10 @@ from fastvar_fx.cli.options import (
     ScheduleFile,
     class_list,
 )
+from fastvar_fx.cli.source import Source, source_of
 from fastvar_fx.cli.terminal import usage
-from fastvar_fx.cli.user_code import call_factory, load, users_code
-from fastvar_fx.errors import ArgumentError, RunError
-from fastvar_fx.measuring.presets import default_device
-from fastvar_fx.sampling.drawing import Draw, draw_var, fingerprint
+from fastvar_fx.errors import ArgumentError
+from fastvar_fx.sampling.drawing import fingerprint
 from fastvar_fx.sampling.folder import Folder
 from fastvar_fx.sampling.loop import Pace, Sampler
 from fastvar_fx.sampling.plan import MOST_IMAGES, Conditions, Plan, read_prompts
@@ -116,7 +113,7 @@ def run_sample(
         usage("--dense prunes nothing: leave out the options of schedule, blocks and method")
     began = time.monotonic()
     with joined() as processes:
-        source = _own(asked, draw, dense) if ":" in model else _named(asked, draw, dense)
+        source = source_of(asked, draw, dense=dense)
         conditions = _conditions(source, classes, prompts)
         run = {
             "model": model,
@@ -154,53 +151,7 @@ def run_sample(
 # --- what is asked ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A model, dense, and how to draw a batch of it.
-
-    Attributes:
-        model: In eval mode.
-        parts: All modules with weights.
-        draw: Draws a batch.
-        schedule: The schedule that it is pruned by; None to draw dense.
-        classes: How many classes it has; None if unknown.
-    """
-
-    model: nn.Module
-    parts: tuple[nn.Module, ...]
-    draw: Draw
-    schedule: Schedule | None
-    classes: int | None = None
-
-
-def _named(asked: Asked, draw: str | None, dense: bool) -> _Source:
-    if draw is not None:
-        usage(f"--draw is for package.module:factory; {asked.model} has its own generation loop")
-    subject = asked.subject()
-    model: Any = subject.model
-    device = default_device()
-    return _Source(
-        model=model.to(device),
-        parts=(model, model.vae.to(device)),
-        draw=draw_var,
-        schedule=None if dense else subject.schedule,
-        classes=model.num_classes,
-    )
-
-
-def _own(asked: Asked, draw: str | None, dense: bool) -> _Source:
-    if draw is None:
-        usage(
-            f"{asked.model} needs --draw package.module:function, which draws a batch, such as  "
-            f"def draw(model, seeds, labels): return model.generate(labels, seeds)"
-        )
-    schedule = None if dense else asked.chosen_schedule(None)
-    function = users_code(f"--draw {draw}", RunError)(load(draw, "--draw"))
-    model = call_factory(asked.model)
-    return _Source(model=model, parts=(model,), draw=function, schedule=schedule)
-
-
-def _conditions(source: _Source, classes: str | None, prompts: Path | None) -> Conditions:
+def _conditions(source: Source, classes: str | None, prompts: Path | None) -> Conditions:
     """Returns what the images show: by default all classes of a named model."""
     if classes is not None and prompts is not None:
         usage("--classes and --prompts exclude each other")

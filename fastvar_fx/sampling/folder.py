@@ -180,7 +180,7 @@ class Folder:
         """
         records = []
         with ThreadPoolExecutor(_ENCODERS) as threads:
-            files = list(threads.map(_png, images.values()))
+            files = list(threads.map(png, images.values()))
         for image, data in zip(images, files, strict=True):
             name = _name(image.index)
             with _written_whole(self._images / name) as file:
@@ -238,7 +238,8 @@ def _name(index: int) -> str:
     return f"{index:08d}.png"
 
 
-def _png(pixels: Tensor) -> bytes:
+def png(pixels: Tensor) -> bytes:
+    """Returns a PNG file of pixels, uint8 (H, W, 3) on the CPU."""
     buffer = io.BytesIO()
     Picture.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=_COMPRESSION)
     return buffer.getvalue()
