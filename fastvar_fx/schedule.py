@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any, Final
@@ -25,6 +25,8 @@ class Schedule:
         layers: Indices of the blocks that prune, ascending; None means all.
         prefix: Whether the blocks get all maps so far at every step, as in loops without a KV
             cache. The last map prunes; those before it stay whole.
+        guidance_until: From this step on, blocks run the conditional half of the batch only and
+            hand its output to both halves; None leaves guidance on.
 
     Source: FastVAR, arXiv 2503.23367; the presets hold its settings for Infinity and HART.
 
@@ -39,6 +41,7 @@ class Schedule:
     cache_step: int
     layers: tuple[int, ...] | None
     prefix: bool
+    guidance_until: int | None
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Schedule:
         cache_step: int | None = None,
         layers: Iterable[int] | None = None,
         prefix: bool = False,
+        guidance_until: int | None = None,
     ) -> None:
         """Checks and stores a schedule.
 
@@ -57,6 +61,7 @@ class Schedule:
             cache_step: 0-based; None means the last step before the pruned ones.
             layers: Blocks that prune, counted from 0; None means all.
             prefix: Whether the blocks get all maps so far at every step.
+            guidance_until: The first step without guidance, in [1, K - 1]; None for none.
 
         Raises:
             ScheduleError: If a value is out of its range or they contradict each other.
@@ -65,8 +70,14 @@ class Schedule:
         dropped = tuple(map(_ratio, _listed("ratios", ratios)))
         if cache_step is None:
             cache_step = len(maps) - len(dropped) - 1
-        fields = {"scales": maps, "ratios": dropped, "cache_step": cache_step}
-        vars(self).update(fields, layers=_layers(layers), prefix=prefix)  # attributes are frozen
+        vars(self).update(  # attributes are frozen
+            scales=maps,
+            ratios=dropped,
+            cache_step=cache_step,
+            layers=_layers(layers),
+            prefix=prefix,
+            guidance_until=guidance_until,
+        )
         self._check()
 
     def _check(self) -> None:
@@ -94,6 +105,16 @@ class Schedule:
             raise ScheduleError(
                 f"cache_step={self.cache_step!r} must lie before the first pruned step: "
                 f"in [0, {first_pruned - 1}], counted from 0"
+            )
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        until = self.guidance_until
+        if until is not None and not (_is_index(until) and 1 <= until < self.steps):
+            raise ScheduleError(
+                f"guidance_until is the first step without guidance, in [1, {self.steps - 1}] "
+                f"counted from 0, or None; found {until!r}. A generation without any guidance is "
+                f"for the loop to run"
             )
 
     # --- what a step does ----------------------------------------------------------------------
@@ -132,6 +153,10 @@ class Schedule:
         first = next((s + 1 for s in reversed(steps) if self.ratio(s) < 1), 0)
         return tuple(steps[first:])
 
+    def guided(self, step: int) -> bool:
+        """Whether guidance is on at a step."""
+        return self.guidance_until is None or step < self.guidance_until
+
     def prunes_layer(self, layer: int) -> bool:
         """Whether the block of index `layer` prunes."""
         return self.layers is None or layer in self.layers
@@ -139,8 +164,9 @@ class Schedule:
     def extend(self, *scales: int | Sequence[int], ratio: float | None = None) -> Schedule:
         """Returns a schedule with steps appended, for a higher resolution without training.
 
-        The cache step and the layers stay. For Infinity, whose tokens are 16 x 16 pixels,
-        `extend((84, 84))` is 1344 x 1344 and `extend((84, 84), (128, 128))` 2048 x 2048.
+        The cache step, the layers and the first step without guidance stay. For Infinity, whose
+        tokens are 16 x 16 pixels, `extend((84, 84))` is 1344 x 1344 and
+        `extend((84, 84), (128, 128))` 2048 x 2048.
 
         Args:
             scales: Token maps of the form that the others have, each larger than the one before.
@@ -164,13 +190,8 @@ class Schedule:
                 f"{added:g} would leave a step skipped in the middle of the schedule. Give the "
                 f"steps before them ratios below 1 first, or extend with ratio=1"
             )
-        made = Schedule(
-            (*self.scales, *scales),
-            (*self.ratios, *[added] * len(scales)),
-            cache_step=self.cache_step,
-            layers=self.layers,
-            prefix=self.prefix,
-        )
+        ratios = (*self.ratios, *[added] * len(scales))
+        made = replace(self, scales=(*self.scales, *scales), ratios=ratios)
         for step in range(self.steps, made.steps):
             if made.tokens(step) <= made.tokens(step - 1):
                 raise ScheduleError(
@@ -201,14 +222,8 @@ class Schedule:
                 f"{strange}"
             )
         first = self.steps - len(self.ratios)
-        ratios = [0.0 if first + i in steps else ratio for i, ratio in enumerate(self.ratios)]
-        return Schedule(
-            self.scales,
-            ratios,
-            cache_step=self.cache_step,
-            layers=self.layers,
-            prefix=self.prefix,
-        )
+        ratios = (0.0 if first + i in steps else ratio for i, ratio in enumerate(self.ratios))
+        return replace(self, ratios=tuple(ratios))
 
     # --- as data -------------------------------------------------------------------------------
 
@@ -227,12 +242,12 @@ class Schedule:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ScheduleError(f"a schedule is read from a JSON object; {error}") from error
-        known = {"scales", "ratios", "cache_step", "layers", "prefix"}
+        known = {each.name for each in fields(cls)}
         if not isinstance(data, dict) or not {"scales", "ratios"} <= data.keys() <= known:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise ScheduleError(
-                f"a schedule has the keys scales and ratios, and may have cache_step, layers and "
-                f"prefix; found {found}"
+                f"a schedule has the keys scales and ratios, and may have cache_step, layers, "
+                f"prefix and guidance_until; found {found}"
             )
         try:
             return cls(**data)

@@ -345,6 +345,8 @@ def _check_schedule(
             f"transform takes a fastvar_fx.Schedule; found {type(schedule).__name__}. Named ones "
             f"come from Schedule.preset(name)"
         )
+    if schedule.guidance_until is not None:
+        raise ScheduleError("guidance_until is not supported yet; leave it out")
     beyond = [layer for layer in schedule.layers or () if layer >= blocks]
     if beyond:
         raise ScheduleError(

@@ -33,7 +33,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
     last = len(scales) - len(ratios) - 1
     cache_step = draw(st.one_of(st.none(), st.integers(0, last)))
     layers = draw(st.one_of(st.none(), st.lists(st.integers(0, 40), min_size=1)))
-    return Schedule(scales, ratios, cache_step=cache_step, layers=layers)
+    until = draw(st.one_of(st.none(), st.integers(1, len(scales) - 1)))
+    return Schedule(scales, ratios, cache_step=cache_step, layers=layers, guidance_until=until)
 
 
 def _area(pair: tuple[int, int]) -> int:
@@ -88,6 +89,25 @@ def test_layers_are_sorted_and_unique() -> None:
     schedule = Schedule([1, 2], [0.5], layers=[3, 1, 1])
     assert schedule.layers == (1, 3)
     assert [schedule.prunes_layer(layer) for layer in range(5)] == [False, True, False, True, False]
+
+
+def test_guidance_ends_at_a_step() -> None:
+    schedule = Schedule([1, 2, 3, 4], [0.5], guidance_until=2)
+    assert [schedule.guided(step) for step in range(4)] == [True, True, False, False]
+    assert all(map(Schedule([1, 2], []).guided, range(2)))
+
+
+def test_guidance_ends_where_it_did_in_what_is_made_of_a_schedule() -> None:
+    schedule = Schedule([1, 2, 3, 4], [0.5, 0.75], prefix=True, guidance_until=2)
+    for made in (schedule.extend((6, 6)), schedule.without(3)):
+        assert made.guidance_until == 2
+        assert made.prefix
+
+
+@pytest.mark.parametrize("until", [0, 4, -1, True, 1.0, "2"])
+def test_guidance_ends_at_a_step_after_the_first(until: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"guidance_until is the first step.*in \[1, 3\]"):
+        Schedule([1, 2, 3, 4], [0.5], guidance_until=until)
 
 
 def test_cache_step_may_lie_earlier() -> None:
@@ -167,7 +187,7 @@ def test_json_that_is_no_schedule(text: str, message: str) -> None:
 def test_json_is_an_object_of_plain_values() -> None:
     data = json.loads(Schedule([1, 2], [0.5], layers=[1]).to_json())
     scales, shared = [[1, 1], [2, 2]], {"ratios": [0.5], "cache_step": 0, "layers": [1]}
-    assert data == {"scales": scales, **shared, "prefix": False}
+    assert data == {"scales": scales, **shared, "prefix": False, "guidance_until": None}
 
 
 # -- longer schedules ---------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,7 @@ def _with_ratios(schedule: Schedule, text: str) -> Schedule:
     except ValueError:
         usage(f"--ratios takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
     kept_step = schedule.cache_step if len(ratios) == len(schedule.ratios) else None
-    return Schedule(schedule.scales, ratios, cache_step=kept_step, layers=schedule.layers)
+    return replace(schedule, ratios=tuple(ratios), cache_step=kept_step)
 
 
 def class_list(text: str | None) -> list[int] | None:
