@@ -191,7 +191,7 @@ class Schedule:
                 f"steps before them ratios below 1 first, or extend with ratio=1"
             )
         ratios = (*self.ratios, *[added] * len(scales))
-        made = replace(self, scales=(*self.scales, *scales), ratios=ratios)
+        made = replace(self, scales=(*self.scales, *map(_scale, scales)), ratios=ratios)
         for step in range(self.steps, made.steps):
             if made.tokens(step) <= made.tokens(step - 1):
                 raise ScheduleError(

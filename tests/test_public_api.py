@@ -98,6 +98,7 @@ Schedule: fastvar_fx.schedule
     cache_step: int | None = None
     layers: Iterable[int] | None = None
     prefix: bool = False
+    guidance_until: int | None = None
     -> None
     function extend
         *scales: int | Sequence[int]
@@ -108,6 +109,9 @@ Schedule: fastvar_fx.schedule
         -> Schedule
     property full_steps
         -> tuple[int, ...]
+    function guided
+        step: int
+        -> bool
     function kept
         step: int
         -> int

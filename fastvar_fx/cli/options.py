@@ -170,8 +170,9 @@ def _with_ratios(schedule: Schedule, text: str) -> Schedule:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
         usage(f"--ratios takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
-    kept_step = schedule.cache_step if len(ratios) == len(schedule.ratios) else None
-    return replace(schedule, ratios=tuple(ratios), cache_step=kept_step)
+    kept = len(ratios) == len(schedule.ratios)
+    cache_step = schedule.cache_step if kept else schedule.steps - len(ratios) - 1
+    return replace(schedule, ratios=tuple(ratios), cache_step=cache_step)
 
 
 def class_list(text: str | None) -> list[int] | None:
