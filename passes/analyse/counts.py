@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, Final
@@ -39,6 +40,9 @@ _VIEWS: Final = {
     "aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::flatten",
 }  # fmt: skip
 
+Cut = Mapping[Path, Mapping[int, int]]
+"""The sizes of some dims of inputs, by the path of the input and the dim."""
+
 Twins = Mapping[Node, Node]
 """The node of the graph of the kept tokens that runs the same op, by node."""
 
@@ -54,28 +58,43 @@ class CheckCounts:
         if context.step is None or context.step.kept == 0 or not wanted:
             return draft
         kept = context.step.kept
-        call, whole = _on_kept(context.call, wanted, draft, kept)
+        certain, guessed, known = _cuts(context.call, wanted, draft, kept)
+        call = replace(context.call, varying=NOTHING_VARIES, cut={**certain, **guessed})
         try:
-            made = capture(call).graph_module
+            refused = _compared(call, draft, wanted, kept)
         except RefusedError as error:
-            at = error.refusal.where
-            failed = [] if whole else _failed(at, draft, wanted)
-            if not failed:
-                log.debug("%s stays unchecked on %d tokens: %s", call.module, kept, error.refusal)
-            failure = Refusal("FVX023", f"on {kept} tokens: {error.refusal.reason}", where=at)
-            for branch in failed:
-                draft = draft.refusing(branch.index, failure)
-            return draft
-        ops, others = _ops(draft.source), _ops(made)
-        if [node.target for node in ops] != [node.target for node in others]:
-            log.debug("%s runs other ops on %d tokens", context.call.module, kept)
-            return draft
-        twins = dict(zip(ops, others, strict=True))
-        for branch in wanted:
-            refusal = next(_differences(branch, twins, kept), None)
-            if refusal is not None:
-                draft = draft.refusing(branch.index, refusal)
+            refused = _failures(error.refusal, draft, wanted, kept) if known else None
+        if refused is None:
+            log.debug("%s stays unchecked on %d tokens", call.module, kept)
+        if refused and guessed:
+            with suppress(RefusedError):  # what runs with the guessed inputs whole is right too
+                uncut = _compared(replace(call, cut=certain), draft, wanted, kept)
+                refused = {b: why for b, why in refused.items() if uncut is None or b in uncut}
+        for branch, refusal in (refused or {}).items():
+            draft = draft.refusing(branch, refusal)
         return draft
+
+
+def _compared(
+    call: Call, draft: Draft, wanted: list[Branch], kept: int
+) -> dict[int, Refusal] | None:
+    """Returns what each branch does otherwise on the kept tokens; None if other ops run.
+
+    Raises:
+        RefusedError: If the block does not run on them.
+    """
+    ops, others = _ops(draft.source), _ops(capture(call).graph_module)
+    if [node.target for node in ops] != [node.target for node in others]:
+        return None
+    twins = dict(zip(ops, others, strict=True))
+    found = {branch.index: next(_differences(branch, twins, kept), None) for branch in wanted}
+    return {index: refusal for index, refusal in found.items() if refusal is not None}
+
+
+def _failures(error: Refusal, draft: Draft, wanted: list[Branch], kept: int) -> dict[int, Refusal]:
+    """Returns why branches are refused whose code does not run on the kept tokens."""
+    failure = Refusal("FVX023", f"on {kept} tokens: {error.reason}", where=error.where)
+    return {branch.index: failure for branch in _failed(error.where, draft, wanted)}
 
 
 def _failed(line: str, draft: Draft, wanted: list[Branch]) -> list[Branch]:
@@ -87,33 +106,31 @@ def _failed(line: str, draft: Draft, wanted: list[Branch]) -> list[Branch]:
     return [b for b in found if b in wanted] if found else wanted
 
 
-def _on_kept(
-    call: Call, branches: list[Branch], draft: Draft, kept: int
-) -> tuple[Call, list[Node]]:
-    """Returns the call on the kept tokens only: inputs with an entry per token are shorter.
+def _cuts(call: Call, branches: list[Branch], draft: Draft, kept: int) -> tuple[Cut, Cut, bool]:
+    """Returns the sizes, on the kept tokens, of the inputs that have an entry per token.
 
-    Also returns the side inputs of the branches that stay whole, for they are cut from a table at
-    places that the loop says.
+    Returns:
+        Those that the axes tell; those that only have a dim as long as the token map, and from
+        which a branch computes what it reads per token; and whether each such value has either.
+        One that has none is cut from a table at places that the loop says.
     """
     placeholders = draft.source.graph.find_nodes(op="placeholder")
     paths = dict(zip(placeholders, draft.captured.inputs, strict=True))
-    cut: dict[Path, dict[int, int]] = {call.stream: {1: kept}}
+    certain: dict[Path, dict[int, int]] = {call.stream: {1: kept}}
+    guessed: dict[Path, dict[int, int]] = {}
     tokens = get(call.roots(), call.stream).shape[1]
-    whole = []
+    known = True
     for _, side, axes in (found for branch in branches for found in gathered(branch)):
         source, dims = _origin(side, _aligned(axes, side))
         if source in paths:
             sizes = {d: dim_size(dim, kept) for d, dim in enumerate(dims) if has_tokens(dim)}
-            cut[paths[source]] = sizes
+            certain[paths[source]] = sizes
             continue
-        # It is computed in other ways: each input of as many entries is cut.
         shapes = {n: list(n.meta["val"].shape) for n in _inputs_of(source) if n in paths}
         found = {n: shape.index(tokens) for n, shape in shapes.items() if shape.count(tokens) == 1}
-        for node, dim in found.items():
-            cut.setdefault(paths[node], {dim: kept})
-        if shapes and not found:
-            whole.append(side)
-    return replace(call, varying=NOTHING_VARIES, cut=cut), whole
+        guessed |= {paths[node]: {dim: kept} for node, dim in found.items()}
+        known = known and bool(found or not shapes)
+    return certain, {path: sizes for path, sizes in guessed.items() if path not in certain}, known
 
 
 def _inputs_of(side: Node) -> Iterator[Node]:

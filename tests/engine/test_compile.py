@@ -75,6 +75,7 @@ def test_compiled_blocks_equal_eager_ones_and_never_compile_again() -> None:
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.slow
 def test_dynamo_takes_the_whole_token_loop() -> None:
     fast = transformed(1)
     want = [token_loop(fast, labels) for labels in (LABELS, LABELS + 1)]
@@ -180,6 +181,7 @@ def test_a_schedule_that_prunes_nothing_compiles_the_dense_model() -> None:
     assert graphs(fast) == {1: 1, 4: 1, 9: 1, 16: 1}
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_in_what_they_read_get_graphs_of_their_own() -> None:
     model = build("tiny", depth=9, scales=(1, 2))
     for layer, block in enumerate(model.blocks):
@@ -206,6 +208,7 @@ def test_a_new_batch_or_a_new_model_compiles_its_own() -> None:
     assert set(graphs(copied).values()) == {1}
 
 
+@pytest.mark.slow
 def test_skipped_steps_and_prompts_of_any_length() -> None:
     scales = template(1.0, "0.06M")
     model = infinity.build("tiny", depth=2)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import Schedule, ops
-from tests.engine.test_stored import Block, C, Model, call, check
+from tests.engine.test_stored import SCALES, SCHEDULE, Block, C, Model, call, check
 
 Twist = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, H, L or T, D) -> what attention returns (B, H, L, D)."""
@@ -96,6 +96,24 @@ def test_a_feed_forward_that_divides_by_the_count() -> None:
             return super().feed(x, shared) / x.shape[1]
 
     check(Divides, 2, {(i, "feed"): "for the kept tokens" for i in range(2)}, "FVX022")
+
+
+def test_a_table_as_wide_as_a_map_is_long() -> None:
+    """Its rows are cut by the forward; its width only happens to be the number of tokens."""
+
+    class Table(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, sum(n * n for n in SCALES), C))
+
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            start = 0 if self.k is None else self.k.shape[2]
+            return super().attend(x + self.table[:, start : start + x.shape[1]], shared)
+
+    assert C in [n * n for n in SCALES]
+    fast = fastvar_fx.transform(Model(Table, 1).eval(), SCHEDULE)
+    fast.generate(0, call)
+    assert not fastvar_fx.explain(fast).refusals
 
 
 def test_a_table_that_is_split() -> None:

@@ -470,6 +470,7 @@ def test_what_a_call_belongs_to() -> None:
     assert found == ["PTS", "PTS", "PTS", "CTR", "ffn", "rest"]
 
 
+@pytest.mark.slow
 def test_every_module_takes_time_where_it_should(of_hart: Result) -> None:
     subject = of_hart.subject
     images = subject.generate(transform(subject.model, HART, on_full="cache"))
@@ -533,6 +534,7 @@ def test_growth_is_the_exponent() -> None:
     assert isnan(growth(rows[2:], PRUNED, "ms"))
 
 
+@pytest.mark.slow
 def test_what_is_too_large_or_too_slow_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolutions, "PATIENCE", 0.0)
     chosen = preset("infinity-tiny")
