@@ -43,6 +43,10 @@ NOT_RUN: Final = {
     "python examples/infinity.py": "needs a checkout and weights of Infinity",
     "python examples/hart.py": "needs a checkout and weights of HART",
     "python examples/ablations.py": "takes hours; tests/test_ablations.py runs it on a small model",
+    "python examples/serve/": "serves until it is ended; tests/serve does both",
+    "RAY_ADDRESS=auto python examples/serve/": "needs a cluster",
+    "ray start": "needs several machines",
+    "curl": "needs a server",
     "python examples/train/": "takes days; tests/test_training.py runs it on a small model",
 }
 """Beginnings of commands that are shown and not run here, and why."""

@@ -17,7 +17,8 @@ MOST_IMAGES: Final = 100_000_000
 """File names have eight digits."""
 
 _MOST_PROMPTS: Final = 1_000_000
-_LONGEST_PROMPT: Final = 4096
+LONGEST_PROMPT: Final = 4096
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def read_prompts(file: Path) -> tuple[str, ...]:
             f"{file} holds 1 to {_MOST_PROMPTS} prompts, one on each line; found {len(prompts)}"
         )
     for line, prompt in enumerate(prompts, start=1):
-        if not 1 <= len(prompt) <= _LONGEST_PROMPT:
+        if not 1 <= len(prompt) <= LONGEST_PROMPT:
             raise ArgumentError(
-                f"{file}:{line}: a prompt has 1 to {_LONGEST_PROMPT} characters; found "
-                f"{len(prompt)}"
+                f"{file}:{line}: a prompt has 1 to {LONGEST_PROMPT} characters; found {len(prompt)}"
             )
     return prompts

@@ -1,0 +1,42 @@
+"""A user's module for the server: a tiny model, and a draw function that seeds give orders to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fastvar_fx.models.var import VAR
+from fastvar_fx.sampling.drawing import draw_var
+from tests.sampling.own import SCHEDULE, var
+
+__all__ = ["SCHEDULE", "draw", "var"]
+
+FAIL, BREAK, DIE, WAIT = range(2**31, 2**31 + 4)
+_broken: set[VAR] = set()
+
+
+def draw(model: VAR, seeds: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """Draws; the file `batches` lists the seeds of each batch.
+
+    The seed FAIL fails, and BREAK also does from then on with every other. WAIT waits for the file
+    `go`, and DIE kills the process, once.
+    """
+    folder = Path(os.environ["FOLDER"])
+    with (folder / "batches").open("a") as log:
+        log.write(json.dumps([*seeds]) + "\n")
+    if BREAK in seeds:
+        _broken.add(model)
+    if FAIL in seeds or model in _broken:
+        raise ValueError("no such picture")
+    if DIE in seeds and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while WAIT in seeds and not (folder / "go").exists():
+        time.sleep(0.01)
+    return draw_var(model, seeds, classes)
