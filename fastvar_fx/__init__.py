@@ -24,12 +24,15 @@ from fastvar_fx.errors import (
     GraphError,
     ModelError,
     NothingPrunedError,
+    PackageError,
     RunError,
     ScheduleError,
 )
 from fastvar_fx.methods import Method
 from fastvar_fx.register import axis_rule, register_opaque
 from fastvar_fx.schedule import Schedule, presets
+from fastvar_fx.shipping.export import export
+from fastvar_fx.shipping.load import load
 from fastvar_fx.transform import compile, explain, measure, reset, trace, transform, use
 
 __version__ = "0.1.0"
@@ -44,6 +47,7 @@ __all__ = [
     "Method",
     "ModelError",
     "NothingPrunedError",
+    "PackageError",
     "Report",
     "RunError",
     "Schedule",
@@ -52,6 +56,8 @@ __all__ = [
     "compile",
     "cuda_graph",
     "explain",
+    "export",
+    "load",
     "measure",
     "methods",
     "presets",

@@ -41,6 +41,10 @@ class GraphError(FastVARError, RuntimeError):
     """A generation that no CUDA graph can record, or a replay that does not fit the recording."""
 
 
+class PackageError(FastVARError, RuntimeError):
+    """A model that cannot be exported, or a folder of packages that does not fit the model."""
+
+
 class NothingPrunedError(FastVARError, RuntimeError):
     """A schedule that prunes, and a model or run in which nothing could be."""
 

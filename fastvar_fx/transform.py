@@ -116,6 +116,7 @@ def transform(  # noqa: PLR0913
             method=method_of(method),
             live_rows=live_rows,
             buffers_caches=kv_buffer,
+            on_full=on_full,
         )
         for each in schedules
     ]
@@ -149,6 +150,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
         >>> trace(fast, lambda m: m.autoregressive_infer_cfg(1, 207))  # doctest: +SKIP
     """
     family = Engine.of(fast).family
+    family.traced = run
     with counting(family) as flops, family.whole(judges=False):
         run(fast)
     engine = family.current  # of the schedule that ran
@@ -265,7 +267,7 @@ def compile(
             replaces it.
 
     Raises:
-        ModelError: If `fast` is not transformed.
+        ModelError: If `fast` is not transformed, or was loaded by `fastvar_fx.load`.
         TypeError: For an option that `torch.compile` does not take.
         CompileError: At a later call that cannot be compiled, without `fallback`. The error names
             the block, the step and torch's reason. The block's state is as before the call.
@@ -277,8 +279,22 @@ def compile(
 
     options = {"fullgraph": fullgraph, **options}
     engine = Engine.of(fast)
+    check_traces(fast)
     run_by(fast, Compilation(engine.plan.schedule, options, fallback=fallback))
     return fast
+
+
+def check_traces(fast: nn.Module) -> None:
+    """Checks that a transformed model makes its programs itself.
+
+    Raises:
+        ModelError: If it runs on packages.
+    """
+    if Engine.of(fast).executor.packages is not None:
+        raise ModelError(
+            f"{type(fast).__name__} runs on packages, which are compiled already; transform the "
+            f"original model instead"
+        )
 
 
 def run_by(fast: nn.Module, executor: Executor) -> None:

@@ -22,7 +22,7 @@ import fastvar_fx
 import passes
 from fastvar_fx.cli import main
 from fastvar_fx.models import VAR_256, VAR_512, var
-from tests import graph_double
+from tests import graph_double, package_double
 
 ROOT: Final = Path(__file__).parent.parent
 DOCUMENTS: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -155,15 +155,19 @@ def users_names() -> dict[str, Any]:
 @pytest.mark.docs
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @documents
-def test_python_snippets(document: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_snippets(
+    document: Path, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compile = functools.partial(fastvar_fx.compile, backend=backend)
     monkeypatch.setattr(fastvar_fx, "compile", compile)
     monkeypatch.setattr(fastvar_fx, "cuda_graph", graph_double.record)
+    monkeypatch.chdir(tmp_path)
     names = users_names()
-    for language, line, text in snippets(document):
-        if language == "python":
-            padded = "\n" * (line - 1) + text  # so that an error names the document's line
-            exec(compile_snippet(padded, document), names)
+    with package_double.uncompiled():
+        for language, line, text in snippets(document):
+            if language == "python":
+                padded = "\n" * (line - 1) + text  # so that an error names the document's line
+                exec(compile_snippet(padded, document), names)
 
 
 def compile_snippet(text: str, document: Path) -> Any:

@@ -52,6 +52,8 @@ ModelError: fastvar_fx.errors
     bases FastVARError, ValueError
 NothingPrunedError: fastvar_fx.errors
     bases FastVARError, RuntimeError
+PackageError: fastvar_fx.errors
+    bases FastVARError, RuntimeError
 Report: fastvar_fx.engine.report
     bases object
     *
@@ -70,6 +72,7 @@ Report: fastvar_fx.engine.report
     peak_captured_bytes: int
     caches: Caches | None = None
     compiled: Compiled | None = None
+    packages: Packaged | None = None
     step_times: dict[int, Comparison] = <factory>
     outside_share: float | None = None
     -> None
@@ -82,6 +85,7 @@ Report: fastvar_fx.engine.report
         engine: Engine
         -> Report
     outside_share = None
+    packages = None
     property refusals
         -> tuple[Row, ...]
     property slower_steps
@@ -160,6 +164,20 @@ cuda_graph: fastvar_fx.cuda_graphs
 explain: fastvar_fx.transform
     fast: nn.Module
     -> Report
+export: fastvar_fx.shipping.export
+    fast: nn.Module
+    folder: str | Path
+    run: Callable[[Any], object] | None = None
+    -> None
+load: fastvar_fx.shipping.load
+    model: Model
+    folder: str | Path
+    *
+    step_of: StepOf | None = None
+    on_full: OnFull | None = None
+    method: str | Method | None = None
+    fallback: bool = False
+    -> Model
 measure: fastvar_fx.transform
     fast: nn.Module
     run: Callable[[Any], object]

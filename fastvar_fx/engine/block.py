@@ -26,6 +26,8 @@ RUNTIME: Final = "_fastvar"
 """The attribute of a transformed block that holds its runtime."""
 _OWN: Final = "_fastvar_own"
 """The attribute of a block that holds a forward that was set on the block itself."""
+ATTACHED: Final = (RUNTIME, _OWN)
+"""What blocks hold besides the user's attributes."""
 
 
 class BlockRuntime:
@@ -139,6 +141,11 @@ def attach(family: Family, layer: int, block: nn.Module, prunes: Sequence[bool])
     block.__class__ = type(kind.__name__, (kind,), members)
 
 
+def own_class(module: nn.Module) -> Any:
+    """Returns the user's class of a module: blocks that `attach` was called on have others."""
+    return type(module).__base__ if RUNTIME in vars(module) else type(module)
+
+
 def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
     return _NewBlock(type(self)), (), vars(self)
 
@@ -168,18 +175,21 @@ class InstanceForward:
     It may call the forward of the block's class, as hooks of accelerate and diffusers do; then it
     stays around the runtime, as if it had been set after `transform`. Or it takes that forward's
     place, as patches do; then it is what the runtime runs. The first call shows which.
+
+    Attributes:
+        own: The forward that was set.
     """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self.own = forward
         self._block = block
-        self._forward = forward
         self._stays: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one call of the block."""
         if self._stays is None:
             self._decide(args, kwargs)
-        forward = self._forward if self._stays else partial(class_forward, self._block)
+        forward = self.own if self._stays else partial(class_forward, self._block)
         return forward(*args, **kwargs)
 
     def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +197,7 @@ class InstanceForward:
         runtime: BlockRuntime = vars(block)[RUNTIME]
         object.__setattr__(block, RUNTIME, _reached)
         try:
-            with undone(Call(self._forward, block, args, kwargs)) as trial:
+            with undone(Call(self.own, block, args, kwargs)) as trial:
                 trial.run()
             self._stays = False
         except _ReachedError:
@@ -195,7 +205,7 @@ class InstanceForward:
         finally:
             object.__setattr__(block, RUNTIME, runtime)
         if not self._stays:
-            object.__setattr__(block, _OWN, self._forward)
+            object.__setattr__(block, _OWN, self.own)
             runtime.replace_forward(with_own_code(_run_own, "forward"))
 
 

@@ -26,7 +26,7 @@ from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
 from fastvar_fx.engine import inductor_linears
-from fastvar_fx.engine.block import with_own_code
+from fastvar_fx.engine.block import own_class, with_own_code
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.dense_graphs import DenseGraphs
 from fastvar_fx.engine.executor import Compiled, Executor
@@ -192,8 +192,7 @@ def _without_runtime(block: nn.Module) -> nn.Module:
 
     Transformed blocks have a class each, which would keep Dynamo from sharing what it compiles.
     """
-    kind: Any = type(block).__base__
-    plain: nn.Module = object.__new__(kind)
+    plain: nn.Module = object.__new__(own_class(block))
     object.__setattr__(plain, "__dict__", vars(block))
     return plain
 

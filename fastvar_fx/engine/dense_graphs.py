@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import passes
 from fastvar_fx.engine.call import BlockCall
-from fastvar_fx.engine.program import Match, Program
+from fastvar_fx.engine.program import Match, Program, StaysDense
 from fastvar_fx.engine.structure import Structure
 from passes.refusal import RefusedError
+
+_MOST: Final = 64
+"""Structures of a block, and programs of each, that are kept."""
 
 
 @dataclass
@@ -16,7 +20,7 @@ class _Known:
     """The programs of one block, which hold while it is built as it was."""
 
     structure: Structure
-    programs: list[Program] = field(default_factory=list)
+    programs: list[Program | StaysDense] = field(default_factory=list)
 
 
 class DenseGraphs:
@@ -28,25 +32,35 @@ class DenseGraphs:
 
     def __init__(self) -> None:
         self._made: list[tuple[passes.Fingerprint, passes.StepProgram]] = []
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, list[_Known]] = {}
 
     def program_for(self, call: BlockCall) -> Match | None:
-        """Returns a program that holds for a call, and its inputs; None if it cannot be traced."""
+        """Returns a program that holds for a call, and its inputs; None if there is none."""
         structure = Structure.of_block(call.block)
-        known = self._known.get(call.site.name)
-        if known is None or known.structure != structure:
-            known = self._known[call.site.name] = _Known(structure)
+        found = self._known.setdefault(call.site.name, [])
+        known = next((each for each in found if each.structure == structure), None)
+        if known is None:
+            known = _Known(structure)  # an edited block, or one with other state
+            found.insert(0, known)
+            del found[_MOST:]
         for program in known.programs:
             inputs = program.inputs_of(call)
             if inputs is not None:
                 return program, inputs
+        made = self._program(call)
+        if made is None:
+            return None
+        known.programs.insert(0, made)
+        del known.programs[_MOST:]
+        return made, made.inputs(call)
+
+    def _program(self, call: BlockCall) -> Program | StaysDense | None:
+        """Returns a new program for a call; None if it cannot be traced."""
         try:
             made = self._made_for(call.as_captured())
         except (RefusedError, passes.LeakedTensorError):
             return None
-        program = Program(made, call, None)
-        known.programs.append(program)
-        return program, program.inputs(call)
+        return Program(made, call, None)
 
     def _made_for(self, call: passes.Call) -> passes.StepProgram:
         mark = passes.fingerprint(call)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 
 from fastvar_fx.engine.call import BlockCall, TokenMaps
-from fastvar_fx.engine.executor import EAGER, Executor
+from fastvar_fx.engine.executor import EAGER, Executor, Ready
 from fastvar_fx.engine.generation import Generation
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
@@ -60,7 +60,9 @@ class Engine:
         own = KVBuffers() if plan.buffers_caches else None
         self.buffers: KVBuffers | None = like.buffers if like else own
         shared = like.store if like else None
-        self.store: Store = Store(plan, self.buffers, self._check_anything_pruned, shared)
+        self.store: Store = Store(
+            plan, self.buffers, self._check_anything_pruned, self._packaged, shared
+        )
         self.token_maps: TokenMaps = like.token_maps if like else {}
         steps = range(plan.schedule.steps)
         self.lengths = list(dict.fromkeys(plan.schedule.length(step) for step in steps))
@@ -85,6 +87,9 @@ class Engine:
     def report(self) -> Report:
         """Returns what every block and branch does at every step met so far."""
         return Report.of(self)
+
+    def _packaged(self, call: BlockCall, step: int) -> Ready | None:
+        return self.executor.packaged(call, step, self.index)
 
     def _check_anything_pruned(self, call: BlockCall, step: int) -> None:
         """After the last block has met the last pruned step, something must have been pruned."""

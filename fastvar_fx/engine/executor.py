@@ -9,6 +9,8 @@ from typing import Any, Final
 from torch.fx import GraphModule
 
 from fastvar_fx.engine.call import BlockCall
+from passes import StepProgram
+from passes.refusal import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,27 @@ class Compiled:
     linears: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """What a model runs that `fastvar_fx.load` returned.
+
+    Attributes:
+        folder: Where its packages are.
+        packages: How many there are.
+        used: How many of them were run so far.
+        failures: Which calls run eagerly because there is no package for them, and why.
+    """
+
+    folder: str
+    packages: int
+    used: int
+    failures: tuple[str, ...]
+
+
+Ready = tuple[int, StepProgram | Refusal]
+"""A program that need not be made, with its number; or why the block stays dense."""
+
+
 class Executor:
     """Runs what the blocks run: this one eagerly, subclasses compiled or with a clock."""
 
@@ -39,6 +62,21 @@ class Executor:
     def makes_cuda_graphs(self) -> bool:
         """Whether programs are recorded as CUDA graphs, each by itself."""
         return False
+
+    @property
+    def packages(self) -> Packaged | None:
+        """The packages that it runs; None if programs are made."""
+        return None
+
+    def packaged(self, call: BlockCall, step: int, schedule: int) -> Ready | None:
+        """Returns the program that there is for a call already; None to make one.
+
+        Args:
+            call: The call.
+            step: Its step.
+            schedule: The index of the schedule that it belongs to.
+        """
+        return None
 
     def run_program(self, graph: GraphModule, inputs: Sequence[Any], call: BlockCall) -> Any:
         """Returns the outputs of a program's graph."""

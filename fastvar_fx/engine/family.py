@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,6 +42,7 @@ class Family:
         engines: One per schedule.
         lock: Held by a block that runs, because making a program puts stand-ins into the model.
         decided: Whether there is nothing to find out: one schedule, of square maps.
+        traced: What `fastvar_fx.trace` ran last.
     """
 
     def __init__(self, plans: Iterable[Plan], executor: Executor) -> None:
@@ -53,6 +54,7 @@ class Family:
         self.lock: AbstractContextManager[Any] = threading.RLock()
         shapes = [scale for plan in (first, *others) for scale in plan.schedule.scales]
         self.decided = not others and all(scale[-1] == scale[-2] for scale in shapes)
+        self.traced: Callable[[Any], object] | None = None
         self._used: Engine | None = None
         self._threads = threading.local()  # the choice of each, for as long as it runs
 

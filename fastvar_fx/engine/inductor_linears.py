@@ -127,7 +127,7 @@ def _inductor_pass(machine: Machine) -> CustomGraphPass:
             """Returns a part of the key in Inductor's cache of graphs."""
             return get_hash_for_files((__file__,), repr((machine, machine.choice)))
 
-    _registered_op()  # a graph from Inductor's cache calls it too
+    registered_op()  # a graph from Inductor's cache calls it too
     return FasterLinears()
 
 
@@ -138,7 +138,7 @@ def move_linears(graph: Graph, machine: Machine) -> None:
     layers = {node: parts for node in graph.nodes if (parts := _linear_parts(node)) is not None}
     for node, parts in layers.items():
         with graph.inserting_before(node):
-            linear = graph.call_function(_registered_op(), parts)
+            linear = graph.call_function(registered_op(), parts)
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
         graph.erase_node(node)
@@ -172,7 +172,7 @@ def _is_transposed(node: Any) -> bool:
 
 
 @cache
-def _registered_op() -> torch._ops.OpOverload:
+def registered_op() -> torch._ops.OpOverload:
     """Returns an op that Inductor calls as it is, registered at the first use.
 
     Inductor lowers torch's own op for oneDNN only if the weight is a constant.

@@ -42,6 +42,7 @@ class Plan:
         method: Selection and restoration.
         live_rows: Which samples stay where the loop drops some; None to find out.
         buffers_caches: Whether KV caches grow in buffers.
+        on_full: What steps of ratio 1 do, as `transform` was told.
     """
 
     schedule: Schedule
@@ -54,6 +55,7 @@ class Plan:
     method: Method
     live_rows: LiveRows | None
     buffers_caches: bool
+    on_full: str | Callable[..., Any] = "skip"
 
     @cached_property
     def pruned_steps(self) -> tuple[int, ...]:

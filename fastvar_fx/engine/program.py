@@ -39,6 +39,7 @@ class Program:
     shapes, dtypes and devices, the same plain values and the same autocast.
 
     Attributes:
+        made: The program, for the places of this block.
         captured: The branches whose outputs it captures (cache step) or takes (pruned step).
         prunes: The branches that prune.
         saves: FLOPs that they leave out.
@@ -47,6 +48,7 @@ class Program:
     def __init__(self, made: StepProgram, call: BlockCall, buffers: KVBuffers | None) -> None:
         program = made.captured
         block = call.block
+        self.made = made
         self.captured = made.features
         self.prunes = made.prunes
         self.saves = sum(branch.flops - branch.pruned_flops for branch in made.branches)
@@ -85,13 +87,13 @@ class Program:
         ]
         self._result = program.result
         self._writes = [_writer(block, write) for write in program.writes]
-        self._autocast = _autocast()
+        self._autocast = autocast_dtypes()
 
     # --- which calls it holds for ----------------------------------------------------------------
 
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
-        if call.form != self._form or _autocast() != self._autocast:
+        if call.form != self._form or autocast_dtypes() != self._autocast:
             return None
         if (call.selection is not None) != self._takes_selection:
             return None
@@ -141,7 +143,7 @@ class Program:
         Those that it leaves open already are among them. Sizes below 2 stay apart: ops treat them
         in ways of their own.
         """
-        if call.form != self._form or _autocast() != self._autocast:
+        if call.form != self._form or autocast_dtypes() != self._autocast:
             return None
         if (call.selection is not None) != self._takes_selection or not self._built_like(call):
             return None
@@ -433,8 +435,11 @@ def _is_plain(value: Any) -> bool:
     return not any(isinstance(leaf, Tensor) or hasattr(leaf, "__dict__") for leaf in leaves)
 
 
-def _autocast() -> tuple[torch.dtype | None, torch.dtype | None]:
-    """The surrounding autocast, which the ops of a graph obey and its dtypes depend on."""
+def autocast_dtypes() -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Returns the dtypes of the surrounding autocast, on the CPU and the GPU.
+
+    The ops of a graph obey it, and the dtypes of its values depend on it.
+    """
     on_cpu, on_gpu = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     if not (on_cpu or on_gpu):
         return (None, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastvar_fx.engine import report_text
-from fastvar_fx.engine.executor import Compiled
+from fastvar_fx.engine.executor import Compiled, Packaged
 from passes.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ class Report:
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
         caches: How the KV caches grow; None with `kv_buffer=False`.
         compiled: What `fastvar_fx.compile` has compiled so far; None if it was not called.
+        packages: The packages that a model runs which `fastvar_fx.load` returned; else None.
         step_times: What `fastvar_fx.measure` found, by pruned step; empty if it was not called.
         outside_share: The share, from 0 to 1, that the head, the decoder and all else outside the
             blocks that prune has in the FLOPs of a generation whose drawn steps are all dense: of
@@ -221,6 +222,7 @@ class Report:
     peak_captured_bytes: int
     caches: Caches | None = None
     compiled: Compiled | None = None
+    packages: Packaged | None = None
     step_times: dict[int, Comparison] = field(default_factory=dict)
     outside_share: float | None = None
 
@@ -247,6 +249,7 @@ class Report:
             peak_captured_bytes=generation.peak_captured_bytes,
             caches=Caches.of(engine),
             compiled=engine.executor.compiled,
+            packages=engine.executor.packages,
             step_times=engine.step_times,
             outside_share=engine.outside_share,
         )

@@ -34,7 +34,7 @@ def remarks(report: Report) -> list[str]:
         whole = "of the matrix-product FLOPs of a dense generation"
         savings.append(f"outside the blocks: {share} {whole}")
     if not report.rows:
-        return [_empty(report), *savings, *_compiled_notes(report)]
+        return [_empty(report), *savings, *_compiled_notes(report), *_packages_notes(report)]
     changes = []
     for step in sorted({row.step for row in report.rows}):
         dense, pruned = report.flops(step)
@@ -114,8 +114,9 @@ def _notes(report: Report) -> list[str]:
     if report.early_calls:
         counts = ", ".join(f"{n} of {tokens} tokens" for tokens, n in report.early_calls.items())
         notes.append(f"dense, before their generation's capture: {counts}")
-    notes.append(f"tracing took {report.trace_seconds:.2f} s")
-    return [*notes, *_compiled_notes(report)]
+    did = "tracing" if report.packages is None else "comparing with what was exported"
+    notes.append(f"{did} took {report.trace_seconds:.2f} s")
+    return [*notes, *_compiled_notes(report), *_packages_notes(report)]
 
 
 def _cache_lines(caches: Caches | None) -> list[str]:
@@ -142,6 +143,14 @@ def _compiled_notes(report: Report) -> list[str]:
     text = f"torch.compile: {total} graphs for calls of {counts} token counts"
     failures = (f"not compiled, so eager: {failure}" for failure in compiled.failures)
     return [text, *filter(None, [compiled.linears]), *failures]
+
+
+def _packages_notes(report: Report) -> list[str]:
+    packages = report.packages
+    if packages is None:
+        return []
+    text = f"packages of {packages.folder}: {packages.used} of {packages.packages} used"
+    return [text, *(f"eager: {failure}" for failure in packages.failures)]
 
 
 def _payoff(report: Report) -> list[str]:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import passes
 from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.executor import Ready
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
@@ -106,6 +107,7 @@ class Store:
         plan: Plan,
         buffers: KVBuffers | None = None,
         check: Callable[[BlockCall, int], None] = lambda call, step: None,
+        ready: Callable[[BlockCall, int], Ready | None] = lambda call, step: None,
         like: Store | None = None,
     ) -> None:
         """Makes an empty store.
@@ -114,6 +116,7 @@ class Store:
             plan: What programs are to do.
             buffers: What caches grow in.
             check: Called with each call, and its step, whose program prunes nothing.
+            ready: Returns the program that there is for a call, and its step, already.
             like: The store of another schedule of the model, to share programs with.
         """
         self.records: dict[tuple[int, int], StepRecord] = {}
@@ -121,6 +124,7 @@ class Store:
         self._plan = plan
         self._buffers = buffers
         self._check = check
+        self._ready = ready
         self._pool: _Pool = like._pool if like else _Pool()
         self._met: set[tuple[Any, ...]] = set()
         self._in_vain: Counter[tuple[Any, ...]] = Counter()
@@ -201,6 +205,10 @@ class Store:
     # --- finding and making -----------------------------------------------------------------------
 
     def _find_or_make(self, call: BlockCall, step: int, role: Role) -> _Entry:
+        ready = self._ready(call, step)
+        if ready is not None:
+            number, program = ready
+            return _Entry(number, self._key(call, step), (), None, program)
         try:
             with naming_leaks(call.site.name):
                 found = self._with_open_sizes(call, step, role)

@@ -6,11 +6,13 @@ import contextlib
 import functools
 import gc
 import logging
+import sys
 import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -119,12 +121,20 @@ class Trial:
 
     def run(self) -> Any:
         """Runs the call, and returns its result."""
-        with torch.compiler.set_stance("force_eager"):
+        with _uncompiled():
             return self._forward(*self._origin["args"], **self._origin["kwargs"])
 
     def outcome(self, result: Any) -> Outcome:
         """Returns what the call returned, which is `result`, and what it changed."""
         return Outcome(self.snapshot, result, self.copy_of)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Within it, functions that `torch.compile` has compiled run eagerly."""
+    if "torch._dynamo" in sys.modules:
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()  # nothing is compiled, and importing Dynamo takes seconds
 
 
 def _private(tensor: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Programs as compiled packages in a folder, for processes that have no compiler."""
