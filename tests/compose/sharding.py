@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import (
@@ -37,6 +38,57 @@ def parallel(model: Any, mesh: Any) -> Any:
     return model
 
 
+class Guided(Toy):
+    """Draws with guidance: its batch is the conditional half, then the other one."""
+
+    def __init__(self, guidance: type[Guidance]) -> None:
+        super().__init__()
+        self.add_module("head", guidance(self.head))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return super().forward(torch.cat([labels, torch.zeros_like(labels)]))
+
+
+class Guidance(nn.Module):
+    """What the loop goes on with, after each step, from both halves."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        conditional, other = self.both(self.head(x))
+        guided: Tensor = 1.5 * conditional - 0.5 * other
+        return guided.repeat(len(x) // len(guided), 1, 1)
+
+    def both(self, made: Tensor) -> Any:
+        return made.chunk(2)
+
+
+class ApartGuidance(Guidance):
+    """The same where each process runs one half."""
+
+    def both(self, made: Tensor) -> Any:
+        halves = [torch.empty_like(made) for _ in range(PROCESSES)]
+        dist.all_gather(halves, made.contiguous())
+        return halves
+
+
+class ApartGuided(Guided):
+    def forward(self, labels: Tensor) -> Tensor:
+        half = labels if dist.get_rank() == 0 else torch.zeros_like(labels)
+        return Toy.forward(self, half)
+
+
+def check_guidance() -> None:
+    """Each process draws one half of the batch, pruned; both go on with the same pictures."""
+    want = transformed(Guided(Guidance))(LABELS)[: len(LABELS)]
+    dense = Guided(Guidance)(LABELS)[: len(LABELS)]
+    got = transformed(ApartGuided(ApartGuidance))(LABELS)
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, dense, atol=1e-2)
+
+
 def message_of(error: type[Exception], call: Any) -> str:
     try:
         call()
@@ -57,6 +109,8 @@ def check(rank: int, port: int) -> None:
     fast = transformed(Toy())
     fast(LABELS)
     assert_prunes(sharded(fast), want)
+
+    check_guidance()
 
     for before in (lambda: sharded(Toy()), lambda: parallel(Toy(), mesh)):
         told = message_of(ModelError, lambda before=before: transformed(before()))
