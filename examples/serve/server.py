@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,14 +101,15 @@ def main() -> None:
     resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
     with current_directory_importable():
         start_ray(args.metrics_port)
-    print(f"metrics for Prometheus at {metrics_address()}")
-    serve.start(http_options=serve.HTTPOptions(host=args.host, port=args.port))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        app = application(served, limits, args.replicas, resources)
-        handle = deployed(app)
-        drawing = serve.get_deployment_handle(REPLICA, APPLICATION)
-        describe(drawing.about.remote().result())
-        wait_for_signal(f"serving at http://{args.host}:{args.port}/v1")
+        print(f"metrics for Prometheus at {metrics_address()}")
+        serve.start(http_options=serve.HTTPOptions(host=args.host, port=args.port))
+        handle = deployed(application(served, limits, args.replicas, resources))
+        describe(serve.get_deployment_handle(REPLICA, APPLICATION).about.remote().result())
+        with suppress(KeyboardInterrupt):
+            print(f"serving at http://{args.host}:{args.port}/v1", flush=True)
+            signal.pause()
         handle.end.remote().result(timeout_s=limits.seconds + 5)
     finally:
         serve.shutdown()
@@ -122,14 +123,6 @@ def deployed(app: serve.Application) -> DeploymentHandle:
     except RuntimeError as error:
         found = serve.status().applications[APPLICATION].deployments[REPLICA].message
         raise SystemExit(f"no replica could start: {found}") from error
-
-
-def wait_for_signal(ready: str) -> None:
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    print(ready, flush=True)
-    told.wait()
 
 
 def start_ray(metrics_port: int | None) -> None:
