@@ -17,6 +17,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 import fastvar_fx
 from fastvar_fx.cli.options import Asked
 from fastvar_fx.cli.source import source_of
+from fastvar_fx.engine.engine import ENGINE
 from fastvar_fx.errors import ArgumentError
 from fastvar_fx.sampling.drawing import pixels_of
 from fastvar_fx.sampling.folder import png
@@ -121,7 +122,6 @@ class BatchedModel:
         takes: Takes = "prompt" if served.prompts else "class" if classes else "nothing"
         self._source, self._compiled, self._record = source, served.compiled, record
         self._trials = _TRIALS[takes]
-        self._pruned = 0.0
         self._model = source.model
         if source.schedule is not None:
             self._model = fastvar_fx.transform(
@@ -134,7 +134,7 @@ class BatchedModel:
             classes=classes,
             seconds={size: self._prepare(size) for size in sorted(served.sizes)},
             size="{1}x{0}".format(*self._draw_trial(min(served.sizes), self._trials[0]).shape[1:]),
-            pruned=self._pruned,
+            pruned=self._pruned_share(),
         )
 
     def draw(self, pictures: Sequence[Picture]) -> list[bytes | None]:
@@ -161,9 +161,7 @@ class BatchedModel:
         return time.perf_counter() - began
 
     def _trace(self, size: int, trial: Condition) -> None:
-        report = fastvar_fx.trace(self._model, lambda _: self._draw_trial(size, trial))
-        left_out = report.pruning.dropped + report.skipping.tokens
-        self._pruned = left_out / report.skipping.all_tokens
+        fastvar_fx.trace(self._model, lambda _: self._draw_trial(size, trial))
 
     def _draw_trial(self, size: int, condition: Condition) -> torch.Tensor:
         return self._pixels([Picture(0, condition)] * size)
@@ -191,8 +189,18 @@ class BatchedModel:
         self._record(size, len(pictures), time.perf_counter() - began)
         return [*files]
 
+    def _is_transformed(self) -> bool:
+        return ENGINE in vars(self._model)  # by the factory, it may be
+
+    def _pruned_share(self) -> float:
+        if not self._is_transformed():
+            return 0.0
+        report = fastvar_fx.explain(self._model)
+        left_out = report.pruning.dropped + report.skipping.tokens
+        return left_out / report.skipping.all_tokens
+
     def _end_generation(self) -> None:
-        if self._source.schedule is not None:
+        if self._is_transformed():
             fastvar_fx.reset(self._model)
 
     def _check(self) -> None:

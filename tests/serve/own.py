@@ -10,14 +10,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastvar_fx import transform
 from fastvar_fx.models.var import VAR
 from fastvar_fx.sampling.drawing import draw_var
 from tests.sampling.own import SCHEDULE, var
 
-__all__ = ["SCHEDULE", "draw", "var"]
+__all__ = ["SCHEDULE", "draw", "transformed", "var"]
 
 FAIL, BREAK, WAIT = range(2**31, 2**31 + 3)
 _broken: set[VAR] = set()
+
+
+def transformed() -> VAR:
+    return transform(var(), SCHEDULE)
 
 
 def draw(model: VAR, seeds: Sequence[int], classes: Sequence[int]) -> Tensor:

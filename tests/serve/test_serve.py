@@ -213,6 +213,17 @@ def test_batches_are_traced_at_the_start(folder: Path) -> None:
     assert [batch[:2] for batch in recorded] == [(2, 1)]
 
 
+def test_a_factory_returns_a_transformed_model(model: replica.BatchedModel) -> None:
+    asked = asked_for("tests.serve.own:transformed")
+    served = replica.Served(asked=asked, draw=DRAW, dense=True, classes=10, sizes=(2,))
+    own_model = replica.BatchedModel(served, lambda *batch: None)
+    assert own_model.about.pruned == model.about.pruned
+    assert own_model.draw([replica.Picture(own.FAIL, 5)]) == [None]
+    np.testing.assert_allclose(
+        pixels(own_model.draw(ASKED[:1])[0]), pixels(model.draw(ASKED[:1])[0]), atol=1
+    )
+
+
 def test_a_picture_that_fails_fails_alone(model: replica.BatchedModel) -> None:
     (good,) = model.draw([replica.Picture(5, 5)])
     files = model.draw([replica.Picture(5, 5), replica.Picture(own.FAIL, 5)])
