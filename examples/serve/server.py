@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -99,6 +100,7 @@ def main() -> None:
     )
     limits = Limits(images=args.images, queue=args.queue, seconds=args.seconds)
     resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
+    check_free(args.host, args.port)
     with current_directory_importable():
         start_ray(args.metrics_port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -116,6 +118,18 @@ def main() -> None:
         ray.shutdown()
 
 
+def check_free(host: str, port: int) -> None:
+    """Ends if the address cannot be listened at, where Ray would try again for ever."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(
+                f"asked to listen at {host}:{port}: {error.strerror}; give another --port or --host"
+            ) from error
+
+
 def deployed(app: serve.Application) -> DeploymentHandle:
     """Returns what answers requests, when replicas are ready."""
     try:
@@ -131,6 +145,7 @@ def start_ray(metrics_port: int | None) -> None:
         ray.init()
         return
     ray.init(
+        address="local",
         include_dashboard=False,
         object_store_memory=_OBJECTS,
         _metrics_export_port=metrics_port,

@@ -572,6 +572,15 @@ def test_time_out_and_graceful_end(tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+def test_an_address_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = Server(tmp_path, "--port", taken.getsockname()[1])
+        assert server.process.wait(300) == 1
+    assert "Address already in use; give another --port" in server.log.read_text()
+
+
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     server = Server(tmp_path, "--draw", "tests.serve.own:absent")
     assert server.process.wait(300) == 1
