@@ -71,7 +71,9 @@ class Setting:
     def name(self) -> str:
         """A name for files and progress, such as `fastvar 0.5 0.75 from 7`."""
         ratios = " ".join(f"{ratio:g}" for ratio in self.schedule.ratios)
-        return f"{self.method} {ratios} from {self.schedule.cache_step}"
+        until = self.schedule.guidance_until
+        ends = "" if until is None else f" unguided from {until}"
+        return f"{self.method} {ratios} from {self.schedule.cache_step}{ends}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Tried:
     def at(self, *ratios: float, cache_step: int | None = None, method: str = FASTVAR) -> Setting:
         return Setting(Schedule(self.scales, ratios, cache_step=cache_step), method)
 
+    def unguided(self, last: int, *ratios: float) -> Setting:
+        """Returns a setting without guidance at the last steps."""
+        until = len(self.scales) - last
+        return Setting(Schedule(self.scales, ratios, guidance_until=until))
+
     def by(self, *methods: str) -> dict[str, Setting]:
         return {m.replace("-", " "): self.at(*PAPER, method=m) for m in methods}
 
@@ -118,6 +125,7 @@ def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
         reuse,
         speed,
         published,
+        guidance,
     )
     return tuple(section(Tried(scales)) for section in ablations)
 
@@ -233,6 +241,21 @@ def published(tried: Tried) -> Section:
     )
 
 
+def guidance(tried: Tried) -> Section:
+    pruned = percent(*PAPER)
+    return Section(
+        "Guidance off at the last steps, alone and with FastVAR",
+        "None: the paper keeps guidance on.",
+        {
+            "off at the last step": tried.unguided(1),
+            "off at the last three": tried.unguided(3),
+            f"FastVAR, {pruned}": tried.paper,
+            f"FastVAR, {pruned}, off at the last step": tried.unguided(1, *PAPER),
+            f"FastVAR, {pruned}, off at the last three": tried.unguided(3, *PAPER),
+        },
+    )
+
+
 def first_than_others(settings: dict[str, Setting]) -> tuple[tuple[str, str], ...]:
     first, *others = settings
     return tuple((first, other) for other in others)
@@ -273,7 +296,7 @@ def measure(
     for setting, path in missing.items():
         assert baseline is not None
         begun = time.perf_counter()
-        fast = transform(model.model, setting.schedule, method=setting.method)
+        fast = transform(model.model, setting.schedule, conditional="first", method=setting.method)
         write(path, baseline.compare(fast, setting.schedule))
         print(f"{setting.name}: {time.perf_counter() - begun:.1f} s", flush=True)
     return {setting: read(path) for setting, path in found.items()}
@@ -317,7 +340,7 @@ def time_settings(model: Case, settings: Iterable[Setting], repeats: int) -> dic
     runs: dict[Setting, Runs] = {}
     for setting in dict.fromkeys(settings):
         schedule = setting.schedule
-        fast = transform(model.model, schedule, method=setting.method)
+        fast = transform(model.model, schedule, conditional="first", method=setting.method)
         model.draw(fast, 0)  # makes its programs, whose FLOPs do not count
         runs[setting] = subject.runs(fast, schedule.steps - len(schedule.full_steps))
         runs[setting].count()

@@ -17,12 +17,13 @@ from fastvar_fx.engine.engine import ENGINE, Engine
 from fastvar_fx.engine.executor import EAGER, Executor
 from fastvar_fx.engine.family import Family
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
+from fastvar_fx.engine.guidance import hook
 from fastvar_fx.engine.outside import counting
 from fastvar_fx.engine.overrides import watch
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install
-from fastvar_fx.errors import ModelError, NothingPrunedError, RunError, ScheduleError
+from fastvar_fx.errors import ArgumentError, ModelError, NothingPrunedError, RunError, ScheduleError
 from fastvar_fx.measuring.step_times import time_steps
 from fastvar_fx.methods import Method, method_of
 from fastvar_fx.schedule import Schedule
@@ -42,6 +43,7 @@ def transform(  # noqa: PLR0913
     step_of: StepOf | None = None,
     on_full: OnFull = "skip",
     live_rows: LiveRows | None = None,
+    conditional: LiveRows | None = None,
     kv_buffer: bool = True,
     strict: bool = True,
     dump_dir: str | Path | None = None,
@@ -69,6 +71,9 @@ def transform(  # noqa: PLR0913
         live_rows: Which samples stay, "first" or "last", where the loop drops some of the batch
             after the cache step, as when it switches guidance off. None infers it from the slices
             that the loop makes of the block's caches and other inputs.
+        conditional: Which half of the batch is the conditional one, "first" (VAR, HART, Infinity)
+            or "last". Schedules with `guidance_until` need it: it is not guessed. None means
+            `live_rows`.
         kv_buffer: Whether KV caches that a block grows by `torch.cat` grow in place, in buffers of
             their final length, from the cache step on. The caches hold the same values, but are
             views with gaps between their rows, and an older one shares memory with the newer. They
@@ -92,8 +97,9 @@ def transform(  # noqa: PLR0913
     """
     _check_model(model)
     kinds = _check_kinds(branches)
-    if live_rows not in (None, *LIVE_ROWS):
-        raise ValueError(f"live_rows is one of {LIVE_ROWS}, or None; found {live_rows!r}")
+    for name, half in {"live_rows": live_rows, "conditional": conditional}.items():
+        if half not in (None, *LIVE_ROWS):
+            raise ValueError(f"{name} is one of {LIVE_ROWS}, or None; found {half!r}")
     found = find_blocks(model, blocks)
     for name, block in found.items():
         _check_not_scripted(name, block)
@@ -104,6 +110,7 @@ def transform(  # noqa: PLR0913
             f"the schedules of one model skip the same steps; found {[skipped, *others]}, counted "
             f"from 0. Transform the model once for each of these"
         )
+    conditional = conditional or live_rows
     plans = [
         Plan(
             schedule=each,
@@ -115,22 +122,28 @@ def transform(  # noqa: PLR0913
             dump_dir=Path(dump_dir) if dump_dir is not None else None,
             method=method_of(method),
             live_rows=live_rows,
+            conditional=conditional,
             buffers_caches=kv_buffer,
             on_full=on_full,
         )
         for each in schedules
     ]
+    for plan in plans:
+        _check_guidance(plan)
     family = Family(plans, EAGER)
+    ends_guidance = any(plan.unguided_steps for plan in plans)
     fast, copies = copy_structure(model, found.values())
     for layer, block in enumerate(found.values()):
         prunes = [plan.prunes(layer) for plan in plans]
-        if any(prunes) or skipped:
+        if any(prunes) or skipped or ends_guidance:
             attach(family, layer, copies[id(block)], prunes)
     if skipped:
         install(fast, family.current, on_full)
     object.__setattr__(fast, ENGINE, family)
-    if skipped or any(plan.pruned_steps for plan in plans):
+    if skipped or any(plan.changed_steps for plan in plans):
         watch(fast)
+    if ends_guidance:
+        hook(fast, family, [copies[id(block)] for block in found.values()])
     return cast("Model", fast)
 
 
@@ -159,11 +172,11 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     watched = engine.generation.watch
     engine.generation.check_ended()
     report = engine.report()
-    if plan.pruned_steps and not any(step in plan.pruned_steps for _, step in store.records):
-        wanted = [plan.schedule.length(step) for step in plan.pruned_steps]
+    if plan.changed_steps and not any(step in plan.changed_steps for _, step in store.records):
+        wanted = [plan.schedule.length(step) for step in plan.changed_steps]
         watched.cut_off()
         raise NothingPrunedError(
-            f"the schedule prunes steps of {wanted} tokens, but the run never came to one; "
+            f"the schedule changes steps of {wanted} tokens, but the run never came to one; "
             f"its blocks saw token counts {engine.generation.seen or 'no call of a block'}. Give "
             f"the schedule that the loop runs, or name the blocks with blocks="
         )
@@ -171,7 +184,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     if report.unmet:
         steps = ", ".join(f"{step} ({tokens} tokens)" for step, tokens in report.unmet.items())
         raise RunError(
-            f"the schedule prunes step {steps}, but no block met it in the run, only token counts "
+            f"the schedule changes step {steps}, but no block met it in the run, only token counts "
             f"{engine.generation.seen} and the steps before. Give the schedule that the loop runs"
         )
     return report
@@ -342,6 +355,24 @@ def _check_not_scripted(name: str, module: nn.Module) -> None:
         raise ModelError(f"{name} is a module of torch.jit: {SCRIPTED}")
 
 
+def _check_guidance(plan: Plan) -> None:
+    until = plan.schedule.guidance_until
+    if until is None:
+        return
+    if plan.conditional is None:
+        raise ArgumentError(
+            f"the schedule ends guidance at step {until}, and which half of the batch is the "
+            f'conditional one is unknown: pass conditional="first" or "last" to transform. It is '
+            f"the half whose logits the loop weights positively, the first in VAR, HART and "
+            f"Infinity"
+        )
+    if not plan.unguided_steps:
+        raise ScheduleError(
+            f"guidance_until={until} is a step that is skipped, as are all after it: steps "
+            f"{list(plan.skipped_steps)} have ratio 1. Give an earlier step, or none"
+        )
+
+
 def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:
     if branches is None:
         return KINDS
@@ -361,8 +392,6 @@ def _check_schedule(
             f"transform takes a fastvar_fx.Schedule; found {type(schedule).__name__}. Named ones "
             f"come from Schedule.preset(name)"
         )
-    if schedule.guidance_until is not None:
-        raise ScheduleError("guidance_until is not supported yet; leave it out")
     beyond = [layer for layer in schedule.layers or () if layer >= blocks]
     if beyond:
         raise ScheduleError(
@@ -379,13 +408,15 @@ def _check_schedule(
         )
     skipped = _skipped_steps(schedule, on_full)
     steps = range(schedule.steps - len(skipped))
-    if step_of is not None or not any(step in schedule.pruned_steps for step in steps):
+    pruned = any(step in schedule.pruned_steps for step in steps)
+    late = [s for s in steps if (pruned and s >= schedule.cache_step) or not schedule.guided(s)]
+    if step_of is not None or not late:
         return skipped
     counts = [schedule.length(step) for step in steps]
-    shared = [step for step in steps[schedule.cache_step :] if counts.count(counts[step]) > 1]
+    shared = [step for step in late if counts.count(counts[step]) > 1]
     if shared:
         raise ScheduleError(
-            f"from the cache step on, the token count must determine the step, but steps {shared} "
+            f"from step {late[0]} on, the token count must determine the step, but steps {shared} "
             f"share theirs with another ({[counts[s] for s in shared]} tokens); pass step_of="
         )
     return skipped

@@ -13,6 +13,7 @@ from passes.analyse.caches import FindCaches
 from passes.analyse.costs import CountFlops
 from passes.analyse.counts import CheckCounts
 from passes.analyse.prunable import CheckPrunable
+from passes.analyse.rows import Half, RowDim, find_rows
 from passes.base import (
     Context,
     Draft,
@@ -28,6 +29,7 @@ from passes.refusal import Refusal, RefusedError
 from passes.rewrite.capture_outputs import CaptureOutputs
 from passes.rewrite.kv_append import AppendKV
 from passes.rewrite.prune import Operators, Prune, Step
+from passes.rewrite.rows import DropRows
 from passes.rewrite.share_selection import ShareSelection
 from passes.trace.calls import Call, Reference, live_inputs, reference
 from passes.trace.capture import Capture
@@ -57,21 +59,27 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     AppendKV(),
     VerifyBuffered(),
     ShareSelection(),  # pruned steps only
+    DropRows(),  # steps without guidance only
 )
 """The passes in the order they run; each does nothing where it does not apply."""
 
 TRANSLATION: Final[tuple[Pass, ...]] = (Capture(), VerifyTranslation())
 """The passes that make a call a graph, and nothing else."""
 
+ROWS: Final[tuple[Pass, ...]] = (*TRANSLATION, DropRows())
+"""The passes that make a call a graph of some rows of the batch, and nothing else."""
+
 __all__ = [
     "OWNER",
     "PIPELINE",
+    "ROWS",
     "TRANSLATION",
     "Call",
     "Context",
     "Draft",
     "Dump",
     "Fingerprint",
+    "Half",
     "LeakedTensorError",
     "OperatorError",
     "Operators",
@@ -80,8 +88,10 @@ __all__ = [
     "Reference",
     "Refusal",
     "RefusedError",
+    "RowDim",
     "Step",
     "StepProgram",
+    "find_rows",
     "fingerprint",
     "live_inputs",
     "reference",

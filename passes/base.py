@@ -70,6 +70,7 @@ class StepProgram:
         caches: The caches that the graph grows.
         buffered: The same program on buffers, if any cache can be in one.
         seconds: How long each pass took.
+        refusal: Why it drops rows of the batch and does nothing else.
     """
 
     captured: BlockProgram = field(default=_UNSET, repr=False)
@@ -80,6 +81,7 @@ class StepProgram:
     caches: tuple[Growth | Copied, ...] = ()
     buffered: Buffered | None = field(default=None, repr=False)
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
+    refusal: Refusal | None = None
 
     @property
     def prunes(self) -> tuple[int, ...]:

@@ -72,6 +72,9 @@ CODES: Final = {
         "the block does not run on the kept tokens alone",
         "hand in what has an entry per token, or keep it in an attribute of the block",
     ),
+    "FVX024": Code(
+        "half of the batch cannot be dropped", "leave guidance_until out of the schedule"
+    ),
 }
 """Stable refusal codes; the reason of a refusal adds the case at hand."""
 

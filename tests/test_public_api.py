@@ -67,6 +67,7 @@ Report: fastvar_fx.engine.report
     early_calls: dict[int, int]
     trace_seconds: float
     skipping: Skipping
+    guidance: Guidance
     pruning: Pruning
     captured_bytes: int
     peak_captured_bytes: int
@@ -224,6 +225,7 @@ transform: fastvar_fx.transform
     step_of: StepOf | None = None
     on_full: OnFull = 'skip'
     live_rows: LiveRows | None = None
+    conditional: LiveRows | None = None
     kv_buffer: bool = True
     strict: bool = True
     dump_dir: str | Path | None = None

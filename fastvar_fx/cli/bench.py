@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.table import Table
 
-from fastvar_fx.cli.options import Json
+from fastvar_fx.cli.options import GuidanceUntil, Json, with_guidance
 from fastvar_fx.cli.terminal import (
     environment,
     environment_line,
@@ -105,6 +105,7 @@ def run_bench(
     repeats: Repeats = 5,
     seconds: Seconds = 290.0,
     rows: Rows = None,
+    guidance_until: GuidanceUntil = None,
     compiled: Compiled = True,
     steps: Steps = False,
     modules: Modules = False,
@@ -115,14 +116,21 @@ def run_bench(
     """Measure a model dense and pruned, eager and compiled, in alternating runs."""
     budget = Budget(seconds)
     chosen, sizes = preset(preset_name), _pixels(resolutions)
+    schedule = with_guidance(chosen.schedule, guidance_until)
     for pixels in sizes:
         schedule_at(chosen.schedule, pixels)  # refuses what has no whole tokens, before all else
-    variants = _variants(rows, chosen.schedule, compiled=compiled)
+    variants = _variants(rows, schedule, compiled=compiled)
     if plot is not None:
         make_folder(plot)
     with show_progress(budget) as progress:
         result = measure_rows(
-            preset_name, variants, batch=batch, repeats=repeats, budget=budget, progress=progress
+            preset_name,
+            variants,
+            schedule=schedule,
+            batch=batch,
+            repeats=repeats,
+            budget=budget,
+            progress=progress,
         )
         measured = _Measured(
             result,
@@ -177,6 +185,7 @@ def _as_dict(measured: _Measured) -> dict[str, Any]:
             for variant, (skipped, pruned) in result.saved.items()
         },
         "slower_steps": {str(variant): s for variant, s in result.slower_steps.items()},
+        "savings": result.savings,
         "left_out": list(map(str, result.left_out)),
         "failed": {str(variant): error for variant, error in result.failed.items()},
     }
@@ -262,6 +271,7 @@ def _remarks(result: Result) -> Iterator[str]:
         yield "graph: a replayed CUDA graph of the token loop, all of which counts as ms."
     yield from _doubts(result)
     yield from _savings(result)
+    yield from result.savings
     for variant, steps in result.slower_steps.items():
         for step in steps:
             yield (

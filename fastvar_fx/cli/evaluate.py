@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from fastvar_fx.cli.options import (
+    GuidanceUntil,
     Json,
     MethodName,
     PresetName,
@@ -18,6 +19,7 @@ from fastvar_fx.cli.options import (
     ScheduleFile,
     chosen_schedule,
     class_list,
+    with_guidance,
 )
 from fastvar_fx.cli.terminal import (
     environment,
@@ -64,6 +66,7 @@ def run_evaluate(
     preset: PresetName = None,
     schedule: ScheduleFile = None,
     ratios: Ratios = None,
+    guidance_until: GuidanceUntil = None,
     method: MethodName = "fastvar",
     metrics: Metrics = _ALL,
     classes: Classes = None,
@@ -75,7 +78,9 @@ def run_evaluate(
 ) -> None:
     """Compare the pruned model with the dense one and with held-out images: quality and speed."""
     wanted = check_metrics([name for name in metrics.split(",") if name])
-    chosen = chosen_schedule(model, preset, schedule, ratios, own_schedule(model))
+    chosen = with_guidance(
+        chosen_schedule(model, preset, schedule, ratios, own_schedule(model)), guidance_until
+    )
     with show_progress() as progress:
         progress("building the model")
         asked = class_list(classes)

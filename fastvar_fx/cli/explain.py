@@ -12,6 +12,8 @@ from fastvar_fx.cli.options import (
     Asked,
     Batch,
     Blocks,
+    Conditional,
+    GuidanceUntil,
     Json,
     MethodName,
     ModelName,
@@ -41,6 +43,8 @@ def run_explain(
     preset: PresetName = None,
     schedule: ScheduleFile = None,
     ratios: Ratios = None,
+    guidance_until: GuidanceUntil = None,
+    conditional: Conditional = None,
     blocks: Blocks = None,
     run: Run = None,
     batch: Batch = None,
@@ -56,6 +60,8 @@ def run_explain(
         preset=preset,
         schedule_file=schedule,
         ratios=ratios,
+        guidance_until=guidance_until,
+        conditional=conditional,
         blocks=blocks,
         run=run,
         batch=batch,
@@ -63,7 +69,12 @@ def run_explain(
     subject = asked.subject()
     with nullcontext() if as_html is None else written_whole(as_html) as page:
         fast = transform(
-            subject.model, subject.schedule, blocks=blocks, on_full=on_full.value, method=method
+            subject.model,
+            subject.schedule,
+            blocks=blocks,
+            on_full=on_full.value,
+            conditional=subject.conditional,
+            method=method,
         )
         failure = None
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvar_fx import methods
 from fastvar_fx.cli.terminal import usage
 from fastvar_fx.cli.user_code import call_factory, load, users_code
+from fastvar_fx.engine.plan import LiveRows
 from fastvar_fx.errors import ModelError, RunError, ScheduleError, did_you_mean
 from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.models import checkpoints, demo_weights, var
@@ -47,6 +48,13 @@ class OnFull(Enum):
     CACHE = "cache"
 
 
+class HalfName(Enum):
+    """Choices of `--conditional`."""
+
+    FIRST = "first"
+    LAST = "last"
+
+
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -62,6 +70,22 @@ ScheduleFile = Annotated[
 Ratios = Annotated[
     str | None,
     typer.Option("--ratios", help="Pruning ratios of the last steps, such as 0.5,0.75."),
+]
+GuidanceUntil = Annotated[
+    int | None,
+    typer.Option(
+        "--guidance-until",
+        min=1,
+        help="First step without guidance, counted from 0: from there on the blocks run the "
+        "conditional half of the batch.",
+    ),
+]
+Conditional = Annotated[
+    HalfName | None,
+    typer.Option(
+        "--conditional",
+        help="Which half of the batch is the conditional one, for a model of your own.",
+    ),
 ]
 Blocks = Annotated[
     str | None,
@@ -97,7 +121,18 @@ class Asked:
     blocks: str | None
     run: str | None
     batch: int | None
+    guidance_until: int | None = None
+    conditional: HalfName | None = None
     seed: int = 0
+
+    @property
+    def half(self) -> LiveRows | None:
+        """Which half of the batch is the conditional one; the first in the named models."""
+        if ":" not in self.model:
+            return "first"
+        if self.conditional is None:
+            return None
+        return "first" if self.conditional is HalfName.FIRST else "last"
 
     def subject(self) -> Subject:
         """Builds the model and its schedule."""
@@ -106,6 +141,8 @@ class Asked:
     def _named_model(self) -> Subject:
         if self.run is not None:
             usage(f"--run is for package.module:factory; {self.model} has its own generation loop")
+        if self.conditional is not None:
+            usage(f"--conditional is for package.module:factory; it is known of {self.model}")
         schedule = self.chosen_schedule(self._named_scales())
         sides = _square_sides(schedule)
         try:
@@ -139,12 +176,21 @@ class Asked:
             usage("--batch is for the named models; your --run function decides the batch")
         schedule = self.chosen_schedule(None)
         run = users_code(f"--run {self.run}", RunError)(load(self.run, "--run"))
-        return Subject(self.model, call_factory(self.model), schedule, run, self.blocks, self.seed)
+        return Subject(
+            self.model,
+            call_factory(self.model),
+            schedule,
+            run,
+            self.blocks,
+            self.seed,
+            conditional=self.half,
+        )
 
     def chosen_schedule(self, own: Sequence[int] | None) -> Schedule:
         """Returns the schedule that is asked for; `own` are the scales of a named model."""
         base = None if own is None else Schedule(own, _RATIOS)
-        return chosen_schedule(self.model, self.preset, self.schedule_file, self.ratios, base)
+        chosen = chosen_schedule(self.model, self.preset, self.schedule_file, self.ratios, base)
+        return with_guidance(chosen, self.guidance_until)
 
 
 def chosen_schedule(
@@ -162,6 +208,11 @@ def chosen_schedule(
     else:
         usage(f"{model} needs --preset NAME or --schedule FILE with the scales it draws")
     return base if ratios is None else _with_ratios(base, ratios)
+
+
+def with_guidance(schedule: Schedule, until: int | None) -> Schedule:
+    """Returns a schedule whose guidance ends at a step; None leaves it as it is."""
+    return schedule if until is None else replace(schedule, guidance_until=until)
 
 
 def _with_ratios(schedule: Schedule, text: str) -> Schedule:

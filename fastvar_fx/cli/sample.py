@@ -22,6 +22,8 @@ from fastvar_fx.cli.options import (
     NAMES,
     Asked,
     Blocks,
+    Conditional,
+    GuidanceUntil,
     MethodName,
     OnFull,
     OnFullName,
@@ -32,6 +34,7 @@ from fastvar_fx.cli.options import (
 )
 from fastvar_fx.cli.source import Source, source_of
 from fastvar_fx.cli.terminal import usage
+from fastvar_fx.engine.plan import LiveRows
 from fastvar_fx.errors import ArgumentError
 from fastvar_fx.sampling.drawing import fingerprint
 from fastvar_fx.sampling.folder import Folder
@@ -92,6 +95,8 @@ def run_sample(
     preset: PresetName = None,
     schedule: ScheduleFile = None,
     ratios: Ratios = None,
+    guidance_until: GuidanceUntil = None,
+    conditional: Conditional = None,
     blocks: Blocks = None,
     on_full: OnFullName = OnFull.SKIP,
     method: MethodName = "fastvar",
@@ -105,11 +110,14 @@ def run_sample(
         preset=preset,
         schedule_file=schedule,
         ratios=ratios,
+        guidance_until=guidance_until,
+        conditional=conditional,
         blocks=blocks,
         run=None,
         batch=batch,
     )
-    if dense and (preset, schedule, ratios, blocks, method) != (None, None, None, None, "fastvar"):
+    options = (preset, schedule, ratios, guidance_until, conditional, blocks)
+    if dense and (method != "fastvar" or any(option is not None for option in options)):
         usage("--dense prunes nothing: leave out the options of schedule, blocks and method")
     began = time.monotonic()
     with joined() as processes:
@@ -123,13 +131,18 @@ def run_sample(
             "images": str(conditions),
             "seed": seed,
             "batch": batch,
-            **_pruning(source.schedule, method, on_full, blocks),
+            **_pruning(source.schedule, method, on_full, blocks, asked.half),
         }
         if source.schedule is None:
             drawn_by = source.model
         else:
             drawn_by = transform(
-                source.model, source.schedule, blocks=blocks, on_full=on_full.value, method=method
+                source.model,
+                source.schedule,
+                blocks=blocks,
+                on_full=on_full.value,
+                conditional=asked.half,
+                method=method,
             )
         with _progress() as show:
             sampler = Sampler(
@@ -169,12 +182,18 @@ def _conditions(source: Source, classes: str | None, prompts: Path | None) -> Co
 
 
 def _pruning(
-    schedule: Schedule | None, method: str, on_full: OnFull, blocks: str | None
+    schedule: Schedule | None,
+    method: str,
+    on_full: OnFull,
+    blocks: str | None,
+    conditional: LiveRows | None,
 ) -> dict[str, Any]:
     """Returns how the model is pruned, as plain data."""
     if schedule is None:
         return {"method": "dense"}
     how = {"method": method, "on_full": on_full.value, "blocks": blocks}
+    if schedule.guidance_until is not None:
+        how["conditional"] = conditional
     return {**how, **json.loads(schedule.to_json())}
 
 

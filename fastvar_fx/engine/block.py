@@ -111,10 +111,11 @@ def _run(engine: Engine, call: BlockCall, executor: Executor) -> Any:
 def _execute(
     engine: Engine, call: BlockCall, role: Role, executor: Executor
 ) -> tuple[Any, Captured]:
-    if role.step is None:
+    step = role.step if call.unguided is None else call.unguided.step
+    if step is None:
         return executor.run_dense(call), {}
-    program, inputs = engine.store.program_for(call, role)
-    return program.run(call, inputs, role.captured, executor)
+    program, inputs = engine.store.program_for(call, role, step)
+    return program.run(call, inputs, call.left(role.captured), executor)
 
 
 def attach(family: Family, layer: int, block: nn.Module, prunes: Sequence[bool]) -> None:

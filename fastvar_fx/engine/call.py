@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastvar_fx.engine.guidance import Unguided
 from fastvar_fx.engine.structure import Structure
 from fastvar_fx.engine.token_map import find_token_map, naming_leaks
-from fastvar_fx.engine.track import Storages, storages
-from passes import Call
+from fastvar_fx.engine.track import Captured, Storages, storages
+from passes import Call, RowDim
 from passes.trace.state import Path, Roots, roots
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BlockSite:
         prunes: Whether the schedule prunes it.
         programs: Its programs by step; they hold while the block is built as it was.
         paths: Where the token map is, by the forms of calls met so far.
+        row_dims: Which dims of its inputs range over the batch, as far as they were looked for.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class BlockSite:
         self.programs: dict[int, list[Any]] = {}
         self._structure: Structure | None = None
         self.paths = maps.setdefault(forward, {})
+        self.row_dims: dict[Path, RowDim] = {}
 
     def use_forward(self, forward: Forward) -> None:
         """Replaces the forward, whose arguments may be other ones."""
@@ -58,6 +61,7 @@ class BlockSite:
         structure = Structure.of_block(block)
         if self._structure != structure:
             self.programs.clear()
+            self.row_dims.clear()
             self._structure = structure
 
     def find_path(
@@ -83,6 +87,7 @@ class BlockCall:
         x: The token map (B, L, C).
         tokens: Its token count L.
         selection: What another block has selected for this step; None to select anew.
+        unguided: The step that it runs without guidance; None for one with guidance.
         compiling: Whether `torch.compile` traces the call: then nothing may be noted or made.
         matched: What `match` found.
     """
@@ -107,6 +112,7 @@ class BlockCall:
         self.x: Tensor = args[key] if root == "args" else kwargs[key]
         self.tokens: int = self.x.shape[1]
         self.selection: Sequence[Tensor] | None = None
+        self.unguided: Unguided | None = None
         self.compiling = compiling
         self.matched: Match | None = None
         self._reads: Storages | None = None
@@ -139,3 +145,10 @@ class BlockCall:
         """Returns the call as the compiler takes it."""
         run = partial(self.site.forward, self.block)
         return Call(run, self.block, self.args, self.kwargs, self.path)
+
+    def left(self, captured: Captured) -> Captured:
+        """Returns what the call needs of captured outputs, which may be of the whole batch."""
+        if self.unguided is None:
+            return captured
+        rows, batch = RowDim(0).rows(self.unguided.half), len(self.x)
+        return {i: rows.of(x) if len(x) == batch else x for i, x in captured.items()}

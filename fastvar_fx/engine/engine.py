@@ -94,7 +94,7 @@ class Engine:
     def _check_anything_pruned(self, call: BlockCall, step: int) -> None:
         """After the last block has met the last pruned step, something must have been pruned."""
         plan, store = self.plan, self.store
-        if step != plan.pruned_steps[-1] or store.pruned_anything:
+        if step not in plan.pruned_steps[-1:] or store.pruned_anything:
             return
         cache_step = plan.schedule.cache_step
         if call.site.layer != max(layer for layer, met in store.records if met == cache_step):

@@ -137,6 +137,9 @@ class Family:
             RunError: If it is pruned in one way by one schedule and in another by the next.
         """
         captures = [each for each in seen if each.role.captures]
+        unguided = {each.call.unguided for each in seen}
+        if len(unguided) > 1:
+            self._raise_undecided(seen[0].call, [each.engine.plan.schedule for each in seen])
         steps = [(each.engine, each.role.step) for each in seen if each.role.step is not None]
         if len(steps) == len(captures):  # none prunes
             return captures[0] if captures else seen[0]
@@ -192,6 +195,8 @@ class Family:
                 within.enter_context(engine.generation.skipped.whole())
             yield
         generation = self.current.generation
+        if generation.watch.drew_steps and not generation.watch.within:
+            generation.end_loop()
         if judges and not generation.watch.within:
             generation.watch.finished()
             if generation.watch.drew_steps:

@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.guidance import Unguided, check_halves
 from fastvar_fx.engine.loop import Loop, Place, Selected
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
@@ -89,6 +90,7 @@ class Generation:
         self._end = len(self._positions) - 1
         late = (schedule.cache_step, *plan.pruned_steps) if plan.pruned_steps else ()
         self._late_steps = {schedule.length(step): step for step in late}
+        self._unguided = {schedule.length(step): step for step in plan.unguided_steps}
 
     # --- the state machine ----------------------------------------------------------------------
 
@@ -104,6 +106,13 @@ class Generation:
             self._loop = self._thread_loop()
         if self.plan.skipped_steps and self._loop.skipped.passes(call):
             return PASS
+        role = self._role(call)
+        if self.plan.unguided_steps:
+            self._end_guidance(call, role)
+        return role
+
+    def _role(self, call: BlockCall) -> Role:
+        """Returns the role of a call at a step that is not skipped."""
         if not (self.prunes and call.site.prunes):
             return DENSE
         step = self._late_step(call)
@@ -135,6 +144,48 @@ class Generation:
             role.track.note_written(call, result)
         if self.plan.skipped_steps:
             self._loop.skipped.returned(call, result)
+
+    def _end_guidance(self, call: BlockCall, role: Role) -> None:
+        """Makes a call at a step without guidance run the conditional half of its batch.
+
+        Raises:
+            RunError: If the batch has no two halves of the same images.
+        """
+        plan, batch = self.plan, call.x.shape[0]
+        step = role.step
+        if step is None and self.prunes:
+            step = self._unguided_step(call)
+        if step not in plan.unguided_steps:
+            if self._loop.unguided is not None:
+                self._loop.unguided = None
+            return
+        if batch % 2:
+            raise RunError(
+                f"{call.site.name} at step {step}: guidance_until takes the two halves of a batch "
+                f"for the same images with and without condition; found a batch of {batch}"
+            )
+        if not call.compiling:
+            self._check_structure(call, step)
+            self._loop.watch.changed(self._length(call, step))
+        tokens = (plan.schedule.tokens(step), call.tokens)
+        call.unguided = Unguided(step, plan.half(batch), tokens)
+        if call.site.layer == 0:
+            check_halves(call, call.unguided, plan.around(step, call.tokens))
+        self._loop.unguided = call.unguided
+
+    def _check_structure(self, call: BlockCall, step: int) -> None:
+        """Drops a block's programs if it was edited; users edit models between generations."""
+        if step == self.plan.first_program(prunes=call.site.prunes):
+            call.site.check_structure(call.block)
+
+    def _unguided_step(self, call: BlockCall) -> int | None:
+        """Returns the step of a call that runs dense, if it has no guidance."""
+        if self.plan.step_of is not None:
+            return self.plan.step_of(call.block, call.args, call.kwargs)
+        if not call.site.prunes and not call.compiling:
+            self._loop.watch.saw(call.tokens, call.site.layer)
+        early = call.site.prunes and call.tokens in self._late_steps  # such as source tokens
+        return None if early else self._unguided.get(call.tokens)
 
     def _late_step(self, call: BlockCall) -> int | None:
         """Returns the step, if it is the cache step or a pruned one; notes any other."""
@@ -185,7 +236,7 @@ class Generation:
             place = self._loop.places[call.site.layer]
             if place.late and not self._cache_step:
                 self._begin_next(call, place)
-            call.site.check_structure(call.block)  # users edit models between generations
+            self._check_structure(call, self._cache_step)
             call.reads()
         return Role(self._cache_step, captures=True)
 
@@ -588,6 +639,15 @@ class Generation:
     def watch(self) -> Watch:
         """What the blocks saw in the loop of this thread."""
         return self._own_loop().watch
+
+    @property
+    def unguided(self) -> Unguided | None:
+        """The step without guidance that the loop of this thread is at, if it is at one."""
+        return self._own_loop().unguided
+
+    def end_loop(self) -> None:
+        """Notes that a loop of the current thread has ended."""
+        self._own_loop().unguided = None
 
     @property
     def skipped(self) -> SkippedSteps:

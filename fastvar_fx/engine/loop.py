@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastvar_fx.engine.guidance import Unguided
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
 from fastvar_fx.engine.track import Storages
@@ -106,6 +107,7 @@ class Loop:
         watch: Notices generations that do not run the schedule.
         skipped: The steps that it leaves out.
         selected: The newest selection that blocks share; None for none.
+        unguided: The step without guidance that it is at; None for another one.
         captures: Its passes through the blocks at the cache step.
         continues: Those at pruned steps, of calls that are told apart by order alone.
     """
@@ -116,6 +118,7 @@ class Loop:
         self.watch: Watch = Watch(plan, like.watch if like else None)
         self.skipped = SkippedSteps(plan)
         self.selected: Selected | None = None
+        self.unguided: Unguided | None = None
         self.captures, self.continues = Pass(), Pass()
 
     def reset(self) -> None:
@@ -125,4 +128,4 @@ class Loop:
             place.cut_off = place.ended = False
         self.watch.cut_off()
         self.skipped.forget()
-        self.selected = None
+        self.selected = self.unguided = None

@@ -15,6 +15,7 @@ from fastvar_fx.engine.prefix import Around, Within
 from fastvar_fx.errors import RunError
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
+from passes import Half
 from passes.analyse.branches import Kind
 from passes.analyse.caches import LaterRows
 from passes.rewrite.prune import Step
@@ -41,6 +42,7 @@ class Plan:
         dump_dir: Folder for the graphs of each pass.
         method: Selection and restoration.
         live_rows: Which samples stay where the loop drops some; None to find out.
+        conditional: Which half of the batch stays at steps without guidance.
         buffers_caches: Whether KV caches grow in buffers.
         on_full: What steps of ratio 1 do, as `transform` was told.
     """
@@ -56,11 +58,22 @@ class Plan:
     live_rows: LiveRows | None
     buffers_caches: bool
     on_full: str | Callable[..., Any] = "skip"
+    conditional: LiveRows | None = None
 
     @cached_property
     def pruned_steps(self) -> tuple[int, ...]:
         """The steps that the loop draws and the schedule prunes."""
         return tuple(s for s in self.schedule.pruned_steps if s not in self.skipped_steps)
+
+    @cached_property
+    def unguided_steps(self) -> tuple[int, ...]:
+        """The steps that the loop draws without guidance."""
+        return tuple(s for s in range(self.drawn_steps) if not self.schedule.guided(s))
+
+    @cached_property
+    def changed_steps(self) -> tuple[int, ...]:
+        """The steps that the loop draws and that prune, or have no guidance."""
+        return tuple(sorted({*self.pruned_steps, *self.unguided_steps}))
 
     @property
     def drawn_steps(self) -> int:
@@ -70,6 +83,16 @@ class Plan:
     def prunes(self, layer: int) -> bool:
         """Whether the block of an index prunes at some step."""
         return bool(self.pruned_steps) and self.schedule.prunes_layer(layer)
+
+    def half(self, batch: int) -> Half:
+        """Returns the conditional half of a batch."""
+        count = batch // 2
+        return Half(batch, count if self.conditional == "last" else 0, count)
+
+    def first_program(self, *, prunes: bool) -> int:
+        """Returns the first step that has a program, for a block that prunes or does not."""
+        captures = [self.schedule.cache_step] if prunes else []
+        return min(captures + list(self.unguided_steps))
 
     def around(self, step: int, length: int) -> Around:
         """Returns how many of the `length` tokens that blocks get are before and after the map.
@@ -126,14 +149,14 @@ class Plan:
     def key(self, step: int, layer: int) -> tuple[Any, ...]:
         """Returns what programs depend on; those of equal keys may be shared."""
         schedule = self.schedule
-        later = self.later_rows(step)
-        if step == schedule.cache_step:
-            return (later,)
+        later, guided = self.later_rows(step), schedule.guided(step)
+        if step == schedule.cache_step or step not in self.pruned_steps:
+            return (later, guided, step == schedule.cache_step)
         shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
         whole = schedule.prefix and schedule.length(schedule.steps - 1)  # see `around`
         last = step == self.drawn_steps - 1
         given = tuple(self._given(step, layer).values())
-        return (*shapes, whole, schedule.kept(step), last, later, given)
+        return (*shapes, whole, schedule.kept(step), last, later, guided, given)
 
     def later_rows(self, step: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.
@@ -143,6 +166,6 @@ class Plan:
         if not self.buffers_caches:
             return None
         after = range(step + 1, self.schedule.steps)
-        steps = list(takewhile(self.pruned_steps.__contains__, after))
+        steps = list(takewhile(self.changed_steps.__contains__, after))
         pruned, dense = (sum(map(of, steps)) for of in (self.schedule.kept, self.schedule.tokens))
         return LaterRows(pruned, dense)

@@ -42,7 +42,7 @@ class Program:
         made: The program, for the places of this block.
         captured: The branches whose outputs it captures (cache step) or takes (pruned step).
         prunes: The branches that prune.
-        saves: FLOPs that they leave out.
+        saves: FLOPs that they and steps without guidance leave out.
     """
 
     def __init__(self, made: StepProgram, call: BlockCall, buffers: KVBuffers | None) -> None:
@@ -51,7 +51,8 @@ class Program:
         self.made = made
         self.captured = made.features
         self.prunes = made.prunes
-        self.saves = sum(branch.flops - branch.pruned_flops for branch in made.branches)
+        times = 1 if call.unguided is None else 2
+        self.saves = sum(times * each.flops - each.pruned_flops for each in made.branches)
         self._graph = made.graph_module
         self._buffered = made.buffered
         self._buffers = buffers
@@ -73,7 +74,7 @@ class Program:
         ]
         self._structure = Structure.of_arguments(call.args, call.kwargs, self._asked)
         origin = call.roots()
-        self._plain = {path: _find(origin, path) for path in program.constants}
+        self._plain = {path: find(origin, path) for path in program.constants}
         guards = _constant_guards(program, call)
         self._settings = [
             (module, path[-1][1], expected)
@@ -150,14 +151,14 @@ class Program:
         origin = call.roots()
         earlier: dict[Place, float] = {}
         for path, was in self._plain.items():
-            now = _find(origin, path)
+            now = find(origin, path)
             if type(now) is type(was) and type(was) in _NUMBERS:
                 if now != was or (path, None) in self._conditions.places:
                     earlier[path, None] = was
             elif isinstance(now, Tensor) or now != was:
                 return None
         for path, meta in self._made_at.items():
-            dims = _changed_dims(meta, meta_of(_find(origin, path)))
+            dims = _changed_dims(meta, meta_of(find(origin, path)))
             if dims is None or (path == call.path and dims - {0}):
                 return None
             for dim in dims | self._conditions.dims(path):
@@ -207,7 +208,8 @@ class Program:
         if self._buffered is not None and self._grows_in_place(call):
             graph = self._buffered.graph_module
             for growth in self._buffered.growths:
-                inputs[growth.input] = self._buffers.grown(inputs[growth.input], growth)  # type: ignore[union-attr]
+                past = growth.past(inputs[growth.input])
+                inputs[growth.input] = self._buffers.grown(past, growth)  # type: ignore[union-attr]
         if outputs:
             inputs += [outputs[branch] for branch in self.captured]
             inputs += call.selection or ()
@@ -336,7 +338,7 @@ def _read_entry(entries: dict[str, Any], name: str, call: BlockCall) -> Any:
 
 
 def _read_inside(block: nn.Module, root: str, path: Path, call: BlockCall) -> Any:
-    return _find(_root(block, root, call), path)
+    return find(_root(block, root, call), path)
 
 
 def _read(block: nn.Module, call: BlockCall, path: Path) -> Any:
@@ -404,7 +406,8 @@ def _size(value: Any, dim: int | None) -> float | None:
     return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
 
 
-def _find(origin: Any, path: Path) -> Any:
+def find(origin: Any, path: Path) -> Any:
+    """Returns the value at a path; None if there is none."""
     try:
         return get(origin, path)
     except (AttributeError, LookupError, TypeError):
@@ -422,11 +425,11 @@ def _constant_guards(program: BlockProgram, call: BlockCall) -> dict[Path, Any]:
     mixed = {path[:2] for path in open_numbers}
     for path in program.constants.keys() - open_numbers:
         top = path[:2]
-        if path[0][1] in _ARGUMENTS and top not in mixed and _is_plain(_find(origin, top)):
+        if path[0][1] in _ARGUMENTS and top not in mixed and _is_plain(find(origin, top)):
             # A copy: the loop may change the container.
-            guards[top] = pytree.tree_map(lambda leaf: leaf, _find(origin, top))
+            guards[top] = pytree.tree_map(lambda leaf: leaf, find(origin, top))
         else:
-            guards[path] = _find(origin, path)
+            guards[path] = find(origin, path)
     return guards
 
 

@@ -35,6 +35,8 @@ class Row:
         kept: Tokens the branch runs on.
         flops: FLOPs of matrix products and attention, dense, for the whole batch, with the keys
             cached so far: fewer than in a dense run, if steps before this one were pruned.
+        unguided_flops: The same of the rows of the batch that it runs: half of them at a step
+            without guidance.
         pruned_flops: The same as it runs.
         program: Number of the program; blocks with equal numbers share it. None if there is none.
         refusal: Why it stays dense, if it was refused.
@@ -48,6 +50,7 @@ class Row:
     tokens: int
     kept: int
     flops: int = 0
+    unguided_flops: int = 0
     pruned_flops: int = 0
     program: int | None
     refusal: Refusal | None
@@ -107,6 +110,31 @@ class Skipping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What is saved by leaving out the unconditional half of the batch.
+
+    Attributes:
+        steps: The steps without guidance that the loop draws.
+        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`.
+        unguided_flops: The same of the conditional half.
+    """
+
+    steps: tuple[int, ...]
+    flops: int
+    unguided_flops: int
+
+    @classmethod
+    def of(cls, plan: Plan, rows: Iterable[Row]) -> Guidance:
+        """Returns what a model leaves out."""
+        late = [row for row in rows if row.step in plan.unguided_steps]
+        return cls(
+            steps=plan.unguided_steps,
+            flops=sum(row.flops for row in late),
+            unguided_flops=sum(row.unguided_flops for row in late),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pruning:
     """What is saved by dropping tokens from steps that the loop draws.
 
@@ -114,7 +142,8 @@ class Pruning:
         steps: The pruned steps.
         tokens: Their tokens, of one image.
         dropped: How many of them a branch that prunes leaves out.
-        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`.
+        flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`; of half of
+            the batch where guidance is off.
         pruned_flops: The same as they run.
     """
 
@@ -134,7 +163,7 @@ class Pruning:
             steps=steps,
             tokens=tokens,
             dropped=tokens - sum(schedule.kept(step) for step in steps),
-            flops=sum(row.flops for row in late),
+            flops=sum(row.unguided_flops for row in late),
             pruned_flops=sum(row.pruned_flops for row in late),
         )
 
@@ -185,13 +214,14 @@ class Report:
         scales: The token maps of the schedule that it is a report on.
         schedules: How many schedules the model was transformed with.
         cache_step: The step whose branch outputs are captured.
-        prunes: Whether the schedule prunes any step.
-        unmet: Token counts of pruned steps that no run came to yet, by step.
+        prunes: Whether the schedule prunes any step, or ends guidance at one.
+        unmet: Token counts of these steps that no run came to yet, by step.
         dense_calls: Calls of blocks by token count that were none of these steps.
         early_calls: Calls with a pruned step's token count that came before the capture of their
             generation, such as source tokens of an editing model; they ran dense.
         trace_seconds: Time spent on tracing, analysis, rewriting and checking.
         skipping: What is saved by leaving steps out.
+        guidance: What is saved by leaving out the unconditional half of the batch.
         pruning: What is saved by dropping tokens.
         captured_bytes: Bytes of captured outputs held now.
         peak_captured_bytes: The most held in a generation so far; compiled blocks do not count it.
@@ -217,6 +247,7 @@ class Report:
     early_calls: dict[int, int]
     trace_seconds: float
     skipping: Skipping
+    guidance: Guidance
     pruning: Pruning
     captured_bytes: int
     peak_captured_bytes: int
@@ -238,12 +269,13 @@ class Report:
             scales=plan.schedule.scales,
             schedules=len(engine.family.engines),
             cache_step=plan.schedule.cache_step,
-            prunes=bool(plan.pruned_steps),
-            unmet={s: plan.schedule.length(s) for s in plan.pruned_steps if s not in met},
+            prunes=bool(plan.changed_steps),
+            unmet={s: plan.schedule.length(s) for s in plan.changed_steps if s not in met},
             dense_calls=dict(sorted(generation.dense_calls.items())),
             early_calls=dict(sorted(generation.early_calls.items())),
             trace_seconds=store.trace_seconds,
             skipping=Skipping.of(engine),
+            guidance=Guidance.of(plan, rows),
             pruning=Pruning.of(plan, rows),
             captured_bytes=generation.captured_bytes,
             peak_captured_bytes=generation.peak_captured_bytes,
@@ -299,7 +331,8 @@ def _rows(record: StepRecord) -> list[Row]:
             branch=branch.name,
             kind=branch.kind,
             kept=record.tokens if branch.kept is None else branch.kept,
-            flops=branch.flops,
+            flops=branch.flops * (1 if record.guided else 2),
+            unguided_flops=branch.flops,
             pruned_flops=branch.pruned_flops,
             refusal=branch.refusal,
         )

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvar_fx.engine.report import Caches, Pruning, Report, Row, Skipping
+    from fastvar_fx.engine.report import Caches, Guidance, Pruning, Report, Row, Skipping
     from passes.refusal import Refusal
 
 _HEADER = (
@@ -25,22 +25,31 @@ def table(report: Report) -> str:
 
 def remarks(report: Report) -> list[str]:
     """Returns the lines below the table, or in its place if the report has no rows."""
-    savings = [_skipping_line(report.skipping), _pruning_line(report.pruning)]
+    saved = savings(report)
     if report.schedules > 1:
         scales = " ".join("x".join(map(str, scale)) for scale in report.scales)
-        savings.insert(0, f"the schedule of scales {scales}, one of {report.schedules}")
+        saved.insert(0, f"the schedule of scales {scales}, one of {report.schedules}")
     if report.outside_share is not None:
         share = f"{100 * report.outside_share:.1f} %"
         whole = "of the matrix-product FLOPs of a dense generation"
-        savings.append(f"outside the blocks: {share} {whole}")
+        saved.append(f"outside the blocks: {share} {whole}")
     if not report.rows:
-        return [_empty(report), *savings, *_compiled_notes(report), *_packages_notes(report)]
+        return [_empty(report), *saved, *_compiled_notes(report), *_packages_notes(report)]
     changes = []
     for step in sorted({row.step for row in report.rows}):
         dense, pruned = report.flops(step)
         if dense != pruned:
             changes.append(f"step {step}: {_change(dense, pruned)}")
-    return [*changes, *savings, *_notes(report), *_payoff(report)]
+    return [*changes, *saved, *_notes(report), *_payoff(report)]
+
+
+def savings(report: Report) -> list[str]:
+    """Returns what each of the three ways to save computation saves."""
+    return [
+        _skipping_line(report.skipping),
+        _guidance_line(report.guidance),
+        _pruning_line(report.pruning),
+    ]
 
 
 def branch_counts(report: Report) -> tuple[int, int]:
@@ -171,7 +180,7 @@ def _skipping_line(skipping: Skipping) -> str:
         return "step skipping: none"
     share = 100 * skipping.tokens / skipping.all_tokens
     text = (
-        f"step skipping: {_steps(skipping.steps)} left out, {skipping.tokens} of "
+        f"step skipping: {steps_text(skipping.steps)} left out, {skipping.tokens} of "
         f"{skipping.all_tokens} tokens ({share:.1f} %)"
     )
     if skipping.flops is None:
@@ -181,11 +190,19 @@ def _skipping_line(skipping: Skipping) -> str:
     return text if whole else f"{text} in {skipping.blocks} of {skipping.all_blocks} blocks"
 
 
+def _guidance_line(guidance: Guidance) -> str:
+    if not guidance.steps:
+        return "guidance off: none"
+    text = f"guidance off: {steps_text(guidance.steps)} run the conditional half of the batch"
+    change = _change(guidance.flops, guidance.unguided_flops)
+    return f"{text}, {change}" if guidance.flops else text
+
+
 def _pruning_line(pruning: Pruning) -> str:
     if not pruning.steps:
         return "token pruning: none"
     text = (
-        f"token pruning: {_steps(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
+        f"token pruning: {steps_text(pruning.steps)} pruned, {pruning.dropped} of {pruning.tokens} "
         f"tokens ({100 * pruning.dropped / pruning.tokens:.1f} %)"
     )
     return f"{text}, {_change(pruning.flops, pruning.pruned_flops)}" if pruning.flops else text
@@ -196,7 +213,8 @@ def _change(dense: int, pruned: int) -> str:
     return f"{flops_text(dense)} -> {flops_text(pruned)} FLOPs{limit}"
 
 
-def _steps(steps: tuple[int, ...]) -> str:
+def steps_text(steps: tuple[int, ...]) -> str:
+    """Returns steps in words."""
     return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
 
 

@@ -7,8 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
+
+from torch import Tensor
 
 import passes
 from fastvar_fx.engine.call import BlockCall
@@ -16,11 +18,12 @@ from fastvar_fx.engine.executor import Ready
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.kv_buffers import KVBuffers
 from fastvar_fx.engine.plan import Plan
-from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind
+from fastvar_fx.engine.program import Match, Program, StaysDense, call_kind, find
 from fastvar_fx.engine.token_map import naming_leaks
-from fastvar_fx.errors import ArgumentError, FastVARError, raise_to_compiler
+from fastvar_fx.errors import ArgumentError, FastVARError, ModelError, raise_to_compiler
 from passes.analyse.costs import BranchReport
 from passes.refusal import Refusal, RefusedError
+from passes.trace.state import Path
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class StepRecord:
         branches: A report on each branch.
         program: The program's number; None if there is none.
         refusal: Why the whole block stays dense.
+        guided: Whether it runs the whole batch, and not its conditional half.
         caches: Why each cache that it grows is copied, by its place; None for one in a buffer.
     """
 
@@ -57,6 +61,7 @@ class StepRecord:
     branches: tuple[BranchReport, ...] = ()
     program: int | None = None
     refusal: Refusal | None = None
+    guided: bool = True
     caches: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -79,6 +84,14 @@ class _Entry:
         return (self.key, self.metas, self.fingerprint) == (key, metas, mark)
 
 
+class _RowsFound(NamedTuple):
+    """Which inputs of calls of a fingerprint range over the batch, in the order of its inputs."""
+
+    fingerprint: passes.Fingerprint
+    half: passes.Half
+    dims: tuple[passes.RowDim | None, ...]
+
+
 class _Pool:
     """The programs that the stores of a model's schedules share.
 
@@ -86,11 +99,13 @@ class _Pool:
         entries: The most recently used first.
         made: How many there were.
         used: What those are of that blocks use.
+        rows: Which inputs have rows, by the fingerprints of whole calls, the newest first.
     """
 
     def __init__(self) -> None:
         self.entries: list[_Entry] = []
         self.made = 0
+        self.rows: list[_RowsFound] = []
         self.used: WeakKeyDictionary[Program | StaysDense, _Entry] = WeakKeyDictionary()
 
 
@@ -134,10 +149,8 @@ class Store:
         """Whether any branch of any block prunes at a step that was met."""
         return any(b.kept is not None for r in self.records.values() for b in r.branches)
 
-    def program_for(self, call: BlockCall, role: Role) -> Match:
-        """Returns the program of the role's step that holds for a call, and its inputs."""
-        assert role.step is not None
-        step = role.step
+    def program_for(self, call: BlockCall, role: Role, step: int) -> Match:
+        """Returns the program of a step that holds for a call of a role, and its inputs."""
         found = call.matched or call.match(step) or self._make_for(call, step, role)
         if call.compiling:
             return found
@@ -168,7 +181,13 @@ class Store:
     def _bind(self, call: BlockCall, step: int, entry: _Entry) -> Program | StaysDense:
         """Binds a program to the block of a call, and records what it does."""
         site, made = call.site, entry.program
-        at = StepRecord(layer=site.layer, block=site.name, step=step, tokens=call.tokens)
+        at = StepRecord(
+            layer=site.layer,
+            block=site.name,
+            step=step,
+            tokens=call.tokens,
+            guided=call.unguided is None,
+        )
         program: Program | StaysDense
         if isinstance(made, Refusal):
             log.info("%s stays dense at step %d: %s", site.name, step, made)
@@ -176,7 +195,11 @@ class Store:
             program = StaysDense(call)
         else:
             self.records[site.layer, step] = replace(
-                at, branches=made.branches, program=entry.number, caches=made.why_copied
+                at,
+                branches=made.branches,
+                program=entry.number,
+                refusal=made.refusal,
+                caches=made.why_copied,
             )
             program = Program(made, call, self._buffers)
         known = site.programs.setdefault(step, [])
@@ -211,10 +234,54 @@ class Store:
             return _Entry(number, self._key(call, step), (), None, program)
         try:
             with naming_leaks(call.site.name):
+                if call.unguided is not None:
+                    return self._on_half(call, step, role, call.unguided.half)
                 found = self._with_open_sizes(call, step, role)
                 return found or self._equal_or_new(call, step, role, call.as_captured())
         except RefusedError as error:
             return _Entry(-1, (), (), None, error.refusal)
+
+    def _on_half(self, call: BlockCall, step: int, role: Role, half: passes.Half) -> _Entry:
+        """Returns a program that runs the conditional half of the batch.
+
+        Raises:
+            ModelError: If there is none: then no other block may drop its rows either.
+        """
+        live, known = call.as_captured(), call.site.row_dims
+        try:
+            if live.stream not in known:
+                known |= self._find_rows(live, half)
+            rows = {}
+            for path, dim in known.items():
+                value = find(live.roots(), path)  # a cache may have dropped its rows before
+                sizes = value.shape[dim.dim :][:1] if isinstance(value, Tensor) else ()
+                if sizes == (dim.size(half.batch),):
+                    rows[path] = dim.rows(half)
+            entry = self._equal_or_new(call, step, role, replace(live, rows=rows))
+            refusal = entry.program if isinstance(entry.program, Refusal) else None
+        except RefusedError as error:
+            refusal = error.refusal
+        if refusal is not None:
+            raise ModelError(
+                f"{call.site.name} cannot drop the unconditional half of the batch at step "
+                f"{step}, and guidance ends for all blocks or for none. {refusal}"
+            )
+        return entry
+
+    def _find_rows(self, live: passes.Call, half: passes.Half) -> dict[Path, passes.RowDim]:
+        """Returns which inputs of a call with the whole batch have rows, as equal calls do."""
+        pool = self._pool
+        mark = _fingerprint(live, passes.reference(live))
+        for found in pool.rows:
+            if (found.fingerprint, found.half) == (mark, half):
+                dims = found.dims
+                break
+        else:
+            made = passes.find_rows(live, half)
+            dims = tuple(made.get(path) for path in mark.inputs)
+            pool.rows = [_RowsFound(mark, half, dims), *pool.rows[: _MOST - 1]]
+        pairs = zip(mark.inputs, dims, strict=True)
+        return {path: dim for path, dim in pairs if dim is not None}
 
     def _with_open_sizes(self, call: BlockCall, step: int, role: Role) -> _Entry | None:
         """Returns a program that holds for other sizes too and prunes as much, if there is one.
@@ -253,7 +320,8 @@ class Store:
         captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
         plan, pool = self._plan, self._pool
         key = self._key(call, step)
-        metas, mark = tuple(captured), _fingerprint(live, real)
+        mark = _fingerprint(live, real)
+        metas = (*captured, *map(live.rows.get, mark.inputs))
         for entry in pool.entries:
             if entry.fits(key, metas, live, mark):
                 pool.entries.remove(entry)
@@ -263,9 +331,9 @@ class Store:
         context = passes.Context(
             call=live,
             real=real or passes.reference(live),
-            kinds=plan.kinds,
+            kinds=plan.kinds if role.step is not None else (),
             step=self._pruned(call, step, role),
-            captured=role.captured,
+            captured=call.left(role.captured),
             later=plan.later_rows(step),
             dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
         )
@@ -278,9 +346,9 @@ class Store:
         return entry
 
     def _pruned(self, call: BlockCall, step: int, role: Role) -> passes.Step | None:
-        """Returns what a block keeps at a step; None for the cache step."""
+        """Returns what a block keeps at a step; None for one that drops no tokens."""
         plan = self._plan
-        if step == plan.schedule.cache_step:
+        if step not in plan.pruned_steps or role.step is None:
             return None
         around = plan.around(step, call.tokens)
         captured = {x.shape[1] for x in role.captured.values()}
@@ -289,11 +357,12 @@ class Store:
 
     def _key(self, call: BlockCall, step: int) -> tuple[Any, ...]:
         """Returns what programs for a call depend on, besides the call."""
-        return (*self._plan.key(step, call.site.layer), call.selection is not None)
+        site = call.site
+        return (*self._plan.key(step, site.layer), call.selection is not None, site.prunes)
 
     def _make(self, context: passes.Context, name: str) -> passes.StepProgram | Refusal:
         try:
-            return passes.run(context)
+            return _compiled(context)
         except RefusedError as error:
             return error.refusal
         except passes.OperatorError as error:
@@ -304,6 +373,15 @@ class Store:
                 raise
             log.exception("%s stays dense", name)
             return Refusal("FVX020", str(error))
+
+
+def _compiled(context: passes.Context) -> passes.StepProgram:
+    try:
+        return passes.run(context)
+    except RefusedError as error:
+        if not context.call.rows:
+            raise
+        return replace(passes.run(context, passes.ROWS), refusal=error.refusal)
 
 
 def _moved(entry: _Entry, call: passes.Fingerprint) -> _Entry:

@@ -34,7 +34,7 @@ class Watch:
         self._schedule = schedule
         self._told = plan.step_of is not None
         self._expected = list(steps) if self._told else [schedule.length(step) for step in steps]
-        self._wanted = [self._expected[step] for step in plan.pruned_steps]
+        self._wanted = [self._expected[step] for step in plan.changed_steps]
         self._endings: deque[list[int]] = deque(maxlen=3)
         self._depth = 0
         self._inside: set[int] = set()
@@ -71,11 +71,15 @@ class Watch:
         self._last, self._layer, self._repeats = length, layer, 1
         self._inside.add(length)
         if pruned:
-            self._pruned.add(length)
-            self._ever_pruned.add(length)
+            self.changed(length)
         if self._raised and self._strays():
             self.cut_off()
             raise RunError(self._raised)
+
+    def changed(self, length: int) -> None:
+        """Notes that a step ran otherwise than in the user's model."""
+        self._pruned.add(length)
+        self._ever_pruned.add(length)
 
     def cut_off(self) -> None:
         """Notes that the generation ended before its last step."""
@@ -206,7 +210,7 @@ class Watch:
         what = "" if self._told else " tokens"
         such = f", such as {fit}" if fit else ""
         self._raised = (
-            f"the schedule prunes {unit} {self._wanted}{what}, but a generation had "
+            f"the schedule changes {unit} {self._wanted}{what}, but a generation had "
             f"{f'only {met}' if met else 'none'}: its blocks saw {seen}{what}. Give the schedule "
             f"that the loop runs{such}. If the loop draws more maps by another method of its "
             f"blocks than forward, let it call the blocks themselves"

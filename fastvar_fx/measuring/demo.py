@@ -206,6 +206,7 @@ def measure_both(
         schedule,
         blocks=subject.blocks,
         on_full="cache",
+        conditional=subject.conditional,
         method=replace(asked, select=recorder.select),
     )
     dense, pruned = subject.runs(subject.model), subject.runs(fast)

@@ -87,7 +87,13 @@ class _ModuleRuns:
     """
 
     def __init__(self, subject: Subject, schedule: Schedule) -> None:
-        fast = transform(subject.model, schedule, blocks=subject.blocks, on_full="cache")
+        fast = transform(
+            subject.model,
+            schedule,
+            blocks=subject.blocks,
+            on_full="cache",
+            conditional=subject.conditional,
+        )
         self._clock = ModuleClock.of(fast, subject.weight.device)
         self._generate = partial(subject.generate, fast)
         self.seconds: list[float] = []
@@ -185,8 +191,9 @@ class ModuleClock(Executor):
             self._mark(REST)
             return result
         dense = BlockCall(site, call.block, call.args, call.kwargs)
-        role = Role(self._plan.schedule.cache_step, captures=True)  # of no kinds of branches
-        program, inputs = self._store.program_for(dense, role)
+        step = self._plan.schedule.cache_step
+        role = Role(step, captures=True)  # of no kinds of branches
+        program, inputs = self._store.program_for(dense, role, step)
         return program.run(dense, inputs, {}, self)[0]
 
     def _new_site(self, site: BlockSite) -> BlockSite:

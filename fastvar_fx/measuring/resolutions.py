@@ -180,7 +180,7 @@ def _costs(subject: Subject, repeats: int, kinds: Collection[Variant]) -> dict[V
     if DENSE in kinds:
         runs[DENSE] = subject.runs(subject.model)
     if PRUNED in kinds:
-        fast = transform(subject.model, subject.schedule, on_full="cache")
+        fast = transform(subject.model, subject.schedule, on_full="cache", conditional="first")
         runs[PRUNED] = subject.runs(fast)
         runs[PRUNED].generate()  # traces, which is not to be counted
     peaks = {kind: peak_bytes(run.count, device) / _MIB for kind, run in runs.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.cuda_graphs import cuda_graph
+from fastvar_fx.engine.report_text import savings
 from fastvar_fx.errors import GraphError, ModelError, ScheduleError
 from fastvar_fx.measuring.clock import Clock, peak_bytes
 from fastvar_fx.measuring.compare import Comparison, Spread
@@ -26,7 +27,7 @@ from fastvar_fx.methods import Method
 from fastvar_fx.models.cache import KVCache
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import compile as compile_regions
-from fastvar_fx.transform import transform
+from fastvar_fx.transform import explain, transform
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Result:
         batch: Images per generation.
         repeats: Timed runs of each row that were asked for.
         rows: One per way to run it.
+        savings: What step skipping, guidance that ends and token pruning save, each apart.
         left_out: Rows for which there was no time.
         failed: Rows that could not be run, with the error.
     """
@@ -104,6 +106,7 @@ class Result:
     batch: int
     repeats: int
     rows: tuple[Row, ...]
+    savings: tuple[str, ...] = ()
     left_out: tuple[Variant, ...] = ()
     failed: Mapping[Variant, str] = field(default_factory=dict)
 
@@ -206,6 +209,7 @@ def measure_rows(
     name: str,
     variants: Sequence[Variant] | None = None,
     *,
+    schedule: Schedule | None = None,
     batch: int = 1,
     repeats: int = 5,
     budget: Budget | None = None,
@@ -219,6 +223,7 @@ def measure_rows(
     Args:
         name: A key of `PRESETS`.
         variants: The rows; None for the default ones.
+        schedule: A schedule of the preset's scales; None for its own.
         batch: Images per generation, at least 1.
         repeats: Timed runs of each row, at least 1.
         budget: Time that all of it may take. Repeats, then rows are left out to meet it; the first
@@ -230,7 +235,7 @@ def measure_rows(
         GraphError: A row is a CUDA graph, and there is no GPU.
         ScheduleError: A row skips steps, and the schedule has none to skip.
     """
-    chosen = preset(name)
+    chosen = preset(name) if schedule is None else preset(name).at(schedule)
     for what, number in (("batch", batch), ("repeats", repeats)):
         if number < 1:
             raise ModelError(f"{what} is at least 1; found {number}")
@@ -251,6 +256,7 @@ def measure_rows(
         batch=batch,
         repeats=repeats,
         rows=tuple(map(rows.row, rows.timed)),
+        savings=rows.savings(),
         left_out=left_out,
         failed=failed,
     )
@@ -334,6 +340,12 @@ class _Rows:
             kv_mib=keys / _MIB,
         )
 
+    def savings(self) -> tuple[str, ...]:
+        """Returns what the schedule saves, of the row that skips steps, else of another one."""
+        eager = (self._played.get(Variant(what)) for what in ("skip", "pruned"))
+        found = next(filter(None, eager), None)
+        return tuple(savings(explain(found.model))) if found else ()
+
     def _runs(self, variant: Variant) -> Runs:
         """Returns runs of a model that is traced or compiled, with its use of memory known."""
         if variant in self._played:
@@ -372,15 +384,16 @@ class _Rows:
 
     def _transformed(self, variant: Variant) -> nn.Module:
         model, schedule = self.subject.model, self.subject.schedule
+        half = self.subject.conditional
         if variant.what == "dense":
             fast = transform(model, Schedule(schedule.scales, ()))
         elif variant.what == "skip":
-            fast = transform(model, schedule)
+            fast = transform(model, schedule, conditional=half)
         elif variant.what == "pruned":
-            fast = transform(model, schedule, on_full="cache")
+            fast = transform(model, schedule, on_full="cache", conditional=half)
         else:
             method = Method(select=peer_selection, restore=peer_restoration)
-            fast = transform(model, schedule, on_full="cache", method=method)
+            fast = transform(model, schedule, on_full="cache", conditional=half, method=method)
         return compile_regions(fast) if variant.compiled else fast
 
     def _recorded(self, variant: Variant) -> Whole:

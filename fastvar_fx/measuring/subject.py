@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar_fx.engine.find_blocks import find_blocks
+from fastvar_fx.engine.plan import LiveRows
 from fastvar_fx.measuring.runs import Runs
 from fastvar_fx.schedule import Schedule
 
@@ -29,6 +30,7 @@ class Subject:
         note: What a reader of the pictures has to know; may be empty.
         run_by_step: As `run`, but returns the first image after each step, (K, 3, H, W); None if
             the model's steps cannot be drawn.
+        conditional: Which half of the batch is the conditional one, as in `transform`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Subject:
     seed: int = 0
     note: str = ""
     run_by_step: Callable[[Any], Any] | None = None
+    conditional: LiveRows | None = "first"
 
     @property
     def weight(self) -> Tensor:

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastvar_fx.engine.report import Report, Row
-from fastvar_fx.engine.report_text import block_names, branch_counts, flops_text, grouped, remarks
+from fastvar_fx.engine.report_text import (
+    block_names,
+    branch_counts,
+    flops_text,
+    grouped,
+    remarks,
+    steps_text,
+)
 from fastvar_fx.measuring.compare import Comparison
 from fastvar_fx.page.data import Bar, BarGroup, Chart, Line, Page, Tile
 
@@ -35,7 +42,7 @@ def lines_of(report: Report) -> tuple[Line, ...]:
 
 def _line(group: Sequence[Row]) -> Line:
     row = group[0]
-    prunes = row.kept < row.tokens
+    prunes, changes = row.kept < row.tokens, row.flops != row.pruned_flops
     flops = flops_text(row.flops)
     return Line(
         step=row.step,
@@ -43,7 +50,7 @@ def _line(group: Sequence[Row]) -> Line:
         branch=row.branch,
         kind=row.kind,
         kept=f"{row.kept} of {row.tokens}" if prunes else f"all {row.tokens}",
-        flops=f"{flops}\u00a0→ {flops_text(row.pruned_flops)}" if prunes else flops,
+        flops=f"{flops}\u00a0→ {flops_text(row.pruned_flops)}" if changes else flops,
         program="" if row.program is None else str(row.program),
         refusal=row.refusal,
         source=_source(row.refusal.where) if row.refusal is not None else "",
@@ -62,6 +69,10 @@ def _tiles(report: Report) -> Iterable[Tile]:
         limit = f"{pruning.flops / pruning.pruned_flops:.2f}x"
         change = f"{flops_text(pruning.flops)} → {flops_text(pruning.pruned_flops)} FLOPs"
         yield Tile("FLOP limit, pruned steps", limit, change)
+    guidance = report.guidance
+    if guidance.unguided_flops:
+        limit = f"{guidance.flops / guidance.unguided_flops:.2f}x"
+        yield Tile("FLOP limit, guidance off", limit, steps_text(guidance.steps))
     steps = pruning.steps if branch_counts(report)[0] else ()
     yield kept_tile(pruning.tokens, pruning.dropped, steps)
     yield branch_tile(report)

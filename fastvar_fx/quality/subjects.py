@@ -100,7 +100,7 @@ class Case:
 
     def pruned(self, method: str | Method = "fastvar") -> nn.Module:
         """Returns the transformed model, with its programs traced."""
-        fast = transform(self.model, self.schedule, method=method)
+        fast = transform(self.model, self.schedule, conditional="first", method=method)
         trace(fast, lambda model: self.draw(model, 0))
         return fast
 

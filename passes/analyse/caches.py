@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.analyse.prunable import needed_later
 from passes.base import Context, Draft
 from passes.graph import CATS, bind, joined, memory_owner, op_name, outputs_of, written
+from passes.trace.calls import Rows
 
 SIZE: Final = torch.ops.aten.sym_size.int
 
@@ -27,6 +28,7 @@ class Growth:
         dim: The dim that grows.
         rows: By how many entries.
         spare: How many more later steps will append.
+        taken: The rows of the batch that are left from now on; None for all of the input.
     """
 
     input: int
@@ -34,6 +36,11 @@ class Growth:
     dim: int
     rows: int
     spare: int = 0
+    taken: Rows | None = None
+
+    def past(self, cache: Tensor) -> Tensor:
+        """Returns what grows of a cache."""
+        return cache if self.taken is None else self.taken.of(cache)
 
     def final(self, past: Tensor) -> int:
         """Returns how many entries `past` has after the last step."""

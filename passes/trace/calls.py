@@ -43,6 +43,25 @@ _DEPTH: Final = 4
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Entries of a tensor along one dim.
+
+    Attributes:
+        dim: The dim.
+        first: The first entry.
+        count: How many there are.
+    """
+
+    dim: int
+    first: int
+    count: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns a view of these entries."""
+        return tensor.narrow(self.dim, self.first, self.count)
+
+
+@dataclass(frozen=True)
 class Call:
     """One live call of a block, to be captured.
 
@@ -54,6 +73,7 @@ class Call:
         stream: Path of its (B, L, C) input from the roots; not needed for the capture alone.
         varying: The sizes that its program leaves open.
         cut: Inputs that are taken to be shorter on stand-ins, with their sizes by dim.
+        rows: Inputs of which the call gets some entries alone.
     """
 
     forward: Forward
@@ -63,6 +83,11 @@ class Call:
     stream: Path = ()
     varying: Varying = NOTHING_VARIES
     cut: Mapping[Path, Mapping[int, int]] = field(default_factory=dict)
+    rows: Mapping[Path, Rows] = field(default_factory=dict)
+
+    def taken(self, path: Path, value: Any) -> Any:
+        """Returns what the call gets of a value."""
+        return self.rows[path].of(value) if path in self.rows else value
 
     def roots(self) -> Roots:
         """Returns what paths start from."""
@@ -113,7 +138,8 @@ class Trial:
         self._forward = call.forward
         self._origin = call.roots()
         self.snapshot = Snapshot(self._origin)
-        self._copies = {id(t): _private(t) for t in self.snapshot.tensors.values()}
+        tensors = self.snapshot.tensors.items()
+        self._copies = {id(t): _private(call.taken(path, t)) for path, t in tensors}
 
     def copy_of(self, _: Path, value: Any) -> Any:
         """Returns what stands in the place of a value."""
@@ -144,7 +170,7 @@ def _private(tensor: Tensor) -> Tensor:
 def live_inputs(call: Call, paths: Sequence[Path]) -> list[Any]:
     """Reads a program's inputs from a live call; those that it might overwrite are copies."""
     origin = call.roots()
-    values = [get(origin, path) for path in paths]
+    values = [call.taken(path, get(origin, path)) for path in paths]
     return [_private(value) if isinstance(value, Tensor) else value for value in values]
 
 
@@ -182,7 +208,7 @@ class FakeCall:
         self._forward = call.forward
         self._origin = call.roots()
         self._varying = call.varying
-        self._cut = call.cut
+        self._call = call
         self.snapshot = Snapshot(self._origin)
         self._refuse_untraceable(call.module)
         self.tensors = self.snapshot.inner_tensors()
@@ -236,7 +262,8 @@ class FakeCall:
             self._wrappers.clear()
 
     def _shortened(self, path: Path, tensor: Tensor) -> Tensor:
-        for dim, size in self._cut.get(path, {}).items():
+        tensor = self._call.taken(path, tensor)
+        for dim, size in self._call.cut.get(path, {}).items():
             tensor = tensor.narrow(dim, 0, size)
         return tensor
 

@@ -553,6 +553,7 @@ def test_a_schedule_that_only_skips_captures_nothing() -> None:
     assert str(report).splitlines() == [
         "the schedule only skips steps: what is drawn runs as it is",
         "step skipping: steps 3, 4 left out, 52 of 66 tokens (78.8 %), FLOPs not traced",
+        "guidance off: none",
         "token pruning: none",
         "outside the blocks: 33.5 % of the matrix-product FLOPs of a dense generation",
     ]
