@@ -59,8 +59,9 @@ def export(fast: nn.Module, folder: str | Path, run: Callable[[Any], object] | N
 
     Raises:
         ModelError: If `fast` is not transformed, or was loaded from a folder.
-        PackageError: If there is no run, something is in the place of the folder, or a program
-            cannot be compiled; the message names the block and the step.
+        PackageError: If there is no run, the schedule has steps without guidance, something is in
+            the place of the folder, or a program cannot be compiled; the message names the block
+            and the step.
 
     Example:
         >>> export(fast, "packages", lambda m: m.autoregressive_infer_cfg(4, 207))  # doctest: +SKIP
@@ -72,6 +73,12 @@ def export(fast: nn.Module, folder: str | Path, run: Callable[[Any], object] | N
         raise PackageError(
             "export needs a run to know the shapes: call fastvar_fx.trace(fast, run) before, or "
             "pass run="
+        )
+    ends = [engine.plan.schedule for engine in family.engines if engine.plan.unguided_steps]
+    if ends:
+        raise PackageError(
+            f"steps without guidance cannot be exported, and guidance_until is "
+            f"{ends[0].guidance_until}. Leave it out of the schedule, or run the model without packages"
         )
     with new_folder(Path(folder)) as part, torch.no_grad():
         content = _about(fast, family.engines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,6 +396,11 @@ def test_a_schedule_of_other_scales_is_an_error() -> None:
     fast = fastvar_fx.transform(Net(), ends, conditional="first")
     with pytest.raises(fastvar_fx.NothingPrunedError, match=r"changes steps of \[36\] tokens"):
         fastvar_fx.trace(fast, run)
+
+
+def test_packages_have_no_steps_without_guidance(tmp_path: Path) -> None:
+    with pytest.raises(fastvar_fx.PackageError, match=r"guidance_until is 3\. Leave it out"):
+        fastvar_fx.export(ending(), tmp_path / "packages", run)
 
 
 class Prefix(Net):
