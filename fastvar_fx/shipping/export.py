@@ -78,7 +78,8 @@ def export(fast: nn.Module, folder: str | Path, run: Callable[[Any], object] | N
     if ends:
         raise PackageError(
             f"steps without guidance cannot be exported, and guidance_until is "
-            f"{ends[0].guidance_until}. Leave it out of the schedule, or run the model without packages"
+            f"{ends[0].guidance_until}. Leave it out of the schedule, or run the model without "
+            f"packages"
         )
     with new_folder(Path(folder)) as part, torch.no_grad():
         content = _about(fast, family.engines)
