@@ -146,6 +146,7 @@ def test_methods_that_share_and_ask(method: str) -> None:
     assert_same(drawn(fast), drawn(expected))
 
 
+@pytest.mark.slow
 def test_steps_after_it_may_be_skipped() -> None:
     schedule = Schedule(SIDES, (0.5, 1.0))
     expected = conditional_only(fastvar_fx.transform(tiny(), schedule), 3)
@@ -326,7 +327,9 @@ def run(
     return outputs
 
 
-@pytest.mark.parametrize(("last", "batch"), [(False, 1), (True, 3)])
+@pytest.mark.parametrize(
+    ("last", "batch"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.slow)]
+)
 def test_either_half_and_a_head_with_a_condition(last: bool, batch: int) -> None:
     schedule = Schedule(SIDES, (0.5, 0.5))
     half: Any = "last" if last else "first"
@@ -342,6 +345,7 @@ def test_either_half_and_a_head_with_a_condition(last: bool, batch: int) -> None
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 def test_packed_texts(last: bool) -> None:
     half: Any = "last" if last else "first"
