@@ -243,6 +243,7 @@ def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) 
 
     Raises:
         ValueError: If `repeats` is below 1.
+        ModelError: If `fast` was loaded by `fastvar_fx.load`.
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
         RunError: If the token counts of the run's blocks do not determine its steps.
 
@@ -251,6 +252,7 @@ def measure(fast: nn.Module, run: Callable[[Any], object], *, repeats: int = 5) 
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; found {repeats}")
+    check_traces(fast)
     trace(fast, run)
     engine = Engine.of(fast)
     engine.step_times = time_steps(fast, engine, run, repeats)

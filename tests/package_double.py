@@ -36,6 +36,8 @@ class _Graphs:
         class Runner:
             @staticmethod
             def boxed_run(tensors: list[Tensor]) -> list[Tensor]:
+                layouts = [meta[:2] for meta in package.signature.inputs if meta]
+                assert [(tuple(x.shape), x.stride()) for x in tensors] == layouts
                 made: list[Tensor] = graph.forward(*tensors)
                 return [x.clone() if any(x is y for y in tensors) else x for x in made]
 

@@ -305,7 +305,8 @@ class Packages(Executor):
         for growth in entry.growths:
             past = inputs[growth.input]
             inputs[growth.input] = growth.front(new_buffer(past, growth), past)
-        wrong = disagreement(package.forward(*inputs)[: len(expected)], expected)
+        made = package.forward(*inputs)[: len(expected)]
+        wrong = disagreement(made, expected, package.signature.precision)
         if wrong:
             raise PackageError(
                 f"{package.file} computes something else than {call.site.name} at {call.tokens} "

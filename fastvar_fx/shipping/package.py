@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from fastvar_fx.engine import inductor_linears
 from fastvar_fx.errors import PackageError, RunError, raise_to_compiler
@@ -37,12 +37,14 @@ class Signature:
         written: Positions of the inputs that it writes into.
         same: Outputs that are inputs, as (output, input).
         outputs: How many outputs it has.
+        precision: The coarsest dtype that it computes in, floating point.
     """
 
     inputs: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]
     written: tuple[int, ...]
     same: tuple[tuple[int, int], ...]
     outputs: int
+    precision: str
 
     @classmethod
     def of(cls, graph_module: GraphModule, examples: Sequence[Any]) -> Signature:
@@ -50,12 +52,13 @@ class Signature:
         graph = graph_module.graph
         places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         targets = [memory_owner(target) for node in graph.nodes for target in written(node)]
-        outputs = outputs_of(graph)
+        outputs = list(map(_kept, outputs_of(graph)))
         return cls(
             inputs=tuple(map(_layout, examples)),
             written=tuple(sorted({places[node] for node in targets if node in places})),
             same=tuple((i, places[node]) for i, node in enumerate(outputs) if node in places),
             outputs=len(outputs),
+            precision=_precision(graph_module, examples),
         )
 
     @classmethod
@@ -64,11 +67,32 @@ class Signature:
         inputs = (x and (tuple(x[0]), tuple(x[1]), str(x[2])) for x in data["inputs"])
         same = tuple((int(output), int(place)) for output, place in data["same"])
         written = tuple(map(int, data["written"]))
-        return cls(inputs=tuple(inputs), written=written, same=same, outputs=int(data["outputs"]))
+        return cls(
+            inputs=tuple(inputs),
+            written=written,
+            same=same,
+            outputs=int(data["outputs"]),
+            precision=str(data["precision"]),
+        )
 
     def as_data(self) -> dict[str, Any]:
         """Returns it as plain data."""
         return asdict(self)
+
+
+def _precision(graph_module: GraphModule, examples: Sequence[Any]) -> str:
+    """Returns the coarsest dtype of floating-point values in a graph."""
+    values = [*examples, *(node.meta.get("val") for node in graph_module.graph.nodes)]
+    dtypes = {x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    return str(coarsest).removeprefix("torch.")
+
+
+def _kept(node: Node) -> Node:
+    """Follows ops that write in place and return what they wrote into."""
+    while any(target := written(node)):
+        node = target[0]
+    return node
 
 
 def _layout(value: Any) -> tuple[tuple[int, ...], tuple[int, ...], str] | None:
@@ -171,78 +195,82 @@ def compile_package(
     """
     from torch._inductor import aoti_compile_and_package
 
-    def run(*tensors: Tensor) -> tuple[Any, ...]:
-        left = iter(tensors)
-        return tuple(
-            graph_module.forward(*(next(left) if isinstance(x, Tensor) else x for x in examples))
-        )
-
+    run = _Run(graph_module, examples, surrounding)
     signature = Signature.of(graph_module, examples)
     options = inductor_linears.with_pass({})["options"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own internals
         try:
-            exported = _exported(run, _tensors(examples), surrounding)
+            inputs = tuple(map(_copy, _tensors(examples)))
+            exported = torch.export.export(run, inputs, strict=False)
             aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
         except Exception as error:
             raise PackageError(f"{type(error).__name__}: {error}") from error
-    _check(Package(file, signature), run, examples, surrounding)
+    _check(Package(file, signature), run, examples)
     return signature
 
 
-def _exported(
-    run: Callable[..., Any], tensors: list[Tensor], surrounding: Sequence[torch.dtype | None]
-) -> Any:
-    from torch.fx.experimental.proxy_tensor import make_fx
+class _Run(nn.Module):
+    """Runs a graph on tensors, as it ran: with its numbers, and in its autocast."""
 
-    # Traced below autocast, so that the casts of the surrounding one are ops of the graph.
-    with _autocast(surrounding):
-        traced = make_fx(run)(*map(_copy, tensors))
-    return torch.export.export(traced, tuple(map(_copy, tensors)), strict=False)
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        examples: Sequence[Any],
+        surrounding: Sequence[torch.dtype | None],
+    ) -> None:
+        super().__init__()
+        self._run = graph_module.forward
+        self._numbers = [None if isinstance(x, Tensor) else x for x in examples]
+        self._surrounding = surrounding
+
+    def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
+        left = iter(tensors)
+        inputs = [next(left) if number is None else number for number in self._numbers]
+        with _autocast(self._surrounding):
+            return tuple(self._run(*inputs))
 
 
-def _check(
-    package: Package,
-    run: Callable[..., Any],
-    examples: Sequence[Any],
-    surrounding: Sequence[torch.dtype | None],
-) -> None:
+def _check(package: Package, run: _Run, examples: Sequence[Any]) -> None:
     """Compares what a package computes, and writes into its inputs, with its graph."""
     given = [_copy(x) if isinstance(x, Tensor) else x for x in examples]
     tensors = list(map(_copy, _tensors(examples)))
-    with _autocast(surrounding):
-        expected = [*run(*tensors), *tensors]
+    expected = [*run(*tensors), *tensors]
     made = [*package.forward(*given), *_tensors(given)]
-    wrong = disagreement(made, expected, _MAY_DIFFER)
+    wrong = disagreement(made, expected, package.signature.precision, _MAY_DIFFER)
     if wrong:
         raise PackageError(f"the compiled code computes something else: {wrong}")
 
 
-def disagreement(made: Sequence[Any], expected: Sequence[Any], share: float = 0.0) -> str:
+def disagreement(
+    made: Sequence[Any], expected: Sequence[Any], precision: str, share: float = 0.0
+) -> str:
     """Returns where compiled outputs differ from the expected ones; empty if they agree.
 
     Args:
         made: What compiled code computed.
         expected: What it has to.
+        precision: The coarsest dtype that it computes in.
         share: The share of elements of each that may differ, from 0 to 1.
     """
+    coarsest = _DTYPES[precision]
+    tolerance = _TOLERANCE.get(coarsest, 16 * torch.finfo(coarsest).eps)
     if len(made) != len(expected):
         return f"{len(made)} outputs, of which {len(expected)} are expected"
     for place, (a, b) in enumerate(zip(made, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {place} is {list(a.shape)} {a.dtype}, not {list(b.shape)} {b.dtype}"
-        differ = _share_that_differs(a, b)
+        differ = _share_that_differs(a, b, tolerance)
         if differ > share:
-            return f"{100 * differ:.2g} % of output {place}"
+            return f"{100 * differ:.3g} % of output {place}"
     return ""
 
 
-def _share_that_differs(a: Tensor, b: Tensor) -> float:
+def _share_that_differs(a: Tensor, b: Tensor, tolerance: float) -> float:
     if a.numel() == 0:
         return 0.0
     if not b.is_floating_point():
         return (a != b).double().mean().item()
-    tolerance = _TOLERANCE.get(b.dtype, 16 * torch.finfo(b.dtype).eps)
     a, b = a.double(), b.double()
     finite = b.isfinite()
     scale = b[finite].square().mean().sqrt() if finite.any() else b.new_zeros(())

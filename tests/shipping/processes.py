@@ -1,4 +1,4 @@
-"""Processes that export a model, and run it without a compiler; run by test_processes.py."""
+"""Processes that export a model, and run it without a compiler; run by test_compiled.py."""
 
 from __future__ import annotations
 

@@ -96,6 +96,10 @@ def test_a_loaded_model_draws_the_same_and_makes_no_program(
     assert rows == [
         (r.step, r.block, r.branch, r.kept, r.flops) for r in fastvar_fx.explain(traced).rows
     ]
+    own, others = fastvar_fx.explain(fast).caches, fastvar_fx.explain(traced).caches
+    assert own is not None
+    assert others is not None
+    assert (own.appended, own.moved) == (3 * others.appended, 3 * others.moved)
     assert_prunes(fast, by_hand(Toy(seed=1)))
 
 
@@ -355,6 +359,8 @@ def test_a_loaded_model_is_not_compiled_or_exported(folder: Path, tmp_path: Path
     fast = fastvar_fx.load(Toy(), folder)
     with pytest.raises(ModelError, match="runs on packages"):
         fastvar_fx.compile(fast)
+    with pytest.raises(ModelError, match="runs on packages"):
+        fastvar_fx.measure(fast, draw)
     with pytest.raises(ModelError, match="runs on packages"):
         fastvar_fx.export(fast, tmp_path / "again", draw)
 
