@@ -131,6 +131,27 @@ def test_export_repeats_what_trace_ran(tmp_path: Path) -> None:
     assert torch.equal(infer(fast), want)  # as before
 
 
+class Drawn(nn.Linear):
+    """It notes that it was called, and nothing resets that."""
+
+    drawn = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn = True
+        return super().forward(x)
+
+
+def test_packages_hold_for_a_new_model_and_for_one_that_has_drawn(tmp_path: Path) -> None:
+    model: Any = small()
+    model.blocks[0].ffn.fc2.__class__ = Drawn
+    model.blocks[0].ffn.fc2.drawn = False
+    fast = fastvar_fx.transform(model, Schedule((1, 2, 3), (0.5,)))
+    fastvar_fx.export(fast, tmp_path / "it", infer)
+    loaded = fastvar_fx.load(model, tmp_path / "it")
+    for _ in range(3):
+        assert torch.equal(infer(loaded), infer(pruned()))
+
+
 def test_a_copy_runs_on_the_packages_too(folder: Path) -> None:
     fast = copy.deepcopy(fastvar_fx.load(Toy(), folder))
     assert_prunes(fast, by_hand(Toy()))
