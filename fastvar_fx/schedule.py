@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from types import MappingProxyType
@@ -13,14 +13,31 @@ from fastvar_fx.errors import ScheduleError, did_you_mean
 from fastvar_fx.ops import Scale, kept_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByKind:
+    """Pruning ratios in [0, 1] of the branches of a block that differ by kind; 0 is dense."""
+
+    attention: float = 0.0
+    cross_attention: float = 0.0
+    ffn: float = 0.0
+
+
+Ratio = float | ByKind
+"""The pruning ratio of all branches of a block, or one of each kind."""
+
+
 @dataclass(frozen=True, init=False)
 class Schedule:
     """The scales a model draws and the pruning ratios of its last N steps.
 
+    A step has one ratio, or one per kind of branch, as in {"attention": 0.5, "ffn": 0.75}, or a
+    sequence with either of these for each layer.
+
     Attributes:
         scales: The K token maps, coarse to fine, as (h, w), or (m, h, w) for m joint maps.
-        ratios: Pruning ratios in [0, 1] of the last N = len(ratios) steps; 0 leaves a step dense,
-            1 on the last steps skips them (see `transform`).
+        ratios: Pruning ratios in [0, 1] of the last N = len(ratios) steps: of each a number or a
+            `ByKind`, or a tuple with one of these per layer. 0 leaves a step dense, the number 1
+            on the last steps skips them (see `transform`).
         cache_step: 0-based index of the step whose branch outputs are captured (the paper's K-N).
         layers: Indices of the blocks that prune, ascending; None means all.
         prefix: Whether the blocks get all maps so far at every step, as in loops without a KV
@@ -37,7 +54,7 @@ class Schedule:
     """
 
     scales: tuple[Scale, ...]
-    ratios: tuple[float, ...]
+    ratios: tuple[Ratio | tuple[Ratio, ...], ...]
     cache_step: int
     layers: tuple[int, ...] | None
     prefix: bool
@@ -46,7 +63,7 @@ class Schedule:
     def __init__(
         self,
         scales: Iterable[int | Sequence[int]],
-        ratios: Iterable[float],
+        ratios: Iterable[GivenRatio | Sequence[GivenRatio]],
         *,
         cache_step: int | None = None,
         layers: Iterable[int] | None = None,
@@ -57,7 +74,9 @@ class Schedule:
 
         Args:
             scales: Token maps coarse to fine; an int n means n x n, else (h, w) or (m, h, w).
-            ratios: Pruning ratios in [0, 1] of the last steps.
+            ratios: Pruning ratios in [0, 1] of the last steps: of each a number, or a mapping from
+                the kinds "attention", "cross_attention" and "ffn" to numbers, of which those left
+                out stay dense, or a sequence with either of these for each layer of the model.
             cache_step: 0-based; None means the last step before the pruned ones.
             layers: Blocks that prune, counted from 0; None means all.
             prefix: Whether the blocks get all maps so far at every step.
@@ -67,7 +86,7 @@ class Schedule:
             ScheduleError: If a value is out of its range or they contradict each other.
         """
         maps = tuple(map(_scale, _listed("scales", scales)))
-        dropped = tuple(map(_ratio, _listed("ratios", ratios)))
+        dropped = tuple(map(_of_step, _listed("ratios", ratios)))
         if cache_step is None:
             cache_step = len(maps) - len(dropped) - 1
         vars(self).update(  # attributes are frozen
@@ -106,7 +125,22 @@ class Schedule:
                 f"cache_step={self.cache_step!r} must lie before the first pruned step: "
                 f"in [0, {first_pruned - 1}], counted from 0"
             )
+        self._check_depth()
         self._check_guidance()
+
+    def _check_depth(self) -> None:
+        depths = {len(entry) for entry in self.ratios if isinstance(entry, tuple)}
+        if len(depths) > 1:
+            raise ScheduleError(
+                f"steps with a ratio per layer have one for each layer of the same model; found "
+                f"{' and '.join(map(str, sorted(depths)))} layers"
+            )
+        beyond = [layer for layer in self.layers or () if depths and layer >= max(depths)]
+        if beyond:
+            raise ScheduleError(
+                f"layers={self.layers} has {beyond}, but the ratios are those of {max(depths)} "
+                f"layers, 0 to {max(depths) - 1}"
+            )
 
     def _check_guidance(self) -> None:
         until = self.guidance_until
@@ -124,10 +158,53 @@ class Schedule:
         """K, how many steps a generation has."""
         return len(self.scales)
 
-    def ratio(self, step: int) -> float:
-        """Returns the pruning ratio of a step; 0 before the last N."""
+    @property
+    def depth(self) -> int | None:
+        """How many layers have ratios of their own; None where all layers have the same."""
+        return next((len(entry) for entry in self.ratios if isinstance(entry, tuple)), None)
+
+    def ratio(self, step: int, layer: int | None = None, kind: str | None = None) -> float:
+        """Returns the pruning ratio of a branch; 0 before the last N steps.
+
+        Args:
+            step: The step.
+            layer: The index of the block; needed where the step has a ratio per layer.
+            kind: "attention", "cross_attention" or "ffn"; needed where its ratios differ by kind.
+
+        Raises:
+            ScheduleError: If the ratios of the step differ and one of these is missing.
+        """
+        if layer is not None and not self.prunes_layer(layer):
+            return 0.0
+        entry = self.entry(step)
+        if isinstance(entry, tuple) and layer is not None:
+            entry = entry[layer]
+        if isinstance(entry, ByKind) and kind is not None:
+            ratio: float = getattr(entry, kind)
+            return ratio
+        if isinstance(entry, float):
+            return entry
+        ratios = self.ratios_at(step)
+        if len(ratios) > 1:
+            raise ScheduleError(
+                f"step {step} has no ratio of its own, its branches have {ratios}: ask for that of "
+                f"a layer and a kind, or give a schedule with one ratio per step"
+            )
+        return ratios[0]
+
+    def entry(self, step: int) -> Ratio | tuple[Ratio, ...]:
+        """Returns what `ratios` has for a step; 0 before the last N steps."""
         first = self.steps - len(self.ratios)
         return self.ratios[step - first] if step >= first else 0.0
+
+    def ratios_at(self, step: int) -> tuple[float, ...]:
+        """Returns the pruning ratios of a step's branches, each once, ascending."""
+        entry = self.entry(step)
+        if isinstance(entry, tuple):
+            entries = [each for layer, each in enumerate(entry) if self.prunes_layer(layer)]
+        else:
+            entries = [entry]
+        return tuple(sorted({ratio for each in entries for ratio in _by_kind(each)}))
 
     def tokens(self, step: int) -> int:
         """Returns L, the token count of a step's map."""
@@ -137,20 +214,28 @@ class Schedule:
         """Returns how many tokens the blocks get at a step: with `prefix`, of all maps so far."""
         return sum(map(self.tokens, range(step + 1))) if self.prefix else self.tokens(step)
 
-    def kept(self, step: int) -> int:
-        """Returns how many tokens a step keeps: L - int(L * ratio)."""
-        return kept_tokens(self.tokens(step), self.ratio(step))
+    def kept(self, step: int, layer: int | None = None, kind: str | None = None) -> int:
+        """Returns how many tokens a branch keeps: L - int(L * ratio); see `ratio`."""
+        return kept_tokens(self.tokens(step), self.ratio(step, layer, kind))
+
+    def kept_counts(self, step: int) -> tuple[int, ...]:
+        """Returns how many tokens the branches of a step keep, each number once, ascending."""
+        counts = {kept_tokens(self.tokens(step), ratio) for ratio in self.ratios_at(step)}
+        return tuple(sorted(counts))
 
     @property
     def pruned_steps(self) -> tuple[int, ...]:
         """The steps with a ratio above 0 that drops at least one token."""
-        return tuple(s for s in range(self.steps) if self.kept(s) < self.tokens(s))
+        return tuple(s for s in range(self.steps) if self.kept_counts(s)[0] < self.tokens(s))
 
     @property
     def full_steps(self) -> tuple[int, ...]:
-        """The last steps, as far as their ratio is 1: those that a loop may skip."""
+        """The last steps, as far as their ratio is the number 1: those that a loop may skip.
+
+        A step with a 1 for each layer is drawn, and every branch is its resized cache.
+        """
         steps = range(self.steps)
-        first = next((s + 1 for s in reversed(steps) if self.ratio(s) < 1), 0)
+        first = next((s + 1 for s in reversed(steps) if self.entry(s) != 1), 0)
         return tuple(steps[first:])
 
     def guided(self, step: int) -> bool:
@@ -170,7 +255,7 @@ class Schedule:
 
         Args:
             scales: Token maps of the form that the others have, each larger than the one before.
-            ratio: Pruning ratio in [0, 1] of the new steps; None means that of the last step.
+            ratio: Pruning ratio in [0, 1] of the new steps; None means what the last step has.
 
         Raises:
             ScheduleError: If no scale is given, a map does not grow, or the schedule ends in
@@ -182,12 +267,11 @@ class Schedule:
         """
         if not scales:
             raise ScheduleError("extend takes the scales to append, such as (84, 84); found none")
-        last = self.ratio(self.steps - 1)
-        added = last if ratio is None else _ratio(ratio)
-        if self.full_steps and added < 1:
+        added = self.entry(self.steps - 1) if ratio is None else _ratio(ratio)
+        if self.full_steps and ratio is not None and ratio < 1:
             raise ScheduleError(
                 f"steps {list(self.full_steps)} have ratio 1 and are skipped, so new ones of ratio "
-                f"{added:g} would leave a step skipped in the middle of the schedule. Give the "
+                f"{ratio:g} would leave a step skipped in the middle of the schedule. Give the "
                 f"steps before them ratios below 1 first, or extend with ratio=1"
             )
         ratios = (*self.ratios, *[added] * len(scales))
@@ -222,14 +306,14 @@ class Schedule:
                 f"{strange}"
             )
         first = self.steps - len(self.ratios)
-        ratios = (0.0 if first + i in steps else ratio for i, ratio in enumerate(self.ratios))
+        ratios = [0.0 if first + i in steps else entry for i, entry in enumerate(self.ratios)]
         return replace(self, ratios=tuple(ratios))
 
     # --- as data -------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Returns the schedule as a JSON object; `from_json` reads it back equal."""
-        return json.dumps(vars(self))
+        return json.dumps(vars(self), default=_of_kinds)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -273,6 +357,12 @@ def presets() -> MappingProxyType[str, Schedule]:
     return MappingProxyType(_PRESETS)
 
 
+def span_text(values: Sequence[float]) -> str:
+    """Returns a number, or the least and the largest of several in ascending order: `0.5-0.75`."""
+    ends = dict.fromkeys((values[0], values[-1]))
+    return "-".join(f"{value:.7g}" for value in ends)
+
+
 def _scale(value: object) -> Scale:
     sides = (value, value) if isinstance(value, int) else value
     if not isinstance(sides, Sequence) or len(sides) not in (2, 3):
@@ -280,6 +370,45 @@ def _scale(value: object) -> Scale:
     if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
         raise ScheduleError(f"the sides of a scale are positive integers; found {value!r}")
     return tuple(sides)
+
+
+GivenRatio = float | ByKind | Mapping[str, float]
+
+
+def _of_step(value: Any) -> Ratio | tuple[Ratio, ...]:
+    """Returns what a step's ratios are, in the form that `Schedule.ratios` has."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return _of_layer(value)
+    if not value:
+        raise ScheduleError("a step with a ratio per layer has one for each layer; found none")
+    return tuple(map(_of_layer, value))
+
+
+def _of_layer(value: Any) -> Ratio:
+    if isinstance(value, ByKind):
+        value = vars(value)
+    if not isinstance(value, Mapping):
+        return _ratio(value)
+    unknown = [kind for kind in value if kind not in _KINDS]
+    if unknown or not value:
+        raise ScheduleError(
+            f"ratios by kind have the keys {', '.join(_KINDS)}; found {sorted(map(str, value))}"
+        )
+    made = ByKind(**{kind: _ratio(ratio) for kind, ratio in value.items()})
+    ratios = _by_kind(made)
+    return ratios[0] if len(set(ratios)) == 1 else made
+
+
+def _by_kind(entry: Ratio) -> tuple[float, ...]:
+    """Returns the ratios of all kinds."""
+    return tuple(vars(entry).values()) if isinstance(entry, ByKind) else (entry,)
+
+
+def _of_kinds(entry: ByKind) -> dict[str, float]:
+    return {kind: ratio for kind, ratio in vars(entry).items() if ratio}
+
+
+_KINDS: Final = tuple(field.name for field in fields(ByKind))
 
 
 def _ratio(value: Any) -> float:

@@ -130,6 +130,7 @@ def transform(  # noqa: PLR0913
     ]
     for plan in plans:
         _check_guidance(plan)
+        _check_plan(plan)
     family = Family(plans, EAGER)
     ends_guidance = any(plan.unguided_steps for plan in plans)
     fast, copies = copy_structure(model, found.values())
@@ -385,6 +386,26 @@ def _check_kinds(branches: Iterable[str] | None) -> tuple[Kind, ...]:
     return cast("tuple[Kind, ...]", wanted)
 
 
+def _check_plan(plan: Plan) -> None:
+    schedule, once = plan.schedule, plan.method.once
+    drawn = [step for step in schedule.pruned_steps if step not in plan.skipped_steps]
+    if drawn and not plan.pruned_steps:
+        raise ScheduleError(
+            f"the schedule prunes steps {drawn}, but none of the branches {plan.kinds} that may "
+            f"prune; found ratios {schedule.ratios}"
+        )
+    for step in plan.pruned_steps if once else ():
+        counts = [{*plan.kept(step, layer).values()} for layer in range(len(plan.blocks))]
+        if once == "step":
+            counts = [set().union(*counts)]
+        if any(len(own) > 1 for own in counts):
+            raise ArgumentError(
+                f'a method with once="{once}" has one selection for all branches of a {once}, '
+                f"but at step {step} the schedule keeps {max(counts, key=len)} tokens. Give them "
+                f"one ratio, or use a method in which each branch selects its own"
+            )
+
+
 def _check_schedule(
     schedule: Schedule, blocks: int, step_of: StepOf | None, on_full: OnFull
 ) -> tuple[int, ...]:
@@ -393,6 +414,11 @@ def _check_schedule(
         raise ScheduleError(
             f"transform takes a fastvar_fx.Schedule; found {type(schedule).__name__}. Named ones "
             f"come from Schedule.preset(name)"
+        )
+    if schedule.depth not in (None, blocks):
+        raise ScheduleError(
+            f"the schedule has ratios for {schedule.depth} layers, but the model has {blocks} "
+            f"blocks. Give one for each block, or one for all of them"
         )
     beyond = [layer for layer in schedule.layers or () if layer >= blocks]
     if beyond:
@@ -454,7 +480,7 @@ def _skipped_steps(schedule: Schedule, on_full: OnFull) -> tuple[int, ...]:
     if on_full != "skip" and not callable(on_full):
         raise ValueError(f'on_full is "skip", "cache" or a loop rule; found {on_full!r}')
     full = schedule.full_steps
-    middle = [s for s in range(schedule.steps) if schedule.ratio(s) == 1 and s not in full]
+    middle = [s for s in range(schedule.steps) if schedule.entry(s) == 1 and s not in full]
     if middle:
         raise ScheduleError(
             f"ratio 1 skips a step, but steps {middle} are in the middle of the schedule: only the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from tests import zoo
 from tests.zoo import Scale
 
 Branch = Callable[[Tensor, Tensor], Tensor]  # (kept tokens (B, n, C), index (B, n)) -> (B, n, C)
+Ratios = float | Sequence[Mapping[str, float]]  # of one step: one for all, or by block and branch
 Select = Callable[[Tensor, int], Tensor]  # (stream (B, L, C), kept) -> index (B, kept)
 
 # ---------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class Pruner:
     """PTS -> branch -> CTR around the branches of one generation."""
 
     scales: Sequence[Scale]
-    ratios: Sequence[float]
+    ratios: Sequence[Ratios]
     cache_step: int
     layers: Collection[int]
     branches: Collection[str]
@@ -92,7 +93,8 @@ class Pruner:
         first = len(self.scales) - len(self.ratios)
         if not chosen or (layer, name) in self.refused or self.step < first:
             return 0.0
-        return self.ratios[self.step - first]
+        ratio = self.ratios[self.step - first]
+        return ratio if isinstance(ratio, float) else ratio[layer][name]
 
     def run(self, layer: int, name: str, x: Tensor, branch: Branch) -> Tensor:
         """The branch's contribution (B, L, C) for the residual stream x (B, L, C)."""
@@ -562,7 +564,7 @@ def reference_generate(
     batch: int,
     seed: int,
     scales: Sequence[Scale],
-    ratios: Sequence[float],
+    ratios: Sequence[Ratios],
     cache_step: int | None = None,
     layers: Collection[int] | None = None,
     *,
@@ -578,7 +580,7 @@ def reference_generate(
         batch: number of samples.
         seed: as for `ZooModel.generate`.
         scales: (h, w) of each of the K steps.
-        ratios: pruning ratios of the last N steps, 0..1.
+        ratios: pruning ratios of the last N steps, 0..1: one, or of each block one by branch.
         cache_step: the step whose outputs are captured, K - N - 1 by default.
         layers: the blocks to prune, all by default.
         branches: the branches to prune.

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 import fastvar_fx
 from fastvar_fx import FastVARError, Schedule, ScheduleError, presets
+from fastvar_fx.schedule import ByKind
 
 FAST = settings(deadline=None, max_examples=60, derandomize=True)
 RATIOS = st.one_of(st.floats(0, 1), st.sampled_from([0, 1, 0.5, 0.29, 1 / 3]))
+KINDS = ("attention", "cross_attention", "ffn")
+BY_KIND = st.dictionaries(st.sampled_from(KINDS), RATIOS, min_size=1)
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
+def schedules(draw: st.DrawFn, by_branch: bool = True) -> Schedule:
     sides = st.integers(1, 12)
     form = draw(st.sampled_from(["int", "hw", "mhw"]))
     maps = draw(st.integers(1, 3))
@@ -29,10 +32,17 @@ def schedules(draw: st.DrawFn) -> Schedule:
         "mhw": [(maps, h, w) for h, w in pairs],
     }
     scales = forms[form]
-    ratios = draw(st.lists(RATIOS, max_size=len(scales) - 1))
+    ratio = RATIOS
+    layer = st.integers(0, 40)
+    if by_branch and draw(st.booleans()):
+        depth = draw(st.integers(1, 4))
+        each = st.one_of(RATIOS, BY_KIND)
+        ratio = st.one_of(each, st.lists(each, min_size=depth, max_size=depth))
+        layer = st.integers(0, depth - 1)
+    ratios = draw(st.lists(ratio, max_size=len(scales) - 1))
     last = len(scales) - len(ratios) - 1
     cache_step = draw(st.one_of(st.none(), st.integers(0, last)))
-    layers = draw(st.one_of(st.none(), st.lists(st.integers(0, 40), min_size=1)))
+    layers = draw(st.one_of(st.none(), st.lists(layer, min_size=1)))
     until = draw(st.one_of(st.none(), st.integers(1, len(scales) - 1)))
     return Schedule(scales, ratios, cache_step=cache_step, layers=layers, guidance_until=until)
 
@@ -123,7 +133,7 @@ def test_full_steps_are_the_last_ones_of_ratio_one(ratios: list[float], full: An
 
 
 @FAST
-@given(schedules())
+@given(schedules(by_branch=False))
 def test_kept_counts(schedule: Schedule) -> None:
     first = schedule.steps - len(schedule.ratios)
     for step in range(schedule.steps):
@@ -145,6 +155,94 @@ def test_frozen_hashable_and_copied_by_value() -> None:
     assert changed.ratios == (0.25,)
     assert changed.layers == (0,)
     assert changed != schedule
+
+
+# -- ratios by layer and kind ----------------------------------------------------------------------
+
+
+def test_ratios_by_layer_and_kind() -> None:
+    by_kind = {"attention": 0.5, "ffn": 0.75}
+    schedule = Schedule([1, 2, 4, 6, 8], [by_kind, [0, by_kind, 1.0], 0.25], layers=[1, 2])
+    assert schedule.ratios == (
+        ByKind(attention=0.5, ffn=0.75),
+        (0.0, ByKind(attention=0.5, ffn=0.75), 1.0),
+        0.25,
+    )
+    assert schedule.depth == 3
+    assert [schedule.ratio(2, layer, "ffn") for layer in range(3)] == [0, 0.75, 0.75]
+    assert [schedule.ratio(3, layer, "attention") for layer in range(3)] == [0, 0.5, 1]
+    assert schedule.ratio(3, 2) == 1
+    assert schedule.ratio(4) == 0.25
+    assert schedule.ratios_at(3) == (0, 0.5, 0.75, 1)
+    assert schedule.kept(3, 1, "ffn") == 9
+    assert schedule.kept_counts(3) == (0, 9, 18, 36)
+    assert schedule.pruned_steps == (2, 3, 4)
+    with pytest.raises(ScheduleError, match="step 3 has no ratio of its own"):
+        schedule.kept(3)
+    with pytest.raises(ScheduleError, match="step 2 has no ratio of its own"):
+        schedule.ratio(2, 1)
+
+
+def test_equal_ratios_of_all_kinds_are_one() -> None:
+    assert Schedule([1, 2], [dict.fromkeys(KINDS, 0.5)]).ratios == (0.5,)
+    assert Schedule([1, 2], [(0.5, 0.5)]).ratio(1) == 0.5
+
+
+def test_layers_that_do_not_prune_do_not_count() -> None:
+    schedule = Schedule([1, 2, 4], [(1.0, 0.5), (0.5, 0.0)], layers=[1])
+    assert schedule.pruned_steps == (1,)
+
+
+def test_a_step_with_a_one_for_each_layer_is_no_skipped_step() -> None:
+    assert Schedule([1, 2, 4], [(1.0, 1.0)]).full_steps == ()
+    assert Schedule([1, 2, 4], [dict.fromkeys(KINDS, 1)]).full_steps == (2,)
+
+
+def test_extensions_keep_what_differs_by_layer() -> None:
+    schedule = Schedule([1, 2, 4], [0.5, [{"ffn": 0.5}, 0.0]])
+    assert schedule.extend(6).ratios == (0.5, *[(ByKind(ffn=0.5), 0.0)] * 2)
+    assert schedule.extend(6, ratio=0.25).ratios[-1] == 0.25
+    assert schedule.without(2).ratios == (0.5, 0.0)
+    assert schedule.without(1).ratios == (0.0, (ByKind(ffn=0.5), 0.0))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "match"),
+    [
+        ([[0.5, 0.5], [0.5]], "1 and 2 layers"),
+        ([[]], "found none"),
+        ([{"fnn": 0.5}], "keys attention, cross_attention, ffn"),
+        ([{}], "keys attention, cross_attention, ffn"),
+        ([{"ffn": 2}], "lies in"),
+        ([[[0.5]]], "is a number"),
+        (["0.5"], "is a number"),
+    ],
+)
+def test_bad_ratios_by_layer_and_kind(ratios: Any, match: str) -> None:
+    with pytest.raises(ScheduleError, match=match):
+        Schedule([1, 2, 4, 8], ratios)
+
+
+def test_layers_beyond_the_ratios_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="ratios are those of 2 layers"):
+        Schedule([1, 2], [(0.5, 0.5)], layers=[2])
+
+
+@FAST
+@given(schedules())
+def test_counts_of_a_step_are_those_of_its_branches(schedule: Schedule) -> None:
+    for step in range(schedule.steps):
+        layers = range(schedule.depth or 1)
+        pruning = [
+            layer for layer in layers if schedule.depth is None or schedule.prunes_layer(layer)
+        ]
+        counts = {
+            schedule.kept(step, layer if schedule.depth else None, kind)
+            for layer in pruning
+            for kind in KINDS
+        }
+        assert schedule.kept_counts(step) == tuple(sorted(counts))
+        assert (step in schedule.pruned_steps) == (min(counts) < schedule.tokens(step))
 
 
 # -- as JSON ------------------------------------------------------------------------------------

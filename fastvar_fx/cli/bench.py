@@ -40,7 +40,7 @@ from fastvar_fx.measuring.resolutions import (
 from fastvar_fx.measuring.rows import Result, Row, check_variants, default_variants, measure_rows
 from fastvar_fx.measuring.runs import Budget
 from fastvar_fx.measuring.variants import DENSE, Variant
-from fastvar_fx.schedule import Schedule
+from fastvar_fx.schedule import Schedule, span_text
 
 _UNUSABLE: Final = " !"
 """Behind a figure that is unusable."""
@@ -312,7 +312,7 @@ def _step_table(result: Result) -> Table:
     table = new_table("step", "scale", "tokens", "kept", *names)
     for step, scale in enumerate(schedule.scales):
         times = [f"{1e3 * row.steps[step].median:.1f}" for row in rows]
-        counts = (str(schedule.tokens(step)), str(schedule.kept(step)))
+        counts = (str(schedule.tokens(step)), span_text(schedule.kept_counts(step)))
         table.add_row(str(step), sides_text(scale), *counts, *times)
     return table
 
@@ -324,10 +324,11 @@ def _print_modules(measured: _Measured) -> None:
     table.columns[2].justify = "left"
     for step in range(schedule.cache_step, schedule.steps):
         for variant, steps in modules.items():
-            kept = schedule.tokens(step) if variant == DENSE else schedule.kept(step)
+            tokens = (schedule.tokens(step),)
+            kept = span_text(tokens if variant == DENSE else schedule.kept_counts(step))
             times = [1e3 * steps[step][name] for name in names]
             cells = [f"{time:.2f}" for time in (*times, sum(times))]
-            table.add_row(str(step), str(kept), str(variant), *cells)
+            table.add_row(str(step), kept, str(variant), *cells)
     show(table)
     shares = [f"{overhead(modules, s):.1%} at step {s}" for s in schedule.pruned_steps]
     show(

@@ -32,6 +32,7 @@ from fastvar_fx.cli.terminal import (
 )
 from fastvar_fx.quality.evaluate import METRICS, Evaluation, Score, Speed, check_metrics, evaluate
 from fastvar_fx.quality.subjects import DEMO, case, case_names, own_schedule
+from fastvar_fx.schedule import span_text
 
 _ALL = ",".join(METRICS)
 
@@ -158,7 +159,7 @@ def _step_table(result: Evaluation) -> Table:
             str(step.step),
             sides_text(schedule.scales[step.step]),
             str(schedule.tokens(step.step)),
-            "skipped" if skipped else str(schedule.kept(step.step)),
+            "skipped" if skipped else span_text(schedule.kept_counts(step.step)),
             _number(step.agreement, 3),
             _number(step.bits_dense, 3),
             _number(step.bits_pruned, 3),

@@ -21,6 +21,7 @@ from fastvar_fx.cli import say
 from fastvar_fx.measuring.runs import Budget, Progress
 from fastvar_fx.measuring.subject import Subject
 from fastvar_fx.ops import Scale
+from fastvar_fx.schedule import span_text
 
 _WIDTH: Final = 100
 """Columns of a table that goes to a file or a pipe."""
@@ -54,7 +55,9 @@ def headline(subject: Subject) -> str:
 def schedule_line(subject: Subject) -> str:
     """Returns a line on the schedule."""
     schedule = subject.schedule
-    ratios = ", ".join(f"{ratio:g}" for ratio in schedule.ratios) or "none"
+    first = schedule.steps - len(schedule.ratios)
+    late = map(schedule.ratios_at, range(first, schedule.steps))
+    ratios = ", ".join(map(span_text, late)) or "none"
     return (
         f"{schedule.steps} scales, {sides_text(schedule.scales[0])} to "
         f"{sides_text(schedule.scales[-1])}; ratios {ratios}; cache step {schedule.cache_step}"

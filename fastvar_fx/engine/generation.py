@@ -271,8 +271,9 @@ class Generation:
         position = self._positions[step]
         track = self._track_of(call, step, position)
         selected = self._loop.selected
-        if selected is not None and selected.fits(step, call.site.layer, call.x.shape[0]):
-            call.selection = selected.tensors
+        layer, batch = call.site.layer, call.x.shape[0]
+        if selected is not None and selected.fits(step, layer, batch):
+            call.selection = selected.tensors if self.plan.kept(step, layer) else None
         if (
             track is None
             or position not in (track.position, track.position + 1)

@@ -16,7 +16,7 @@ from fastvar_fx.errors import RunError
 from fastvar_fx.methods import Method
 from fastvar_fx.schedule import Schedule
 from passes import Half
-from passes.analyse.branches import Kind
+from passes.analyse.branches import KINDS, Kind
 from passes.analyse.caches import LaterRows
 from passes.rewrite.prune import Step
 
@@ -62,8 +62,10 @@ class Plan:
 
     @cached_property
     def pruned_steps(self) -> tuple[int, ...]:
-        """The steps that the loop draws and the schedule prunes."""
-        return tuple(s for s in self.schedule.pruned_steps if s not in self.skipped_steps)
+        """The steps that the loop draws and at which a branch of some block prunes."""
+        drawn = [step for step in self.schedule.pruned_steps if step not in self.skipped_steps]
+        layers = range(len(self.blocks))
+        return tuple(step for step in drawn if any(self.kept(step, layer) for layer in layers))
 
     @cached_property
     def unguided_steps(self) -> tuple[int, ...]:
@@ -82,7 +84,21 @@ class Plan:
 
     def prunes(self, layer: int) -> bool:
         """Whether the block of an index prunes at some step."""
-        return bool(self.pruned_steps) and self.schedule.prunes_layer(layer)
+        return any(self.kept(step, layer) for step in self.pruned_steps)
+
+    def kept(self, step: int, layer: int) -> dict[Kind, int]:
+        """Returns how many tokens of a step's map a block keeps, by the kinds that it prunes."""
+        tokens = self.schedule.tokens(step)
+        counts = {kind: self.schedule.kept(step, layer, kind) for kind in self.kinds}
+        return {kind: count for kind, count in counts.items() if count < tokens}
+
+    def kinds_at(self, step: int, layer: int) -> tuple[Kind, ...]:
+        """Returns the kinds of branches that a block prunes at a step, or captures to prune.
+
+        At the cache step attention may be of another kind, for it may have one token.
+        """
+        captures = step == self.schedule.cache_step
+        return self.kinds if captures else tuple(self.kept(step, layer))
 
     def half(self, batch: int) -> Half:
         """Returns the conditional half of a batch."""
@@ -130,7 +146,7 @@ class Plan:
         schedule, cache_step, method = self.schedule, self.schedule.cache_step, self.method
         cached = self.around(cache_step, *captured) if captured else around
         return Step(
-            schedule.kept(step) + sum(around),
+            {kind: count + sum(around) for kind, count in self.kept(step, layer).items()},
             schedule.scales[cache_step],
             schedule.scales[step],
             Within(method, around, cached) if any(around + cached) else method,
@@ -149,16 +165,17 @@ class Plan:
     def key(self, step: int, layer: int) -> tuple[Any, ...]:
         """Returns what programs depend on; those of equal keys may be shared."""
         schedule = self.schedule
-        later, guided = self.later_rows(step), schedule.guided(step)
+        later, guided = self.later_rows(step, layer), schedule.guided(step)
         if step == schedule.cache_step or step not in self.pruned_steps:
             return (later, guided, step == schedule.cache_step)
         shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
         whole = schedule.prefix and schedule.length(schedule.steps - 1)  # see `around`
         last = step == self.drawn_steps - 1
         given = tuple(self._given(step, layer).values())
-        return (*shapes, whole, schedule.kept(step), last, later, guided, given)
+        kept = tuple(self.kept(step, layer).items())
+        return (*shapes, whole, kept, last, later, guided, given)
 
-    def later_rows(self, step: int) -> LaterRows | None:
+    def later_rows(self, step: int, layer: int) -> LaterRows | None:
         """What branches append to their caches at the steps after `step`; None without buffers.
 
         A step without a program runs the user's own forward, whose caches are in no buffer.
@@ -167,5 +184,7 @@ class Plan:
             return None
         after = range(step + 1, self.schedule.steps)
         steps = list(takewhile(self.changed_steps.__contains__, after))
-        pruned, dense = (sum(map(of, steps)) for of in (self.schedule.kept, self.schedule.tokens))
-        return LaterRows(pruned, dense)
+        kept = [(self.schedule.tokens(s), self.kept(s, layer)) for s in steps]
+        dense = sum(tokens for tokens, _ in kept)
+        pruned = ((kind, sum(own.get(kind, n) for n, own in kept)) for kind in KINDS)
+        return LaterRows(tuple(pruned), dense)

@@ -141,7 +141,8 @@ class Pruning:
     Attributes:
         steps: The pruned steps.
         tokens: Their tokens, of one image.
-        dropped: How many of them a branch that prunes leaves out.
+        dropped: How many of them a branch that prunes leaves out; where ratios differ by layer or
+            kind, on average over the branches met so far that were not refused.
         flops: FLOPs of the branches at these steps as met so far, dense, as in `Row`; of half of
             the batch where guidance is off.
         pruned_flops: The same as they run.
@@ -162,7 +163,7 @@ class Pruning:
         return cls(
             steps=steps,
             tokens=tokens,
-            dropped=tokens - sum(schedule.kept(step) for step in steps),
+            dropped=tokens - sum(kept_by_branch(schedule, step, late) for step in steps),
             flops=sum(row.unguided_flops for row in late),
             pruned_flops=sum(row.pruned_flops for row in late),
         )
@@ -308,6 +309,19 @@ class Report:
     def __str__(self) -> str:
         """A table; blocks that do the same share a line."""
         return report_text.table(self)
+
+
+def kept_by_branch(schedule: Schedule, step: int, rows: Iterable[Row]) -> int:
+    """Returns how many tokens a branch keeps at a step; on average, where the ratios differ.
+
+    Args:
+        schedule: The schedule.
+        step: The step.
+        rows: What branches do at all steps.
+    """
+    counts = schedule.kept_counts(step)
+    found = [row.kept for row in rows if row.step == step and row.refusal is None]
+    return counts[0] if len(counts) == 1 or not found else round(sum(found) / len(found))
 
 
 def _plain(value: Any) -> Any:

@@ -331,10 +331,10 @@ class Store:
         context = passes.Context(
             call=live,
             real=real or passes.reference(live),
-            kinds=plan.kinds if role.step is not None else (),
+            kinds=plan.kinds_at(step, call.site.layer) if role.step is not None else (),
             step=self._pruned(call, step, role),
             captured=call.left(role.captured),
-            later=plan.later_rows(step),
+            later=plan.later_rows(step, call.site.layer),
             dump=passes.Dump(plan.dump_dir, name) if plan.dump_dir else None,
         )
         program = self._make(context, name)

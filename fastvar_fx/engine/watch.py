@@ -61,6 +61,8 @@ class Watch:
             self._repeats += layer == self._layer
             if length == self._whole:
                 self._check_constant(length)
+            if pruned:  # the first block of the step may be one that does not prune
+                self.changed(length)
             return
         if self._begins_anew(length):
             self._judge(whole=False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastvar_fx import ops
 from fastvar_fx.engine.find_blocks import module_at
-from fastvar_fx.engine.report import Report
+from fastvar_fx.engine.report import Report, kept_by_branch
 from fastvar_fx.engine.report_text import branch_counts
 from fastvar_fx.errors import RunError, ScheduleError
 from fastvar_fx.measuring.compare import Comparison
@@ -223,7 +223,7 @@ def measure_both(
     dense_images = _images(dense.result)
     return Measurement(
         method=method,
-        steps=tuple(_step(schedule, step, dense, pruned) for step in range(schedule.steps)),
+        steps=tuple(_step(report, schedule, step, dense, pruned) for step in range(schedule.steps)),
         pruned_steps=Comparison.of_blocks(dense, pruned, schedule.pruned_steps),
         transformer=Comparison.of_blocks(dense, pruned),
         total=Comparison.of_runs(dense, pruned),
@@ -237,14 +237,14 @@ def measure_both(
     )
 
 
-def _step(schedule: Schedule, step: int, dense: Runs, pruned: Runs) -> StepResult:
+def _step(report: Report, schedule: Schedule, step: int, dense: Runs, pruned: Runs) -> StepResult:
     role: Role = "prunes" if step in schedule.pruned_steps else "dense"
     return StepResult(
         **vars(Comparison.of_blocks(dense, pruned, [step])),
         step=step,
         scale=schedule.scales[step],
         tokens=schedule.tokens(step),
-        kept=schedule.kept(step),
+        kept=kept_by_branch(schedule, step, report.rows),
         role="captures" if step == schedule.cache_step else role,
         dense_flops=dense.flops[step],
         pruned_flops=pruned.flops[step],
@@ -319,7 +319,7 @@ class _Recorder:
         steps = {schedule.tokens(step): step for step in schedule.pruned_steps}
         branches: dict[tuple[int, str], list[str]] = {}
         for row in report.rows:
-            if row.kept < row.tokens:
+            if 0 < row.kept < row.tokens:
                 branches.setdefault((row.step, row.block), []).append(row.branch)
         calls = [(block, masks) for block, masks in self._calls if masks]
         if self._once == "step":

@@ -14,7 +14,7 @@ from fastvar_fx.measuring.modules import MODULES, ModuleTimes, late_modules
 from fastvar_fx.measuring.resolutions import KINDS, AtResolution, growth
 from fastvar_fx.measuring.rows import Result
 from fastvar_fx.measuring.variants import PRUNED, Variant, What
-from fastvar_fx.schedule import Schedule
+from fastvar_fx.schedule import Schedule, span_text
 
 _COLORS: Final[Mapping[What, str]] = {"dense": "#c44e52", "pruned": "#4c72b0"}
 _MODULE_COLORS: Final = dict(
@@ -147,7 +147,8 @@ def draw_resolutions(rows: Sequence[AtResolution], title: str, caption: str, pat
 def _name_steps(ax: Axes, schedule: Schedule, steps: Sequence[int]) -> None:
     """Labels each step with its token map and its kept tokens."""
     maps = ["x".join(map(str, schedule.scales[step])) for step in steps]
-    names = [f"{map_}\n{schedule.kept(step)}" for map_, step in zip(maps, steps, strict=True)]
+    kept = [span_text(schedule.kept_counts(step)) for step in steps]
+    names = [f"{map_}\n{count}" for map_, count in zip(maps, kept, strict=True)]
     ax.set_xticks(steps, names, fontsize=9)
     ax.set_xlabel("token map of the step, and number of kept tokens")
     ax.grid(axis="y", alpha=0.3)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.analyse.branches import KINDS, Kind
 from passes.analyse.prunable import needed_later
 from passes.base import Context, Draft
 from passes.graph import CATS, bind, joined, memory_owner, op_name, outputs_of, written
@@ -64,11 +65,11 @@ class LaterRows:
     """What a branch appends to its cache at the steps to come.
 
     Attributes:
-        pruned: The tokens it keeps, if it prunes.
+        pruned: The tokens it keeps if it prunes, by its kind.
         dense: All tokens of these steps.
     """
 
-    pruned: int
+    pruned: tuple[tuple[Kind, int], ...]
     dense: int
 
 
@@ -104,12 +105,13 @@ class FindCaches:
         if earlier is not None and find_growing(earlier, rewritten, given) != found:
             found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
         # A branch that prunes at the last step only has all its tokens cached before.
-        prunable = (b for b in draft.prunable(context.kinds) if needed_later(b) is None)
-        pruned = {node for branch in prunable for node in branch.region}
+        prunable = (b for b in draft.prunable(KINDS) if needed_later(b) is None)
+        rows = dict(later.pruned)
+        kept = {node: rows[branch.kind] for branch in prunable for node in branch.region}
         outputs = outputs_of(draft.source.graph)
 
         def spare(cache: Growth) -> int:
-            return later.pruned if outputs[cache.output] in pruned else later.dense
+            return kept.get(outputs[cache.output], later.dense)
 
         caches = (replace(c, spare=spare(c)) if isinstance(c, Growth) else c for c in found)
         return replace(draft, caches=tuple(caches))

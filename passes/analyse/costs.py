@@ -69,7 +69,7 @@ def _report(branch: Branch, form: Sequence[Node] | None, step: Step | None) -> B
         index=branch.index,
         kind=branch.kind,
         name=branch.name,
-        kept=None if step is None or form is None else step.kept,
+        kept=None if step is None or form is None else step.keeps(branch.kind),
         flops=flops,
         pruned_flops=flops if form is None else count_flops(form),
         refusal=None if step is None else branch.refusal,

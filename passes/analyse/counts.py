@@ -54,25 +54,35 @@ class CheckCounts:
 
     def run(self, context: Context, draft: Draft) -> Draft:
         """Returns the draft with the branches refused that depend on the token count."""
-        wanted = draft.prunable(context.kinds)
-        if context.step is None or context.step.kept == 0 or not wanted:
+        step = context.step
+        if step is None:
             return draft
-        kept = context.step.kept
-        certain, guessed, known = _cuts(context.call, wanted, draft, kept)
-        call = replace(context.call, varying=NOTHING_VARIES, cut={**certain, **guessed})
-        try:
-            refused = _compared(call, draft, wanted, kept)
-        except RefusedError as error:
-            refused = _failures(error.refusal, draft, wanted, kept) if known else None
-        if refused is None:
-            log.debug("%s stays unchecked on %d tokens", call.module, kept)
-        if refused and guessed:
-            with suppress(RefusedError):  # what runs with the guessed inputs whole is right too
-                uncut = _compared(replace(call, cut=certain), draft, wanted, kept)
-                refused = {b: why for b, why in refused.items() if uncut is None or b in uncut}
-        for branch, refusal in (refused or {}).items():
-            draft = draft.refusing(branch, refusal)
+        by_count: dict[int, list[Branch]] = {}
+        for branch in draft.prunable(context.kinds):
+            by_count.setdefault(step.keeps(branch.kind), []).append(branch)
+        for kept, wanted in by_count.items():
+            for index, refusal in _refused(context.call, draft, wanted, kept).items():
+                draft = draft.refusing(index, refusal)
         return draft
+
+
+def _refused(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> dict[int, Refusal]:
+    """Returns why branches are refused that do something else where the block runs on `kept`."""
+    if not kept:
+        return {}
+    certain, guessed, known = _cuts(call, draft, wanted, kept)
+    call = replace(call, varying=NOTHING_VARIES, cut={**certain, **guessed})
+    try:
+        refused = _compared(call, draft, wanted, kept)
+    except RefusedError as error:
+        refused = _failures(error.refusal, draft, wanted, kept) if known else None
+    if refused is None:
+        log.debug("%s stays unchecked on %d tokens", call.module, kept)
+    if refused and guessed:
+        with suppress(RefusedError):  # what runs with the guessed inputs whole is right too
+            uncut = _compared(replace(call, cut=certain), draft, wanted, kept)
+            refused = {b: why for b, why in refused.items() if uncut is None or b in uncut}
+    return refused or {}
 
 
 def _compared(
@@ -106,12 +116,15 @@ def _failed(line: str, draft: Draft, wanted: list[Branch]) -> list[Branch]:
     return [b for b in found if b in wanted] if found else wanted
 
 
-def _cuts(call: Call, branches: list[Branch], draft: Draft, kept: int) -> tuple[Cut, Cut, bool]:
+def _cuts(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> tuple[Cut, Cut, bool]:
     """Returns the sizes, on the kept tokens, of the inputs that have an entry per token.
+
+    The block runs as a whole, and so these are the inputs of all its branches.
 
     Returns:
         Those that the axes tell; those that only have a dim as long as the token map, and from
-        which a branch computes what it reads per token; and whether each such value has either.
+        which a branch computes what it reads per token; and whether each such value of the wanted
+        branches has either.
         One that has none is cut from a table at places that the loop says.
     """
     placeholders = draft.source.graph.find_nodes(op="placeholder")
@@ -120,7 +133,8 @@ def _cuts(call: Call, branches: list[Branch], draft: Draft, kept: int) -> tuple[
     guessed: dict[Path, dict[int, int]] = {}
     tokens = get(call.roots(), call.stream).shape[1]
     known = True
-    for _, side, axes in (found for branch in branches for found in gathered(branch)):
+    met = ((b, side, axes) for b in draft.found for _, side, axes in gathered(b))
+    for branch, side, axes in met:
         source, dims = _origin(side, _aligned(axes, side))
         if source in paths:
             sizes = {d: dim_size(dim, kept) for d, dim in enumerate(dims) if has_tokens(dim)}
@@ -129,7 +143,7 @@ def _cuts(call: Call, branches: list[Branch], draft: Draft, kept: int) -> tuple[
         shapes = {n: list(n.meta["val"].shape) for n in _inputs_of(source) if n in paths}
         found = {n: shape.index(tokens) for n, shape in shapes.items() if shape.count(tokens) == 1}
         guessed |= {paths[node]: {dim: kept} for node, dim in found.items()}
-        known = known and bool(found or not shapes)
+        known = known and bool(found or not shapes or branch not in wanted)
     return certain, {path: sizes for path, sizes in guessed.items() if path not in certain}, known
 
 

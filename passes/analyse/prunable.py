@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from passes.analyse.axes import Axes
-from passes.analyse.branches import KINDS, Branch
+from passes.analyse.branches import Branch
 from passes.analyse.rules.site import Gather
 from passes.analyse.stored import find_stored
 from passes.base import Context, Draft
@@ -26,7 +26,7 @@ class CheckPrunable:
         """Returns the draft with the branches refused that this step cannot prune."""
         if context.step is None:
             return draft
-        for branch in draft.prunable(KINDS):
+        for branch in draft.prunable(context.kinds):
             refusal = _misfit(branch, context.captured.get(branch.index))
             if refusal is None:
                 refusal = find_stored(branch, draft)

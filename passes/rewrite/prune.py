@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.analyse.axes import Axes, dim_size, shape_of
-from passes.analyse.branches import Branch
+from passes.analyse.branches import Branch, Kind
 from passes.analyse.rules.site import (
     Edit,
     Gather,
@@ -85,7 +85,7 @@ class Step:
     """What a pruned step keeps, and how.
 
     Attributes:
-        kept: How many tokens.
+        kept: How many tokens each branch keeps, or those of each kind.
         cached_scale: The scale it restores from.
         scale: Its own scale.
         operators: Selection and restoration.
@@ -96,7 +96,7 @@ class Step:
             whether its graph also returns what it selected, or takes what another block has.
     """
 
-    kept: int
+    kept: int | Mapping[Kind, int]
     cached_scale: Scale
     scale: Scale
     operators: Operators
@@ -104,6 +104,10 @@ class Step:
     selects_once: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
     selection: Literal["own", "given", "taken"] = "own"
+
+    def keeps(self, kind: Kind) -> int:
+        """Returns how many tokens a branch of a kind keeps."""
+        return self.kept if isinstance(self.kept, int) else self.kept[kind]
 
 
 class Prune:
@@ -158,7 +162,7 @@ def prune(
     Args:
         graph_module: The captured graph; it stays as it is.
         branches: Branches found in it, in the order of the captured inputs.
-        step: How many tokens each branch keeps, in [0, L], the scales and the operators.
+        step: How many tokens the branches keep, in [0, L], the scales and the operators.
         captured: Returns an example (a fake tensor) of a branch's captured output.
 
     Raises:
@@ -250,7 +254,7 @@ class _BranchEmitter:
         self.emitted: dict[Node, Node] = {}
         self._rewriter = rewriter
         self._dense = rewriter.dense
-        self._kept = rewriter.step.kept
+        self._kept = rewriter.step.keeps(branch.kind)
         self._operators = rewriter.step.operators
         self._selector = 0 if rewriter.step.selects_once else branch.index
         self._taken: dict[tuple[Node, Axes | None], Node] = {}
