@@ -6,9 +6,11 @@
 Writes a report, `report.md`, and its figures. The scores of each row are kept in the folder `rows`
 beside it: a run that was stopped goes on with the first row that is missing. `--share 1/2` and
 `--share 2/2` measure half of the rows each, at the same time, and write no report; a run without
-`--share` then times the rows and writes it. Every row is compared with the dense model at the
-same seeds, and with held-out images; timed runs alternate between all
-rows. Only the paper's claims in the report are fixed text. Needs matplotlib (the extra "cli").
+`--share` then times the rows and writes it. Before that, calibrated schedules are found and kept
+in the folder `plans`; `--plans` does this alone, and has to run before `--share`. Every row is
+compared with the dense model at the same seeds, and with held-out images; timed runs alternate
+between all rows. Only the paper's claims in the report are fixed text. Needs matplotlib (the extra
+"cli").
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import ablation_figures as figures
 import torch
 
-from fastvar_fx import Schedule, transform
+from fastvar_fx import Schedule, calibrate, transform
 from fastvar_fx.measuring.runs import Runs, alternate
 from fastvar_fx.models.var import build
 from fastvar_fx.ops import Scale
@@ -49,10 +51,16 @@ PAPER = (0.5, 0.75)
 FASTVAR, CORRECTED, GRID, TOME = "fastvar", "drift-corrected", "drift-corrected-grid", "tome"
 COMPARED = {"FastVAR": FASTVAR, CORRECTED: CORRECTED, GRID: GRID, "ToMe": TOME}
 """Methods that are compared at equal speed, by their name in the report, with `GRID`."""
+CALIBRATED = (FASTVAR, CORRECTED, GRID)
+"""Methods whose ratios are also calibrated."""
 BATCH = 1
 """Images per seed; guidance doubles them."""
 CURVE = ((0.25, 0.5), (0.5, 0.5), (0.5, 0.75), (0.75, 0.75), (0.75, 0.9))
 """Ratios of the last two steps at which methods are compared by speed."""
+UNSEEN = 1000
+"""The first seed of the generations that schedules are calibrated on; rows have those from 0."""
+GENERATIONS = 2
+"""How many of them."""
 GOAL = 1.8
 """Speed-up of the transformer blocks at which methods are compared."""
 
@@ -62,18 +70,29 @@ GOAL = 1.8
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to prune."""
+    """One way to prune; `like` is that with as many FLOPs, if the schedule was calibrated."""
 
     schedule: Schedule
     method: str = FASTVAR
+    like: Setting | None = None
 
     @property
     def name(self) -> str:
         """A name for files and progress, such as `fastvar 0.5 0.75 from 7`."""
-        ratios = " ".join(f"{ratio:g}" for ratio in self.schedule.ratios)
+        if self.like is not None:
+            return f"{self.like.name}, calibrated"
+        ratios = " ".join(f"{ratio:g}" for ratio in self.ratios)
         until = self.schedule.guidance_until
         ends = "" if until is None else f" unguided from {until}"
         return f"{self.method} {ratios} from {self.schedule.cache_step}{ends}"
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The pruning ratios of the last steps; those of `like` if they were calibrated."""
+        if self.like is not None:
+            return self.like.ratios
+        steps = self.schedule.steps
+        return tuple(map(self.schedule.ratio, range(steps - len(self.schedule.ratios), steps)))
 
 
 @dataclass(frozen=True)
@@ -96,10 +115,11 @@ class Section:
 
 
 class Tried:
-    """Ways to prune token maps of these scales."""
+    """Ways to prune token maps of these scales, and the calibrated ones of as many FLOPs."""
 
-    def __init__(self, scales: Sequence[Scale]) -> None:
+    def __init__(self, scales: Sequence[Scale], plans: Sequence[Setting] = ()) -> None:
         self.scales = scales
+        self.plans = plans
         self.paper = self.at(*PAPER)
 
     def at(self, *ratios: float, cache_step: int | None = None, method: str = FASTVAR) -> Setting:
@@ -114,7 +134,7 @@ class Tried:
         return {m.replace("-", " "): self.at(*PAPER, method=m) for m in methods}
 
 
-def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
+def sections(scales: Sequence[Scale], plans: Sequence[Setting] = ()) -> tuple[Section, ...]:
     ablations = (
         ratio,
         scale,
@@ -127,7 +147,8 @@ def sections(scales: Sequence[Scale]) -> tuple[Section, ...]:
         published,
         guidance,
     )
-    return tuple(section(Tried(scales)) for section in ablations)
+    made = tuple(section(Tried(scales, plans)) for section in ablations)
+    return (*made, calibration(plans)) if plans else made
 
 
 def ratio(tried: Tried) -> Section:
@@ -222,10 +243,14 @@ def speed(tried: Tried) -> Section:
         rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in CURVE}
         settings |= rows
         curves[name] = tuple(rows)
+    planned = {plan.ratios: plan for plan in tried.plans if plan.method == GRID}
+    rows = {f"{GRID} calibrated, as {percent(*r)}": planned[r] for r in CURVE if r in planned}
+    if rows:
+        curves[f"{GRID} calibrated"] = tuple(rows)
     return Section(
         "Quality against speed, and token merging (table 3)",
         "At equal speed-up FastVAR loses less than merging.",
-        settings,
+        settings | rows,
         curves=curves,
     )
 
@@ -253,6 +278,22 @@ def guidance(tried: Tried) -> Section:
             f"FastVAR, {pruned}, off at the last step": tried.unguided(1, *PAPER),
             f"FastVAR, {pruned}, off at the last three": tried.unguided(3, *PAPER),
         },
+    )
+
+
+def calibration(plans: Sequence[Setting]) -> Section:
+    settings: dict[str, Setting] = {}
+    better: list[tuple[str, str]] = []
+    for plan in plans:
+        assert plan.like is not None
+        label = f"{plan.method}, {percent(*plan.ratios)}"
+        settings |= {label: plan.like, f"{label}, calibrated": plan}
+        better.append((f"{label}, calibrated", label))
+    return Section(
+        "Ratios by layer and kind of branch, calibrated, at equal FLOPs",
+        "None: it names layer-wise ratios as future work.",
+        settings,
+        tuple(better),
     )
 
 
@@ -347,6 +388,51 @@ def time_settings(model: Case, settings: Iterable[Setting], repeats: int) -> dic
     timed = {"dense": dense} | {setting.name: each for setting, each in runs.items()}
     alternate(timed, repeats, progress=partial(print, flush=True))
     return {setting: speed_of(dense, each) for setting, each in runs.items()}
+
+
+def found_plans(model: Case, folder: Path) -> list[Setting]:
+    """Returns the calibrated settings; those in the folder are not calibrated again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tried = Tried(model.schedule.scales)
+    like = [tried.at(*PAPER, method=method) for method in CALIBRATED]
+    like += [tried.at(*ratios, method=GRID) for ratios in CURVE if ratios != PAPER]
+    return [Setting(plan_like(model, setting, folder), setting.method, setting) for setting in like]
+
+
+def plan_like(model: Case, setting: Setting, folder: Path) -> Schedule:
+    """Returns the calibrated schedule with the FLOPs of a setting, on generations of its own."""
+    path = folder / f"{setting.name}.json"
+    if not path.exists():
+        seeds = range(UNSEEN, UNSEEN + GENERATIONS)
+        plan = calibrate(
+            model.model,
+            [partial(draw_latents, seed=seed) for seed in seeds],
+            Schedule(model.schedule.scales, PAPER),
+            speedup=flop_speedup(model, setting),
+            logits="head",
+            file=folder / f"{setting.method}.measured.json",
+            progress=partial(print, flush=True),
+            method=setting.method,
+        )
+        path.write_text(plan.to_json(), encoding="utf-8")
+    return Schedule.from_json(path.read_text(encoding="utf-8"))
+
+
+def draw_latents(model: Any, seed: int) -> torch.Tensor:
+    """Draws two classes, other ones for each seed."""
+    classes = torch.tensor([(2 * seed + i) % model.num_classes for i in range(2)])
+    return torch.as_tensor(model.infer_fhat(2, classes, g_seed=seed))
+
+
+def flop_speedup(model: Case, setting: Setting) -> float:
+    """Returns dense FLOPs of the blocks over those of a setting."""
+    fast = transform(model.model, setting.schedule, method=setting.method)
+    model.draw(fast, 0)  # makes its programs, whose FLOPs do not count
+    counted = [model.subject(0).runs(each) for each in (model.model, fast)]
+    for runs in counted:
+        runs.count()
+    dense, pruned = (sum(runs.flops) for runs in counted)
+    return dense / pruned
 
 
 def in_turn(model: Any, seed: int) -> Generation:
@@ -460,7 +546,9 @@ def word(difference: Interval) -> str:
     return "agrees" if difference.mean > 0 else "**disagrees**"
 
 
-def report(model: Case, rows: dict[Setting, Row], seeds: int, repeats: int) -> str:
+def report(
+    model: Case, rows: dict[Setting, Row], parts: Iterable[Section], seeds: int, repeats: int
+) -> str:
     held_out = model.held_out
     count = 0 if held_out is None else len(held_out.images)
     scales = ", ".join(sides(scale) for scale in model.schedule.scales)
@@ -476,7 +564,7 @@ def report(model: Case, rows: dict[Setting, Row], seeds: int, repeats: int) -> s
     lines = [f"# The effect of each part of FastVAR: {model.name}", "", *note, about, ""]
     for name, metric in METRICS.items():
         lines.append(f"- {name}: {metric}.")
-    for section in sections(model.schedule.scales):
+    for section in parts:
         lines += ["", f"## {section.title}", "", f"Paper: {section.claim}", ""]
         lines += [*table(section, rows), "", *verdicts(section, rows)]
         lines += at_equal_speed(section, rows)
@@ -506,13 +594,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=256, help="number of held-out images")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plans", action="store_true", help="only calibrate")
     parser.add_argument("--share", type=share, help="measure a share of the rows, such as 1/2")
     parser.add_argument("--quick", action="store_true", help="a tiny model, random weights")
     options = parser.parse_args()
     torch.manual_seed(0)  # for the selection at random
     model = tiny() if options.quick else case(DEMO, held_out=options.held_out)
     model = replace(model, draw=in_turn)
-    found = [s for part in sections(model.schedule.scales) for s in part.settings.values()]
+    folder = options.out / "plans"
+    if options.share and not folder.exists():
+        raise SystemExit(f"{folder} has no calibrated schedules; run with --plans first")
+    plans = found_plans(model, folder)
+    if options.plans:
+        return
+    parts = sections(model.schedule.scales, plans)
+    found = [s for part in parts for s in part.settings.values()]
     settings = list(dict.fromkeys(found))
     if options.share:
         number, of = options.share
@@ -521,9 +617,9 @@ def main() -> None:
     fidelity = measure(model, settings, options.seeds, options.out / "rows")
     speeds = time_settings(model, settings, options.repeats)
     rows = {setting: Row(setting, fidelity[setting], speeds[setting]) for setting in settings}
-    text = report(model, rows, options.seeds, options.repeats)
+    text = report(model, rows, parts, options.seeds, options.repeats)
     (options.out / "report.md").write_text(text, encoding="utf-8")
-    draw_figures(model, rows, options.out)
+    draw_figures(model, rows, parts, options.out)
     print(f"wrote {options.out / 'report.md'} and {len(figures.CAPTIONS)} figures")
 
 
@@ -535,7 +631,9 @@ def share(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
+def draw_figures(
+    model: Case, rows: dict[Setting, Row], parts: Iterable[Section], out: Path
+) -> None:
     scales = model.schedule.scales
     fast = {
         name: transform(model.model, Schedule(scales, PAPER), method=method)
@@ -550,7 +648,7 @@ def draw_figures(model: Case, rows: dict[Setting, Row], out: Path) -> None:
         for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
     }
     figures.draw_runtime(scales, speeds, out)
-    for section in sections(scales):
+    for section in parts:
         if section.curves:
             curves = {
                 name: [point(rows[section.settings[label]]) for label in labels]
@@ -564,7 +662,7 @@ def point(row: Row) -> figures.Point:
     speedup = row.speed.transformer.speedup
     scores = [row.fidelity.score("bits", against) for against in (HELD_OUT, DENSE)]
     held_out, draws = (score.difference if score is not None else None for score in scores)
-    return figures.Point(percent(*row.setting.schedule.ratios), speedup, held_out, draws)
+    return figures.Point(percent(*row.setting.ratios), speedup, held_out, draws)
 
 
 if __name__ == "__main__":

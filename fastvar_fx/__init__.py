@@ -14,6 +14,7 @@ if getattr(_passes, "OWNER", None) != "fastvar_fx":
     )
 
 from fastvar_fx import methods
+from fastvar_fx.calibration.calibrate import calibrate
 from fastvar_fx.cuda_graphs import cuda_graph
 from fastvar_fx.engine.report import Report
 from fastvar_fx.errors import (
@@ -53,6 +54,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "axis_rule",
+    "calibrate",
     "compile",
     "cuda_graph",
     "explain",

@@ -110,12 +110,14 @@ def test_the_report_and_its_figures(
 ) -> None:
     everything = ablations.sections
 
-    def some(scales: tuple[tuple[int, int], ...]) -> tuple[ablations.Section, ...]:
+    def some(scales: tuple[tuple[int, int], ...], plans: object) -> tuple[ablations.Section, ...]:
         """The ratios, and the curves of quality against speed."""
         found = everything(scales)
         return (found[0], found[-2])
 
     monkeypatch.setattr(ablations, "sections", some)
+    monkeypatch.setattr(ablations, "found_plans", lambda *_: [])
+    (tmp_path / "plans").mkdir()
     monkeypatch.setattr(ablation_figures, "RATIOS", (0.5,))
     arguments = ["--quick", "--seeds", "2", "--repeats", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments, "--share", "1/2"])
@@ -139,3 +141,24 @@ def test_the_report_and_its_figures(
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 600
     assert "report.md and 6 figures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_calibrated_schedules_are_found_once_and_compared_with_those_they_are_like(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ablations, "CALIBRATED", ("fastvar",))
+    monkeypatch.setattr(ablations, "CURVE", ())
+    monkeypatch.setattr(ablations, "GENERATIONS", 1)
+    model = ablations.tiny()
+    (plan,) = ablations.found_plans(model, tmp_path)
+    assert plan.like == ablations.Setting(model.schedule)
+    assert plan.name == "fastvar 0.5 0.75 from 3, calibrated"
+    fast, like = (ablations.flop_speedup(model, setting) for setting in (plan, plan.like))
+    assert like <= fast <= 1.1 * like
+    begun = (tmp_path / "fastvar.measured.json").stat().st_mtime_ns
+    assert ablations.found_plans(model, tmp_path) == [plan]
+    assert (tmp_path / "fastvar.measured.json").stat().st_mtime_ns == begun
+    *_, section = ablations.sections(model.schedule.scales, [plan])
+    assert list(section.settings.values()) == [plan.like, plan]

@@ -37,6 +37,8 @@ NOT_RUN: Final = {
     "ruff": "`.ci/run` does it",
     "mypy": "`.ci/run` does it",
     "lint-imports": "`.ci/run` does it",
+    "fastvar-fx calibrate": "takes minutes; tests/cli/test_cli.py runs it on a small model",
+    "fastvar-fx evaluate demo --schedule schedule.json": "takes what calibrate writes",
     ".ci/run": "runs these very tests",
     ".ci/gpu": "`.ci/run` rehearses it",
     "torchrun --nnodes": "needs several machines",
@@ -162,6 +164,8 @@ def test_python_snippets(
     monkeypatch.setattr(fastvar_fx, "compile", compile)
     monkeypatch.setattr(fastvar_fx, "cuda_graph", graph_double.record)
     monkeypatch.chdir(tmp_path)
+    quick = functools.partial(fastvar_fx.calibrate, levels=(0.75,))
+    monkeypatch.setattr(fastvar_fx, "calibrate", quick)
     names = users_names()
     with package_double.uncompiled():
         for language, line, text in snippets(document):

@@ -98,13 +98,18 @@ RunError: fastvar_fx.errors
 Schedule: fastvar_fx.schedule
     bases object
     scales: Iterable[int | Sequence[int]]
-    ratios: Iterable[float]
+    ratios: Iterable[GivenRatio | Sequence[GivenRatio]]
     *
     cache_step: int | None = None
     layers: Iterable[int] | None = None
     prefix: bool = False
     guidance_until: int | None = None
     -> None
+    property depth
+        -> int | None
+    function entry
+        step: int
+        -> Ratio | tuple[Ratio, ...]
     function extend
         *scales: int | Sequence[int]
         ratio: float | None = None
@@ -119,7 +124,12 @@ Schedule: fastvar_fx.schedule
         -> bool
     function kept
         step: int
+        layer: int | None = None
+        kind: str | None = None
         -> int
+    function kept_counts
+        step: int
+        -> tuple[int, ...]
     function length
         step: int
         -> int
@@ -133,7 +143,12 @@ Schedule: fastvar_fx.schedule
         -> bool
     function ratio
         step: int
+        layer: int | None = None
+        kind: str | None = None
         -> float
+    function ratios_at
+        step: int
+        -> tuple[float, ...]
     property steps
         -> int
     function to_json
@@ -150,6 +165,19 @@ axis_rule: fastvar_fx.register
     *ops: str
     attention: bool = False
     -> Callable[[Rule], Rule]
+calibrate: fastvar_fx.calibration.calibrate
+    model: nn.Module
+    run: Run | Sequence[Run]
+    schedule: Schedule
+    *
+    speedup: float | None = None
+    loss: float | None = None
+    logits: str | None = None
+    levels: Sequence[float] = (0.5, 0.75, 0.9, 1.0)
+    file: str | Path | None = None
+    progress: Progress = fastvar_fx.measuring.runs.no_progress
+    **options: Any
+    -> Schedule
 compile: fastvar_fx.transform
     fast: Model
     *

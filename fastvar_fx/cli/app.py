@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from fastvar_fx.cli.bench import run_bench
+from fastvar_fx.cli.calibrate import run_calibrate
 from fastvar_fx.cli.demo import run_demo
 from fastvar_fx.cli.evaluate import run_evaluate
 from fastvar_fx.cli.explain import run_explain
@@ -32,5 +33,6 @@ def run(arguments: Sequence[str] | None) -> None:
     app.command("bench")(run_bench)
     app.command("evaluate")(run_evaluate)
     app.command("sample")(run_sample)
+    app.command("calibrate")(run_calibrate)
     with current_directory_importable():
         typer.main.get_command(app).main(arguments, prog_name="fastvar-fx")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -186,6 +186,17 @@ class Asked:
             conditional=self.half,
         )
 
+    def generations(self, subject: Subject, seeds: Iterable[int]) -> list[Callable[[Any], Any]]:
+        """Returns generations of the model from several seeds."""
+        if ":" in self.model:
+            return [replace(subject, seed=seed).generate for seed in seeds]
+        return [partial(_run_var, batch=self.batch or 2, seed=seed) for seed in seeds]
+
+    @property
+    def head(self) -> str | None:
+        """The module path of what returns the logits of a named model."""
+        return None if ":" in self.model else "head"
+
     def chosen_schedule(self, own: Sequence[int] | None) -> Schedule:
         """Returns the schedule that is asked for; `own` are the scales of a named model."""
         base = None if own is None else Schedule(own, _RATIOS)
@@ -217,13 +228,18 @@ def with_guidance(schedule: Schedule, until: int | None) -> Schedule:
 
 def _with_ratios(schedule: Schedule, text: str) -> Schedule:
     """Returns a schedule with other ratios; the cache step moves if their number changes."""
-    try:
-        ratios = [float(part) for part in text.split(",")]
-    except ValueError:
-        usage(f"--ratios takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
+    ratios = number_list("--ratios", text)
     kept = len(ratios) == len(schedule.ratios)
     cache_step = schedule.cache_step if kept else schedule.steps - len(ratios) - 1
     return replace(schedule, ratios=tuple(ratios), cache_step=cache_step)
+
+
+def number_list(option: str, text: str) -> list[float]:
+    """Returns the numbers in a text such as `0.5,0.75`, the value of an option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        usage(f"{option} takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
 
 
 def class_list(text: str | None) -> list[int] | None:

@@ -403,3 +403,26 @@ def test_help_lists_the_commands(cli: Cli) -> None:
     code, out, _ = cli("--help")
     assert code == 0
     assert all(command in out for command in ("presets", "explain", "demo"))
+
+
+# --- calibrate --------------------------------------------------------------------------------
+
+
+def test_calibrate_own_model(cli: Cli, folder: Path) -> None:
+    (folder / "schedule.json").write_text(Schedule(SCALES, (0.5,)).to_json())
+    options = ("--speedup", "1.2", "--levels", "0.75", "--seeds", "1", "--logits", "head")
+    files = ("--out", "plan.json", "--keep", "measured.json", "--figure", "plan.png")
+    code, out, err = cli("calibrate", *OWN, *options, *files)
+    assert code == 0
+    assert "run 1: 4 of 4" in err
+    assert "the plan is 1." in err
+    plan = Schedule.from_json((folder / "plan.json").read_text())
+    assert plan.depth == 2
+    assert plan.ratios_at(5) == (0.0, 0.75)
+    assert "--schedule plan.json --method fastvar" in " ".join(out.split())
+    with Image.open(folder / "plan.png") as picture:
+        assert picture.width > 200
+    again = cli("calibrate", *OWN, *options[2:], *files, "--speedup", "9")
+    assert again.code == 1
+    assert "a speed-up of 9 cannot be met" in again.message
+    assert Schedule.from_json((folder / "plan.json").read_text()) == plan

@@ -1,0 +1,171 @@
+"""Makes pruned generations comparable with a dense one, call by call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastvar_fx.engine.block import RUNTIME
+from fastvar_fx.engine.call import BlockCall
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.engine.find_blocks import module_at
+from fastvar_fx.errors import ArgumentError, RunError
+
+Losses = dict[int, float]
+"""What pruning changes at each step: the sum over the tokens, the mean over the batch."""
+
+
+class Reference:
+    """A dense generation: what its blocks got at each step, and what came out.
+
+    A pruned generation soon draws other tokens than a dense one, after which nothing can be
+    compared. So the first block that prunes is handed, call by call, what it got in the dense
+    generation, whatever the loop has drawn: a step then differs by what the blocks prune alone.
+
+    Attributes:
+        calls: How often the blocks are called at each step.
+    """
+
+    def __init__(self, fast: nn.Module, logits: str | None) -> None:
+        """Makes one without a generation.
+
+        Args:
+            fast: A transformed model.
+            logits: Module path of what returns the logits (B, L, V); None to compare what the last
+                block returns.
+
+        Raises:
+            ArgumentError: If the model has no such module.
+        """
+        self._fast = fast
+        blocks = [module_at(fast, name) for name in Engine.of(fast).plan.blocks]
+        self._first = next(block for block in blocks if RUNTIME in vars(block))
+        self._last = blocks[-1]
+        self._head: nn.Module | None = None
+        if logits is not None:
+            try:
+                self._head = fast.get_submodule(logits)
+            except AttributeError as error:
+                raise ArgumentError(
+                    f"logits is the module path of what returns the logits, such as head; "
+                    f"{type(fast).__name__} has none at {logits!r}"
+                ) from error
+        self.calls: dict[int, int] = {}
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._step: int | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, a dense generation runs, which becomes the reference."""
+        self.calls, self._inputs, self._outputs = {}, [], []
+
+        def enter(call: BlockCall) -> None:
+            self._inputs.append(call.x.clone())
+            if self._step is not None:
+                self.calls[self._step] = self.calls.get(self._step, 0) + 1
+
+        def leave(output: Tensor) -> None:
+            self._outputs.append(output.clone())
+
+        with self._hooked(enter, leave):
+            yield
+
+    @contextmanager
+    def comparing(self) -> Iterator[Losses]:
+        """Within it, one pruned generation runs; its losses are there at the end.
+
+        Raises:
+            RunError: If it calls the blocks otherwise than the dense generation.
+        """
+        plan = Engine.of(self._fast).plan
+        losses: Losses = dict.fromkeys(plan.pruned_steps, 0.0)
+        inputs, outputs = iter(self._inputs), iter(self._outputs)
+        place = 0
+
+        def enter(call: BlockCall) -> Tensor:
+            nonlocal place
+            given = next(inputs, None)
+            if given is None or given.shape != call.x.shape:
+                wanted = "no call" if given is None else f"one with {tuple(given.shape)}"
+                raise RunError(
+                    f"call {place} of {call.site.name} has a token map {tuple(call.x.shape)}, but "
+                    f"in the dense generation there was {wanted}. A run for calibration draws the "
+                    f"same batch each time"
+                )
+            place += 1
+            return given
+
+        def leave(output: Tensor) -> None:
+            dense = next(outputs)
+            if self._step in losses:
+                tokens = plan.schedule.tokens(self._step)
+                added = self._difference(dense[:, -tokens:], output[:, -tokens:])
+                losses[self._step] += added / self.calls[self._step]
+
+        with self._hooked(enter, leave):
+            yield losses
+        if next(inputs, None) is not None:
+            raise RunError(
+                f"a run has {place} calls of a block, and the dense one had {len(self._inputs)}. A "
+                f"run for calibration draws the same batch each time"
+            )
+
+    def _difference(self, dense: Tensor, pruned: Tensor) -> float:
+        """Returns the sum over the tokens, the mean over the batch, of what differs.
+
+        Of logits it is the divergence of their distributions in bits, else the squared relative
+        difference.
+        """
+        if self._head is None:
+            before, after = dense.float(), pruned.float()
+            moved = (after - before).square().sum(2) / before.square().sum(2)
+            return float(moved.sum() / len(dense))
+        log_p, log_q = (F.log_softmax(x.float(), dim=-1) for x in (dense, pruned))
+        return float((log_p.exp() * (log_p - log_q)).sum() / len(dense) / math.log(2))
+
+    @contextmanager
+    def _hooked(self, enter: Any, leave: Any) -> Iterator[None]:
+        """Within it, `enter` sees each call of the first block, and `leave` what comes out."""
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = BlockCall(vars(block)[RUNTIME].site, block, args, kwargs)
+            self._step = self._step_of(call)
+            given = enter(call)
+            if given is None:
+                return None
+            (_, root), (_, key) = call.path
+            if root == "kwargs":
+                return args, {**kwargs, key: given}
+            return (*args[:key], given, *args[key + 1 :]), kwargs
+
+        def after(_module: nn.Module, _args: object, output: object) -> None:
+            maps = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.dim() == 3]
+            if not maps:
+                raise ArgumentError("logits is the path of a module that returns logits (B, L, V)")
+            leave(maps[0])
+
+        with ExitStack() as hooks, torch.no_grad():
+            watched = self._head or self._last
+            for hook in (
+                self._first.register_forward_pre_hook(before, with_kwargs=True),
+                watched.register_forward_hook(after),
+            ):
+                hooks.callback(hook.remove)
+            yield
+
+    def _step_of(self, call: BlockCall) -> int | None:
+        """Returns the step of a call; None if it is none."""
+        plan = Engine.of(self._fast).plan
+        schedule, step_of = plan.schedule, plan.step_of
+        if step_of is not None:
+            return step_of(call.block, call.args, call.kwargs)
+        steps = (s for s in range(schedule.steps) if schedule.length(s) == call.tokens)
+        return next(steps, None)

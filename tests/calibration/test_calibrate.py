@@ -1,0 +1,180 @@
+"""`calibrate`: what it measures, what it finds, and how it goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastvar_fx
+from fastvar_fx import ArgumentError, NothingPrunedError, RunError, Schedule, ScheduleError
+from fastvar_fx.calibration.figure import draw_plan
+from fastvar_fx.calibration.measure import saved_flops
+from fastvar_fx.calibration.reference import Reference
+from fastvar_fx.engine.engine import Engine
+from fastvar_fx.measuring.runs import Runs
+from fastvar_fx.models.var import VAR, build
+from fastvar_fx.schedule import ByKind
+from passes.analyse.rules.attention import FLOP_FORMULAS
+
+SCALES = (1, 2, 3, 4, 6)
+SCHEDULE = Schedule(SCALES, (0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def net() -> VAR:
+    return build("tiny", scales=SCALES, depth=2, width=64, heads=2, vocab_size=64)
+
+
+def draw(model: Any, seed: int = 0) -> Tensor:
+    return torch.as_tensor(model.infer_fhat(1, 3, g_seed=seed))
+
+
+def unseeded(model: Any) -> Tensor:
+    """Draws other tokens each time; the class and the batch are the same."""
+    return torch.as_tensor(model.infer_fhat(1, 3))
+
+
+def last_logits(model: Any) -> Tensor:
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_hook(lambda *args: seen.append(args[-1]))
+    draw(model)
+    hook.remove()
+    return seen[-1].double()
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_losses_are_divergences_of_the_logits_in_bits(net: VAR) -> None:
+    dense, last = (Schedule(SCALES, [r]) for r in (0.0, 0.75))
+    fast = fastvar_fx.transform(net, [dense, last], strict=False)
+    reference = Reference(fast, "head")
+    fastvar_fx.use(fast, dense)
+    with reference.recording():
+        draw(fast)
+    fastvar_fx.use(fast, last)
+    with reference.comparing() as losses:
+        unseeded(fast)
+    # By hand: up to the last step both draw the same, so that the logits can be compared.
+    p, q = (last_logits(m).log_softmax(-1) for m in (net, fastvar_fx.transform(net, last)))
+    want = float((p.exp() * (p - q)).sum(-1).mean(0).sum() / math.log(2))
+    assert losses == pytest.approx({4: want}, rel=1e-4)
+    assert want > 1e-3
+
+
+def test_what_the_loop_draws_does_not_matter(net: VAR) -> None:
+    dense = Schedule(SCALES, [0.0, 0.0])
+    fast = fastvar_fx.transform(net, [dense, SCHEDULE], strict=False)
+    reference = Reference(fast, None)
+    fastvar_fx.use(fast, dense)
+    with reference.recording():
+        draw(fast, seed=1)
+    assert reference.calls == dict.fromkeys(range(5), 1)
+    fastvar_fx.use(fast, SCHEDULE)
+    found = []
+    for seed in (2, 3):
+        with reference.comparing() as losses:
+            draw(fast, seed)
+        found.append(dict(losses))
+    assert found[0] == found[1]
+    assert all(found[0].values())
+    with pytest.raises(RunError, match="same batch"), reference.comparing():
+        fast.infer_fhat(2, 3, g_seed=0)
+
+
+def test_saved_flops_are_those_of_a_dense_generation_less_those_of_the_plan(net: VAR) -> None:
+    ratios: Any = [(0.5, ByKind(attention=0.75)), (ByKind(ffn=1.0), 0.5)]
+    fast = fastvar_fx.transform(net, Schedule(SCALES, ratios))
+    fastvar_fx.trace(fast, draw)
+    counts = []
+    for model in (net, fast):
+        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
+            draw(model)
+        counts.append(counter.get_total_flops())
+    assert counts[0] - counts[1] == sum(saved_flops(Engine.of(fast), step) for step in (3, 4))
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+class StopError(Exception):
+    """Ends a calibration early."""
+
+
+def test_a_plan_saves_what_is_asked_and_goes_on_where_it_was(net: VAR, tmp_path: Path) -> None:
+    ran = []
+    file = tmp_path / "measured.json"
+
+    def run(model: Any) -> Tensor:
+        ran.append(model)
+        return draw(model)
+
+    def stop(text: str) -> None:
+        if ": 3 of" in text:
+            raise StopError
+
+    find = partial(
+        fastvar_fx.calibrate, net, run, SCHEDULE, levels=(0.75,), logits="head", file=file
+    )
+    with pytest.raises(StopError):
+        find(speedup=1.3, progress=stop)
+    ran.clear()
+    texts: list[str] = []
+    plan = find(speedup=1.3, progress=texts.append)
+    probes = [text for text in texts if " of " in text]
+    assert len(probes) == 2 * 2 * 2 - 2  # layers, kinds, spans; two were there
+    assert probes[0].startswith("layer 1 attention 0.75 from step 2")
+    fast = fastvar_fx.transform(net, plan)
+    draw(fast)
+    assert block_flops(net) / block_flops(fast) >= 1.3 * 0.99
+    ran.clear()
+    texts.clear()
+    slower = find(loss=0.1, progress=texts.append)
+    assert not [text for text in texts if " of " in text]  # nothing is measured again
+    assert slower != plan
+    with pytest.raises(ScheduleError, match=r"cannot be met.* it is \d"):
+        find(speedup=50)
+    with pytest.raises(ScheduleError, match="the least that a branch loses"):
+        find(loss=1e-9)
+    with pytest.raises(ArgumentError, match="other levels, logits"):
+        find(speedup=1.3, levels=(0.5,), logits=None)
+    draw_plan(plan, "a plan", tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
+    find: Any = partial(fastvar_fx.calibrate, net, draw)
+    for arguments in ({}, {"speedup": 2, "loss": 1}, {"speedup": 1}, {"loss": 0}):
+        with pytest.raises(ArgumentError, match="speedup"):
+            find(SCHEDULE, **arguments)
+    for levels in ((), (0.0, 0.5), (1.5,)):
+        with pytest.raises(ArgumentError, match="levels"):
+            find(SCHEDULE, speedup=2, levels=levels)
+    for ratios in ((), (0.0,), (1.0,)):
+        with pytest.raises(ScheduleError, match="prunes no step that is drawn"):
+            find(Schedule(SCALES, ratios), speedup=2)
+    with pytest.raises(ScheduleError, match="takes a fastvar_fx"):
+        find("var-256", speedup=2)
+    with pytest.raises(ScheduleError, match="ratios for 3 layers, but the model has 2"):
+        find(Schedule(SCALES, [(0.5, 0.5, 0.5)]), speedup=2)
+    with pytest.raises(NothingPrunedError, match="never came to one"):
+        find(Schedule((1, 2, 3, 4, 6, 8), (0.5,)), speedup=2)
+    with pytest.raises(ArgumentError, match="has none at 'heads'"):
+        Reference(fastvar_fx.transform(net, SCHEDULE), "heads")
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ArgumentError, match="holds no calibration"):
+        find(SCHEDULE, speedup=2, file=tmp_path / "other.json")
+
+
+def block_flops(model: Any) -> int:
+    """Counts what the blocks of a model run in a generation."""
+    runs = Runs(partial(draw, model), model, ("blocks.0", "blocks.1"), SCHEDULE)
+    runs.count()
+    return sum(runs.flops)
