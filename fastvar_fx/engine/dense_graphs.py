@@ -63,11 +63,17 @@ class DenseGraphs:
         return Program(made, call, None)
 
     def _made_for(self, call: passes.Call) -> passes.StepProgram:
-        mark = passes.fingerprint(call)
-        for other, made in self._made:
-            if other == mark:
-                return made.moved(other, mark)
-        context = passes.Context(call=call, real=passes.reference(call))
-        made = passes.run(context, passes.TRANSLATION)
-        self._made.append((mark, made))
+        made = self._equal(call)
+        if made is None:
+            real = passes.reference(call)  # after it, weights may have another dtype
+            made = self._equal(call)
+        if made is None:
+            made = passes.run(passes.Context(call=call, real=real), passes.TRANSLATION)
+            self._made.append((passes.fingerprint(call), made))
         return made
+
+    def _equal(self, call: passes.Call) -> passes.StepProgram | None:
+        """Returns the program of an equal call, for the places of this one."""
+        mark = passes.fingerprint(call)
+        equal = ((other, made) for other, made in self._made if other == mark)
+        return next((made.moved(other, mark) for other, made in equal), None)

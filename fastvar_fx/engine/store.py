@@ -317,20 +317,21 @@ class Store:
             self._met.clear()
         self._met.add(kind)
         # The batch is that of the token map.
-        captured = ((i, x.shape[1:], x.dtype, x.device) for i, x in sorted(role.captured.items()))
+        outputs = sorted(role.captured.items())
+        captured = tuple((i, x.shape[1:], x.dtype, x.device) for i, x in outputs)
         plan, pool = self._plan, self._pool
         key = self._key(call, step)
-        mark = _fingerprint(live, real)
-        metas = (*captured, *map(live.rows.get, mark.inputs))
-        for entry in pool.entries:
-            if entry.fits(key, metas, live, mark):
-                pool.entries.remove(entry)
-                pool.entries.insert(0, entry)
-                return _moved(entry, mark)
+        mark, metas, entry = self._known(key, captured, live, real)
+        if entry is None and real is None:
+            real = passes.reference(live)  # after it, weights may have another dtype
+            mark, metas, entry = self._known(key, captured, live, real)
+        if entry is not None:
+            return entry
+        assert real is not None
         name = f"{pool.made:02}_{call.site.name}_step{step}"
         context = passes.Context(
             call=live,
-            real=real or passes.reference(live),
+            real=real,
             kinds=plan.kinds_at(step, call.site.layer) if role.step is not None else (),
             step=self._pruned(call, step, role),
             captured=call.left(role.captured),
@@ -344,6 +345,20 @@ class Store:
         pool.made += 1
         pool.entries.insert(0, entry)
         return entry
+
+    def _known(
+        self, key: Any, captured: Any, live: passes.Call, real: passes.Reference | None
+    ) -> tuple[passes.Fingerprint, tuple[Any, ...], _Entry | None]:
+        """Returns a call's fingerprint, what else decides, and the program that it may share."""
+        mark = _fingerprint(live, real)
+        metas = (*captured, *map(live.rows.get, mark.inputs))
+        entries = self._pool.entries
+        for entry in entries:
+            if entry.fits(key, metas, live, mark):
+                entries.remove(entry)
+                entries.insert(0, entry)
+                return mark, metas, _moved(entry, mark)
+        return mark, metas, None
 
     def _pruned(self, call: BlockCall, step: int, role: Role) -> passes.Step | None:
         """Returns what a block keeps at a step; None for one that drops no tokens."""

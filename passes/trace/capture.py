@@ -8,7 +8,7 @@ ops on the same places share one program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,6 +97,7 @@ def _trace(call: FakeCall) -> GraphModule:
     # A forward that calls compiled functions is traced through them.
     nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
     with call.stand_ins() as fakes, preserve_node_meta(), nested:
+        places = {_storage_key(f): i for i, f in enumerate(fakes) if isinstance(f, Tensor)}
         graph_module: GraphModule = make_fx(
             call.run,
             pre_dispatch=True,
@@ -106,7 +107,7 @@ def _trace(call: FakeCall) -> GraphModule:
         )(*fakes)
     # Drops unread values, such as the indices of a max or a mask that allows all.
     graph_module.graph.eliminate_dead_code(is_impure_node=has_effect)
-    _resolve_constants(graph_module, fakes)
+    _resolve_constants(graph_module, places)
     return graph_module
 
 
@@ -126,15 +127,15 @@ def _composites() -> dict[OpOverload, Callable[..., Any]]:
     return found
 
 
-def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
-    """Maps constants that alias an input (`weight.data`) to it; refuses those made in tracing."""
+def _resolve_constants(graph_module: GraphModule, places: Mapping[Any, int]) -> None:
+    """Maps constants that alias an input (`weight.data`) to it; refuses those made in tracing.
+
+    Args:
+        graph_module: The graph.
+        places: Positions of the inputs by the memory that they had before the call ran.
+    """
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
-    by_storage = {
-        _storage_key(fake): node
-        for fake, node in zip(fakes, placeholders, strict=True)
-        if isinstance(fake, Tensor)
-    }
     for node in graph.find_nodes(op="get_attr"):
         constant = getattr(graph_module, str(node.target))
         if not isinstance(constant, Tensor):
@@ -142,10 +143,10 @@ def _resolve_constants(graph_module: GraphModule, fakes: list[Any]) -> None:
         in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(constant)
         if not (in_vmap or isinstance(constant, FakeTensor)):
             continue
-        source = None if in_vmap else by_storage.get(_storage_key(constant))
-        if source is None:
+        place = None if in_vmap else places.get(_storage_key(constant))
+        if place is None:
             refuse("FVX001", "it uses a tensor that was made while tracing", node)
-        node.replace_all_uses_with(source)
+        node.replace_all_uses_with(placeholders[place])
         graph.erase_node(node)
         delattr(graph_module, str(node.target))
 

@@ -21,6 +21,7 @@ from fastvar_fx.models import VAR, VAR_256, build, infinity
 from fastvar_fx.models.maps import template
 from tests.engine.test_family import FAMILY, counts
 from tests.engine.test_family import Net as Family
+from tests.engine.test_stored import SCALES, Block, C, Model, call
 
 LABELS = torch.tensor([1, 2])
 
@@ -381,3 +382,38 @@ def test_a_forward_that_cannot_be_traced_either_is_an_error() -> None:
     )
     for ours, dense in zip(fast(0), model(0), strict=True):
         torch.testing.assert_close(ours, dense)
+
+
+class Casts(Block):
+    """Its first call gives a weight the dtype of the token map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C))
+
+    def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        self.weight.data = self.weight.data.to(x)
+        return super().attend(x * self.weight.data, shared)
+
+
+@pytest.mark.parametrize(("compiled", "cache_step"), [(False, 0), (True, 2)])
+def test_weights_that_the_first_call_casts(compiled: bool, cache_step: int) -> None:
+    torch.manual_seed(0)
+    model = Model(Casts, 3).eval().bfloat16()
+    schedule = Schedule(SCALES, (0.5, 0.6), cache_step=cache_step)
+    for block in model.blocks:
+        block.register_parameter("weight", nn.Parameter(torch.randn(C)))
+    cast_before = fastvar_fx.transform(copy.deepcopy(model), schedule)
+    for block in cast_before.blocks:
+        block.bfloat16()
+    fast = fastvar_fx.transform(model, schedule)
+    if compiled:
+        fastvar_fx.compile(fast, backend="eager")
+    for seed in (0, 1):
+        want, got = (m.generate(seed, call_in_bfloat16) for m in (cast_before, fast))
+        assert torch.equal(got, want)
+    assert {block.weight.dtype for block in model.blocks} == {torch.bfloat16}
+
+
+def call_in_bfloat16(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+    return call(layer, block, x.bfloat16(), shared)
