@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from enum import Enum
 from fractions import Fraction
 from typing import Any, Final
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvar_fx.engine.find_blocks import reachable
-from passes.trace.state import PLAIN, Path, attributes
+from passes.trace.state import PLAIN, Path, attributes, is_container, whole_value
 
 _VALUES: Final = (range, slice, Fraction, torch.Size)
 _HOOKS: Final = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+_GLOBAL_HOOKS: Final = tuple(
+    hooks for name, hooks in vars(torch.nn.modules.module).items() if name.endswith("_hooks")
+)
 _OF_MODULE: Final = frozenset(vars(nn.Module()))
 _MANY: Final = 64
 """Containers of more plain values than this are described at once: their types alone."""
@@ -37,6 +40,7 @@ class Structure:
         self._parts: list[Any] = []
         self._objects: list[Any] = []  # compared by identity, and so kept alive
         self._numbers: dict[int, int] = {}
+        self._modules: list[nn.Module] = []
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -52,16 +56,23 @@ class Structure:
     def of_block(cls, block: nn.Module) -> Structure:
         """Returns the structure of a block.
 
-        It covers submodules, forwards set on instances, hooks, names of attributes, containers,
-        settings of torch's own layers, and which parameters and buffers are one tensor. Hooks of
-        the block itself are called around its programs, and so are no part of it.
+        It covers modules at any depth, their classes' and their own forwards, hooks, names of
+        attributes, containers and objects, functions and what else is no plain value, settings of
+        torch's own layers, and which of all these are one. Hooks of the block itself are called
+        around its programs, and so are no part of it.
         """
         made = cls()
-        for _, module in reachable(block):
+        made._held(block)
+        for module in made._modules:  # those that it holds are appended meanwhile
             made._parts += made._module(module)
             if module is not block:
                 for name in _HOOKS:
                     made._objects += (getattr(module, name) or {}).values()
+        for hooks in _GLOBAL_HOOKS:
+            made._objects += hooks.values()
+        for kind in dict.fromkeys(k for module in made._modules for k in type(module).__mro__):
+            own = vars(kind)
+            made._objects += [own.get("forward")] if _is_of_torch(kind) else own.values()
         return made
 
     @classmethod
@@ -96,7 +107,7 @@ class Structure:
             parts.append(registry)
             for name, value in getattr(module, registry).items():
                 parts.append((name, self._held(value)))
-        settings = type(module).__module__.startswith("torch.")
+        settings = _is_of_torch(type(module))
         for name, value in own.items():
             setting = settings and isinstance(value, PLAIN) and type(value) is not float
             parts.append((name, value if setting else self._held(value)))
@@ -109,11 +120,16 @@ class Structure:
             return kind, self._number(value), ""
         if isinstance(value, Tensor):
             return kind, self._number(value), _wrapping(value)
+        if isinstance(value, nn.Module):
+            if id(value) not in self._numbers:
+                self._modules.append(value)
+            return self._number(value)
+        if isinstance(value, PLAIN):  # compared with the inputs
+            return None
         if isinstance(value, (dict, list, tuple, deque)):
-            return self._container(value, self._held)
-        if isinstance(value, (set, frozenset)):
-            return kind, len(value)
-        return None if isinstance(value, PLAIN) else kind
+            own = getattr(value, "__dict__", None)  # of a class that is derived from one
+            return self._container(value, self._held), own and self._container(own, self._held)
+        return self._other(value, attributes(value) if is_container(value) else None, self._held)
 
     # --- arguments ------------------------------------------------------------------------------
 
@@ -125,29 +141,40 @@ class Structure:
             return type(value)
         if isinstance(value, (dict, list, tuple, deque)) and type(value) is not torch.Size:
             steps = value.keys() if isinstance(value, dict) else range(len(value))
-            places = iter([(*path, ("item", step)) for step in steps])
-            return self._container(value, lambda item: self._argument(next(places), item, asked))
-        return self._other(path, value, asked)
-
-    def _other(self, path: Path, value: Any, asked: Collection[Path]) -> Any:
-        """Returns an argument that is neither a tensor nor a plain value or a container of them."""
-        if isinstance(value, _VALUES):
-            return value
-        if isinstance(value, (set, frozenset)):
-            return type(value), frozenset(value)
-        if type(value).__module__ == "numpy":
-            return type(value), value.shape, value.dtype, value.tobytes()
+            items = self._container(value, self._arguments(path, "item", steps, asked))
+            own = getattr(value, "__dict__", None)
+            return items, own and self._container(own, self._arguments(path, "attr", own, asked))
         held = attributes(value)
-        if held is None:
-            self._objects.append(value)
-            return type(value)
-        places = iter([(*path, ("attr", name)) for name in held])
-        return self._container(value, lambda item: self._argument(next(places), item, asked), held)
+        return self._other(value, held, self._arguments(path, "attr", held or (), asked))
+
+    def _arguments(
+        self, path: Path, kind: str, steps: Iterable[Any], asked: Collection[Path]
+    ) -> Callable[[Any], Any]:
+        """Returns a function that describes the entries of a container, one after the other."""
+        places = iter([(*path, (kind, step)) for step in steps])
+        return lambda item: self._argument(next(places), item, asked)
 
     # --- both -----------------------------------------------------------------------------------
 
     def _number(self, value: Any) -> int:
         return self._numbers.setdefault(id(value), len(self._numbers))
+
+    def _other(
+        self, value: Any, held: dict[str, Any] | None, describe: Callable[[Any], Any]
+    ) -> Any:
+        """Returns what is neither a tensor, a plain value nor a container of them.
+
+        An object counts by its attributes, which are `held`; where they are None, by identity.
+        """
+        if isinstance(value, _VALUES):
+            return value
+        whole = whole_value(value)
+        if whole is not None:
+            return whole
+        if held is None or isinstance(value, Enum):
+            self._objects.append(value)
+            return type(value)
+        return self._container(value, describe, held)
 
     def _container(
         self, value: Any, describe: Callable[[Any], Any], held: dict[str, Any] | None = None
@@ -165,6 +192,10 @@ class Structure:
         if isinstance(items, dict):
             return kind, [(key, describe(item)) for key, item in items.items()]
         return kind, [describe(item) for item in items]
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
 
 
 def _wrapping(tensor: Any) -> str:

@@ -29,7 +29,8 @@ class BranchReport:
         kind: What it is.
         name: Its module path in the block.
         kept: Tokens it runs on; None where it runs dense.
-        flops: Matrix-product FLOPs of its dense form.
+        flops: Matrix-product FLOPs of its dense form; those of sizes that depend on values, such
+            as of the tokens that an expert gets, are not counted.
         pruned_flops: The same of the form it runs in.
         refusal: Why it stays dense, if it was refused.
         attended_flops: The part of `flops` that grows with tokens times keys, products of two
@@ -62,9 +63,10 @@ class CountFlops:
 
 def _report(branch: Branch, form: Sequence[Node] | None, step: Step | None) -> BranchReport:
     """Returns the report on a branch, which runs dense if it has no pruned form."""
-    attending = [node for node in branch.region if _attends(node, branch)]
+    region = [node for node in branch.region if _has_fixed_sizes(node)]
+    attending = [node for node in region if _attends(node, branch)]
     attended = count_flops(attending)
-    flops = attended + count_flops([node for node in branch.region if node not in attending])
+    flops = attended + count_flops([node for node in region if node not in attending])
     return BranchReport(
         index=branch.index,
         kind=branch.kind,
@@ -76,6 +78,13 @@ def _report(branch: Branch, form: Sequence[Node] | None, step: Step | None) -> B
         attended_flops=attended,
         keys=_keys(attending, branch),
     )
+
+
+def _has_fixed_sizes(node: Node) -> bool:
+    """Whether a call's sizes are numbers: those of tokens sent to an expert depend on values."""
+    values = (each.meta.get("val") for each in (node, *node.all_input_nodes))
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return all(isinstance(size, int) for value in tensors for size in value.shape)
 
 
 def _attends(node: Node, branch: Branch) -> bool:

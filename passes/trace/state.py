@@ -11,9 +11,11 @@ modules, are not walked.
 
 from __future__ import annotations
 
+import copy
 import operator
 import sys
-from collections import deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import FunctionType, MethodType, SimpleNamespace
@@ -38,6 +40,9 @@ StandIn = Callable[[Path, Any], Any]
 _MODULE_INTERNALS: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 """The types of plain values."""
+_HOLDERS: Final = (
+    dict, list, deque, nn.Module, SimpleNamespace, Namespace, UserDict, UserList,
+)  # fmt: skip
 _NO_CONTAINERS: Final = (
     type,
     torch.Generator,
@@ -48,6 +53,7 @@ _NO_CONTAINERS: Final = (
     torch.ScriptObject,
 )
 _MISSING: Final = object()
+_CHANGED: Final = "keep what changes from call to call in attributes, lists or dicts"
 _NOT_STATE: Final = sys.stdlib_module_names | {"torch", "numpy", "einops", "passes"}
 
 
@@ -112,6 +118,7 @@ class Snapshot:
     def __init__(self, origin: Roots) -> None:
         self._containers: list[tuple[Path, Any, Contents]] = []
         self._registries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._wholes: list[tuple[Path, Any, Any]] = []
         self._places: dict[int, Path] = {}
         self.tensors: dict[Path, Tensor] = {}
         self.constants: dict[Path, Any] = {}
@@ -132,6 +139,8 @@ class Snapshot:
             self.tensors[path] = value
         elif is_container(value):
             self._enter(path, value)
+        elif whole_value(value) is not None:
+            self._wholes.append((path, value, copy.copy(value)))
 
     def _enter(self, path: Path, container: Any) -> None:
         entries = contents(container)
@@ -168,13 +177,20 @@ class Snapshot:
             registered.update(entries)
         for _, container, held in self._containers:
             fill(container, held)
+        for _, value, held in self._wholes:
+            if whole_value(value) != whole_value(held):
+                _fill_whole(value, held)
 
     def changes(self, since: StandIn) -> Iterator[Change]:
         """Yields what changed since `substitute(since)`.
 
         Raises:
-            RefusedError: FVX001, if a list lost entries.
+            RefusedError: FVX001, if a list lost entries, or a set or an array changed.
         """
+        for path, value, held in self._wholes:
+            if whole_value(value) != whole_value(held):
+                what = f"the {type(value).__name__} {show(path[1:])}"
+                refuse("FVX001", f"the call changed {what}", advice=_CHANGED)
         for path, container, entries in self._containers:
             before, after = _mapped(path, entries, since), contents(container)
             if isinstance(container, (list, deque)) and len(after) < len(before):
@@ -212,7 +228,9 @@ def is_sharded(value: Any) -> bool:
 
 def is_constant(value: Any) -> bool:
     """Whether `value` is a plain value; so are NumPy's scalars, which comparisons with it give."""
-    numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    kind = type(value)
+    fixed = kind.__module__ == "numpy" and not hasattr(kind, "__setitem__")
+    numpy_scalar = fixed and getattr(value, "shape", None) == ()
     return numpy_scalar or isinstance(value, PLAIN)
 
 
@@ -220,12 +238,33 @@ def is_container(value: Any) -> bool:
     """Whether `value` is mutable and may hold tensors that a call reads or writes."""
     if isinstance(value, _NO_CONTAINERS):
         return False
-    if isinstance(value, (dict, list, deque, nn.Module, SimpleNamespace)):
+    if isinstance(value, _HOLDERS):
         return True
     package = type(value).__module__.partition(".")[0]
     if package in _NOT_STATE or getattr(sys.modules.get(package), "__not_state__", False):
         return False
     return hasattr(value, "__dict__") or bool(_slots(value))
+
+
+def whole_value(value: Any) -> Any:
+    """Returns what makes two sets or arrays equal; None for anything else.
+
+    They hold no tensors, and are compared, put back and refused as a whole.
+    """
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(value)
+    if not isinstance(value, (bytes, Tensor)) and hasattr(type(value), "tobytes"):
+        meta = (getattr(value, name, None) for name in ("shape", "dtype"))
+        return type(value), *meta, value.tobytes()
+    return None
+
+
+def _fill_whole(value: Any, held: Any) -> None:
+    if isinstance(value, set):
+        value.clear()
+        value.update(held)
+    else:
+        value[... if hasattr(value, "shape") else slice(None)] = held
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
@@ -286,14 +325,24 @@ def rebuilt(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
 
 
 def contents(container: Any) -> Contents:
-    """Returns the entries of a container as they are now."""
+    """Returns the entries of a container as they are now.
+
+    An object of a class derived from `dict` or `list` has attributes besides.
+    """
     adapter = _adapter(container)
-    return {(adapter.kind, key): value for key, value in adapter.read(container).items()}
+    entries: Contents = {(adapter.kind, key): v for key, v in adapter.read(container).items()}
+    if adapter.kind == "item":
+        entries |= {("attr", key): value for key, value in _read_object(container).items()}
+    return entries
 
 
 def fill(container: Any, entries: Contents) -> None:
     """Makes `entries`, as `contents` returns them, the only entries of a container."""
-    _adapter(container).fill(container, {key: value for (_, key), value in entries.items()})
+    adapter = _adapter(container)
+    own = {key: value for (kind, key), value in entries.items() if kind == adapter.kind}
+    adapter.fill(container, own)
+    if adapter.kind == "item":
+        _fill_object(container, {key: v for (kind, key), v in entries.items() if kind == "attr"})
 
 
 class _Adapter(NamedTuple):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
+from enum import Enum
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.engine.structure import Structure
+from tests.by_hand import Pruner
 
 SIDES = (1, 2, 3, 4)
 SCHEDULE = Schedule(SIDES, (0.5, 0.5))
@@ -166,6 +171,100 @@ def test_the_structure_of_a_block_is_the_same_after_a_generation() -> None:
     fast.generate()
     assert Structure.of_block(fast.blocks[0]) == before
     assert fastvar_fx.explain(fast).trace_seconds == seconds
+
+
+class Kind(Enum):
+    DOUBLE = 2
+    TRIPLE = 3
+
+
+class Options(dict[str, Any]):
+    """A dict with attributes."""
+
+
+class Switched(nn.Module):
+    """A feed-forward that reads what is neither a tensor nor a plain value."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.act: Any = torch.tanh
+        self.after: Any = partial(torch.mul, other=1.0)
+        self.flags = {"on"}
+        self.table = np.ones(2)
+        self.times = range(1)
+        self.kind = Kind.DOUBLE
+        self.config = SimpleNamespace(act=torch.sin, kind=self.kind)
+        self.parsed = Namespace(scale=1.0)
+        self.options = Options()
+        self.options.scale = 1.0  # type: ignore[attr-defined]
+        self.layers = {"out": nn.Linear(WIDTH, WIDTH)}
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return y * float(self.table[0]) * self.kind.value * self.config.kind.value * self.gain
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.down(self.after(self.act(self.up(x))))
+        y = self.layers["out"](self.config.act(y)) * (2 if "on" in self.flags else 1)
+        for _ in self.times:
+            y = 0.9 * y
+        return self.scaled(y) * self.parsed.scale * self.options.scale  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def patched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: 2 * function(*args)
+
+
+SWITCHES: dict[str, Callable[[Any, pytest.MonkeyPatch], object]] = {
+    "a function": lambda b, _: setattr(b, "act", torch.relu),
+    "a partial": lambda b, _: setattr(b, "after", partial(torch.mul, other=2.0)),
+    "a bound method": lambda b, _: setattr(b, "scaled", patched(b.scaled)),
+    "a set": lambda b, _: b.flags.clear(),
+    "an array changed in place": lambda b, _: b.table.fill(3.0),
+    "a range": lambda b, _: setattr(b, "times", range(4)),
+    "one of two places of an object": lambda b, _: setattr(b, "kind", Kind.TRIPLE),
+    "a function in an object": lambda b, _: setattr(b.config, "act", torch.relu),
+    "parsed options": lambda b, _: setattr(b.parsed, "scale", 3.0),
+    "an attribute of a dict": lambda b, _: setattr(b.options, "scale", 3.0),
+    "a module in a dict": lambda b, _: b.layers.update(out=fresh_linear(WIDTH, WIDTH)),
+    "an attribute of the class": lambda _, patch: patch.setattr(Switched, "gain", 2.0),
+    "a method of the class": lambda _, patch: patch.setattr(
+        Switched, "scaled", patched(Switched.scaled)
+    ),
+    "a forward of a class of torch": lambda _, patch: patch.setattr(
+        nn.Linear, "forward", patched(nn.Linear.forward)
+    ),
+    "a hook on all modules": lambda _, patch: patch.setitem(
+        torch.nn.modules.module._global_forward_hooks,
+        -1,
+        lambda module, args, out: 2 * out if isinstance(module, nn.Linear) else None,
+    ),
+}
+
+
+def by_hand(branch: Callable[[Tensor], Tensor], pruner: Pruner) -> Tensor:
+    out = torch.empty(0)
+    for x in maps():
+        out = x + pruner.run("ffn", x, lambda tokens, index: branch(tokens))
+    return out
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES.keys())
+def test_what_a_block_reads_besides_tensors_and_numbers(
+    switch: Callable[[Any, pytest.MonkeyPatch], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    block = fastvar_fx.transform(nn.ModuleList([Switched()]).eval(), SCHEDULE, blocks="0")[0]
+    before = [block(x) for x in maps()][-1]
+    switch(block, monkeypatch)
+    got = [block(x) for x in maps()][-1]
+    assert not torch.equal(got, before)
+    torch.testing.assert_close(got, by_hand(block.branch, Pruner(SCHEDULE)))
 
 
 # --- arguments ----------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Capture: a call becomes a graph that holds no tensor, and the module stays as it was."""
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
+import copy
 import functools
 import gc
 import sys
 import types
+from array import array
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -375,6 +378,45 @@ def test_a_list_that_shrinks_is_refused() -> None:
     with pytest.raises(RefusedError, match="the call removed entries of the list layers"):
         captured(module, torch.randn(B, L, C))
     assert len(module.layers) == 2
+
+
+class Record(list[Tensor]):
+    """A list with attributes."""
+
+    count = 0
+
+
+def test_attributes_of_a_list_are_written_by_replay() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor, record: Record) -> Tensor:
+            record.append(x.sin())
+            record.count += 1
+            return x * record.count
+
+    module, x, record, live = Counts(), torch.randn(B, L, C), Record(), Record()
+    program = assert_reproduces(module, x, record)
+    assert not record
+    assert not vars(record)
+    replay(program, module, x, record)
+    module(x, live)
+    assert_same(list(record), list(live))
+    assert record.count == live.count == 1
+
+
+@pytest.mark.parametrize("holder", [{1}, np.ones(2), np.ones(()), array("d", [1.0])])
+def test_a_set_or_an_array_that_changes_is_refused_and_put_back(holder: Any) -> None:
+    class Changes(nn.Module):
+        def forward(self, x: Tensor, holder: Any) -> Tensor:
+            if isinstance(holder, set):
+                holder.add(len(holder) + 1)
+            else:
+                holder[... if isinstance(holder, np.ndarray) else slice(None)] *= 2
+            return x + 1
+
+    module, before = Changes(), copy.copy(holder)
+    with pytest.raises(RefusedError, match=f"the call changed the {type(holder).__name__}"):
+        captured(module, torch.randn(B, L, C), holder)
+    assert np.array_equal(list(holder), list(before)) if np.ndim(before) else holder == before
 
 
 def test_stored_objects_are_refused() -> None:

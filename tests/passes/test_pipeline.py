@@ -119,6 +119,35 @@ def test_a_pruned_step_prunes_what_it_can(block: Block) -> None:
     assert refusal.code == "FVX012"
 
 
+class Routed(nn.Module):
+    """A feed-forward, then experts that get the tokens a router sends to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.router = nn.Linear(C, C), nn.Linear(C, 2)
+        self.experts = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+
+    def routed(self, x: Tensor) -> Tensor:
+        chosen, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            out[mine] = expert(x[mine])
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc(x).tanh()
+        return x + self.routed(x)
+
+
+def test_experts_stay_dense_and_the_rest_prunes() -> None:
+    torch.manual_seed(0)
+    dense, experts = passes.run(pruned_context(Routed().eval())).branches
+    assert dense.kept is not None
+    assert experts.kept is None
+    assert experts.refusal is not None
+    assert experts.refusal.code == "FVX010"
+
+
 def test_each_pass_is_timed(block: Block) -> None:
     seconds = passes.run(pruned_context(block)).seconds
     names = [each.name for each in passes.PIPELINE]
