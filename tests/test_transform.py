@@ -207,6 +207,7 @@ def test_only_the_asked_kinds_prune() -> None:
     assert pruned == {"ffn"}
     kinds = {row.kind for row in fastvar_fx.explain(fast).rows}
     assert kinds == {"attention", "cross_attention", "ffn"}
+    assert not any(row.refusal for row in fastvar_fx.explain(fast).rows)
 
 
 def test_graphs_are_dumped_before_and_after(tmp_path: Any) -> None:

@@ -34,19 +34,21 @@ class BlockRuntime:
     """Runs the calls of one transformed block."""
 
     def __init__(
-        self, family: Family, layer: int, forward: Forward, prunes: Sequence[bool]
+        self, family: Family, layer: int, kind: type[nn.Module], prunes: Sequence[bool]
     ) -> None:
         """Makes a runtime without programs.
 
         Args:
             family: The engines of the model.
             layer: The block's index.
-            forward: Its own forward.
+            kind: The class that it had, whose forward is its own.
             prunes: Whether each of the schedules prunes it.
         """
         self._family = family
+        self._kind = kind
+        self._of_class: Forward | None = kind.forward
         name, maps = family.current.plan.blocks[layer], family.current.token_maps
-        self._sites = [BlockSite(layer, name, forward, maps, prunes=own) for own in prunes]
+        self._sites = [BlockSite(layer, name, kind.forward, maps, prunes=own) for own in prunes]
 
     @property
     def site(self) -> BlockSite:
@@ -57,12 +59,22 @@ class BlockRuntime:
         """A copy has no programs yet."""
         prunes = [site.prunes for site in self._sites]
         family = copy.deepcopy(self._family, memo)
-        return BlockRuntime(family, self.site.layer, self.site.forward, prunes)
+        made = BlockRuntime(family, self.site.layer, self._kind, prunes)
+        if self._of_class is None:
+            made.replace_forward(self.site.forward)
+        return made
 
     def replace_forward(self, forward: Forward) -> None:
-        """Makes another forward the block's own."""
+        """Makes another forward than that of its class the block's own."""
+        self._of_class = None
         for site in self._sites:
             site.use_forward(forward)
+
+    def _follow_class(self) -> None:
+        """Takes the forward of the class, which was patched."""
+        self._of_class = self._kind.forward
+        for site in self._sites:
+            site.use_forward(self._kind.forward)
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
@@ -71,6 +83,8 @@ class BlockRuntime:
             call = BlockCall(self.site, block, args, kwargs, compiling=True)
             return _run(family.current, call, EAGER)
         with family.lock:
+            if self._of_class is not None and self._of_class is not self._kind.forward:
+                self._follow_class()
             call = BlockCall(self._sites[0], block, args, kwargs)
             engines = family.engines if family.decided else family.fitting(call)
             try:
@@ -131,7 +145,7 @@ def attach(family: Family, layer: int, block: nn.Module, prunes: Sequence[bool])
     own = vars(block).get("forward")
     if own is not None:
         vars(block)["forward"] = InstanceForward(block, own)
-    object.__setattr__(block, RUNTIME, BlockRuntime(family, layer, kind.forward, prunes))
+    object.__setattr__(block, RUNTIME, BlockRuntime(family, layer, kind, prunes))
     members = {
         "forward": _own_forward(kind),
         "__module__": kind.__module__,

@@ -36,7 +36,7 @@ class Program:
     """A program that reads and writes the live tensors of one block.
 
     It holds for calls like the one it was made for: of the same form, with inputs of the same
-    shapes, dtypes and devices, the same plain values and the same autocast.
+    shapes, dtypes and devices, the same plain values, default dtype and autocast.
 
     Attributes:
         made: The program, for the places of this block.
@@ -88,13 +88,13 @@ class Program:
         ]
         self._result = program.result
         self._writes = [_writer(block, write) for write in program.writes]
-        self._autocast = autocast_dtypes()
+        self._modes = _modes()
 
     # --- which calls it holds for ----------------------------------------------------------------
 
     def inputs_of(self, call: BlockCall) -> list[Any] | None:
         """Returns the graph's inputs for a call; None if the program does not hold for it."""
-        if call.form != self._form or autocast_dtypes() != self._autocast:
+        if call.form != self._form or _modes() != self._modes:
             return None
         if (call.selection is not None) != self._takes_selection:
             return None
@@ -144,7 +144,7 @@ class Program:
         Those that it leaves open already are among them. Sizes below 2 stay apart: ops treat them
         in ways of their own.
         """
-        if call.form != self._form or autocast_dtypes() != self._autocast:
+        if call.form != self._form or _modes() != self._modes:
             return None
         if (call.selection is not None) != self._takes_selection or not self._built_like(call):
             return None
@@ -450,6 +450,11 @@ def autocast_dtypes() -> tuple[torch.dtype | None, torch.dtype | None]:
         torch.get_autocast_dtype("cpu") if on_cpu else None,
         torch.get_autocast_dtype("cuda") if on_gpu else None,
     )
+
+
+def _modes() -> tuple[torch.dtype | None, ...]:
+    """The default dtype and the surrounding autocast, which the dtypes of a graph depend on."""
+    return (torch.get_default_dtype(), *autocast_dtypes())
 
 
 # --- writing state -------------------------------------------------------------------------------

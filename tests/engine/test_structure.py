@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 from enum import Enum
@@ -203,14 +204,17 @@ class Switched(nn.Module):
         self.layers = {"out": nn.Linear(WIDTH, WIDTH)}
 
     def scaled(self, y: Tensor) -> Tensor:
-        return y * float(self.table[0]) * self.kind.value * self.config.kind.value * self.gain
+        y = y * float(self.table[0]) * self.gain
+        return y * int(self.kind.value * self.config.kind.value)
 
     def branch(self, x: Tensor) -> Tensor:
         y = self.down(self.after(self.act(self.up(x))))
         y = self.layers["out"](self.config.act(y)) * (2 if "on" in self.flags else 1)
         for _ in self.times:
             y = 0.9 * y
-        return self.scaled(y) * self.parsed.scale * self.options.scale  # type: ignore[attr-defined]
+        options: Any = self.options
+        out: Tensor = self.scaled(y) * self.parsed.scale * options.scale
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -259,12 +263,45 @@ def test_what_a_block_reads_besides_tensors_and_numbers(
     switch: Callable[[Any, pytest.MonkeyPatch], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    block = fastvar_fx.transform(nn.ModuleList([Switched()]).eval(), SCHEDULE, blocks="0")[0]
+    block: Any = fastvar_fx.transform(nn.ModuleList([Switched()]).eval(), SCHEDULE, blocks="0")[0]
     before = [block(x) for x in maps()][-1]
     switch(block, monkeypatch)
     got = [block(x) for x in maps()][-1]
     assert not torch.equal(got, before)
     torch.testing.assert_close(got, by_hand(block.branch, Pruner(SCHEDULE)))
+
+
+def test_a_patched_forward_of_the_blocks_class_is_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    fast.generate()
+    monkeypatch.setattr(Block, "forward", patched(Block.forward))
+    want = fastvar_fx.transform(Net().eval(), SCHEDULE).generate()
+    assert all(map(torch.equal, fast.generate(), want))
+    assert all(map(torch.equal, copy.deepcopy(fast).generate(), want))
+
+
+class Constant(nn.Module):
+    """A feed-forward that makes a tensor of the default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x) * torch.full((WIDTH,), 0.3)
+
+
+def test_a_program_holds_for_its_default_dtype() -> None:
+    block = fastvar_fx.transform(nn.ModuleList([Constant()]).eval(), SCHEDULE, blocks="0")[0]
+    drawn = maps()
+    assert [block(x).dtype for x in drawn] == [torch.float32] * len(SIDES)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [block(x).dtype for x in drawn] == [torch.float64] * len(SIDES)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- arguments ----------------------------------------------------------------------------------

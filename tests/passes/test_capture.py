@@ -383,15 +383,15 @@ def test_a_list_that_shrinks_is_refused() -> None:
 class Record(list[Tensor]):
     """A list with attributes."""
 
-    count = 0
+    calls = 0
 
 
 def test_attributes_of_a_list_are_written_by_replay() -> None:
     class Counts(nn.Module):
         def forward(self, x: Tensor, record: Record) -> Tensor:
             record.append(x.sin())
-            record.count += 1
-            return x * record.count
+            record.calls += 1
+            return x * record.calls
 
     module, x, record, live = Counts(), torch.randn(B, L, C), Record(), Record()
     program = assert_reproduces(module, x, record)
@@ -400,7 +400,7 @@ def test_attributes_of_a_list_are_written_by_replay() -> None:
     replay(program, module, x, record)
     module(x, live)
     assert_same(list(record), list(live))
-    assert record.count == live.count == 1
+    assert record.calls == live.calls == 1
 
 
 @pytest.mark.parametrize("holder", [{1}, np.ones(2), np.ones(()), array("d", [1.0])])
