@@ -290,7 +290,8 @@ class Constant(nn.Module):
         self.fc = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc(x) * torch.full((WIDTH,), 0.3)
+        out: Tensor = x + self.fc(x) * torch.full((WIDTH,), 0.3)
+        return out
 
 
 def test_a_program_holds_for_its_default_dtype() -> None:
