@@ -69,7 +69,7 @@ class Structure:
                 for name in _HOOKS:
                     made._objects += (getattr(module, name) or {}).values()
         for hooks in _GLOBAL_HOOKS:
-            made._objects += hooks.values()
+            made._objects += [hook for hook in hooks.values() if not _observes(hook)]
         for kind in dict.fromkeys(k for module in made._modules for k in type(module).__mro__):
             own = vars(kind)
             made._objects += [own.get("forward")] if _is_of_torch(kind) else own.values()
@@ -192,6 +192,11 @@ class Structure:
         if isinstance(items, dict):
             return kind, [(key, describe(item)) for key, item in items.items()]
         return kind, [describe(item) for item in items]
+
+
+def _observes(hook: Any) -> bool:
+    """Whether a global hook is of torch's own tools, such as FLOP counters: they only observe."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "torch"
 
 
 def _is_of_torch(kind: type) -> bool:
