@@ -113,7 +113,7 @@ def test_the_report_and_its_figures(
     def some(scales: tuple[tuple[int, int], ...], plans: object) -> tuple[ablations.Section, ...]:
         """The ratios, and the curves of quality against speed."""
         found = everything(scales)
-        return (found[0], found[-2])
+        return (found[0], *[part for part in found if part.curves])
 
     monkeypatch.setattr(ablations, "sections", some)
     monkeypatch.setattr(ablations, "found_plans", lambda *_: [])

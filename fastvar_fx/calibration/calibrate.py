@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,13 +10,16 @@ from typing import Any, Final
 
 from torch import nn
 
-from fastvar_fx.calibration.divide import Curves, as_ratios, divide
+from fastvar_fx.calibration.divide import Curves, Place, as_ratios, divide
+from fastvar_fx.calibration.journal import Journal
 from fastvar_fx.calibration.measure import (
-    Journal,
+    Branches,
     Run,
     Subject,
-    as_a_whole,
+    alone,
+    in_context,
     measured,
+    name_of,
     total_flops,
 )
 from fastvar_fx.errors import ArgumentError, ScheduleError
@@ -28,9 +31,11 @@ LEVELS: Final = (0.5, 0.75, 0.9, 1.0)
 """The ratios that a branch may have, besides 0."""
 
 _ATTEMPTS: Final = 4
-"""How often a plan is made again that saves less than the sum of its parts."""
-_MORE: Final = 1.001
-"""By how much more than it lacked it is then asked to save."""
+"""How often a plan is made that does not meet the budget."""
+_MORE: Final = 1.1
+"""By how much more than it missed the budget the next one is asked for."""
+_REFINED: Final = 3
+"""How often a plan is improved by what its branches lose in its context, at most."""
 
 
 def calibrate(  # noqa: PLR0913
@@ -52,27 +57,27 @@ def calibrate(  # noqa: PLR0913
     get at each step what they got in the dense one. What it loses is how much the logits of the
     step change. No gradients are needed. The ratios are those at which a further FLOP saved would
     lose as much in every branch, and the cache step is the one with which the plan as a whole
-    then loses least.
+    then loses least. The plan is improved by moving each branch up and down a level in it.
 
     The number of generations is that of the runs, times branches, levels, and choices of the cache
-    step: it may be that of the schedule, or a later one, which leaves fewer steps to prune.
+    step, which is the one before the steps that may prune, or a later one, so that fewer prune;
+    and twice the branches for each improvement.
 
     Args:
         model: The dense model, as for `transform`.
         run: Runs one generation: the same one each time, such as from a fixed seed. Or several
             such functions, of other seeds or prompts, whose losses are averaged.
-        schedule: The scales that the loop draws. Its steps of a ratio above 0 may prune, at any
-            ratio; its last steps of ratio 1 stay skipped, and guidance stays as it is.
+        schedule: The scales that the loop draws. The steps from the first of a ratio above 0 on may
+            prune, at any ratio; the last steps of ratio 1 stay skipped, and guidance as it is.
         speedup: Dense FLOPs of the blocks over those of the plan, above 1.
-        loss: In place of `speedup`, what the plan may lose as a sum over its branches: bits per
-            token of the generation with `logits`, else the mean squared relative difference of
-            what the last block returns.
+        loss: In place of `speedup`, what the plan may lose: bits per token of the generation with
+            `logits`, else the mean squared relative difference of what the last block returns.
         logits: Module path of what returns the logits (B, L, V), such as "head": losses are then
             divergences of their distributions. Without it, what the last block returns counts.
         levels: The ratios that a branch may have besides 0, in (0, 1]. Few levels make few
             programs. A method that needs kept tokens, such as "tome", takes none of 1.
         file: A JSON file that keeps what was measured: an interrupted calibration goes on where it
-            was, and one with another `speedup` measures nothing again.
+            was, and one with another `speedup` measures only its plan.
         progress: Called with a few words before each generation.
         **options: Passed on to `transform`, such as `method`.
 
@@ -99,19 +104,23 @@ def calibrate(  # noqa: PLR0913
         progress=progress,
     )
     journal = Journal(Path(file) if file is not None else None, _about(subject))
-    by_span, depth = measured(subject, journal)
-    flops = total_flops(subject)
-    budget = Budget.of(subject, flops, speedup, loss)
-    plans = [
-        plan for curves in by_span if (plan := _planned(subject, curves, depth, budget)) is not None
-    ]
-    if not plans:
+    branches = Branches.of(subject)
+    budget = Budget.of(subject, speedup, loss)
+    search = _Search(subject, journal, branches, budget)
+    by_span = [alone(subject, journal, branches, steps) for steps in subject.spans]
+    found = (search.best(curves, _NOTHING) for curves in by_span)
+    plans = [plan for plan in found if plan is not None]
+    best = min(plans, key=budget.rank, default=_NOTHING)
+    if not plans or (loss is not None and not best.saved):
         raise ScheduleError(budget.refusal(by_span))
-    best = min(plans, key=lambda plan: plan.rank(budget))
-    if not best.saved and loss is not None:
-        raise ScheduleError(budget.too_little(by_span))
+    for _ in range(_REFINED if best.saved else 0):
+        curves = in_context(subject, journal, best.ratios, branches.depth)
+        better = search.best(curves, best)
+        if better is None or budget.rank(better) >= budget.rank(best):
+            break
+        best = better
     progress(best.text(budget))
-    return best.schedule
+    return search.schedule(best.ratios)
 
 
 @dataclass(frozen=True)
@@ -133,12 +142,10 @@ class Budget:
     loss: float | None
 
     @classmethod
-    def of(
-        cls, subject: Subject, flops: Sequence[int], speedup: float | None, loss: float | None
-    ) -> Budget:
-        """Returns the budget of a calibration; `flops` are those of each step, dense."""
-        schedule = subject.schedule
-        without = 0.0
+    def of(cls, subject: Subject, speedup: float | None, loss: float | None) -> Budget:
+        """Returns the budget of a calibration."""
+        schedule, without = subject.schedule, 0.0
+        flops = total_flops(subject)
         for step, dense in enumerate(flops):
             skipped = step in schedule.full_steps
             without += dense if skipped else 0 if schedule.guided(step) else dense / 2
@@ -148,13 +155,18 @@ class Budget:
         saving = None if speedup is None else max(total - total / speedup - without, 0.0)
         return cls(total, without, tokens, saving, None if loss is None else loss * tokens)
 
+    def rank(self, plan: Plan) -> float:
+        """Returns what is less for a better plan."""
+        return -plan.saved if self.saving is None else plan.loss
+
     def speedup(self, saved: float) -> float:
         """Returns the speed-up at which pruning saves so many FLOPs."""
         return self.flops / (self.flops - self.without - saved)
 
     def refusal(self, by_span: Sequence[Curves]) -> str:
         """Returns why the budget cannot be met, and what can."""
-        assert self.saving is not None
+        if self.saving is None:
+            return self._too_little(by_span)
         most = max(
             sum(max(option.saved for option in options) for options in curves.values())
             for curves in by_span
@@ -165,7 +177,7 @@ class Budget:
             f"above 0, or allow higher levels"
         )
 
-    def too_little(self, by_span: Sequence[Curves]) -> str:
+    def _too_little(self, by_span: Sequence[Curves]) -> str:
         """Returns why nothing may be pruned, and what would have to be lost."""
         options = (o for curves in by_span for each in curves.values() for o in each)
         least = min(option.loss for option in options if option.saved > 0) / self.tokens
@@ -177,52 +189,78 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule, and what it saves and loses as measured.
+    """Ratios, and what they save and lose as measured.
 
     Attributes:
-        schedule: The schedule.
+        ratios: The ratio of each place.
         saved: FLOPs saved by pruning.
         loss: What it loses, as a sum over the tokens.
-        expected: The sum of what its branches lose alone.
     """
 
-    schedule: Schedule
+    ratios: Mapping[Place, float]
     saved: float
     loss: float
-    expected: float
-
-    def rank(self, budget: Budget) -> float:
-        """Returns what is less for a better plan."""
-        return -self.saved if budget.saving is None else self.loss
 
     def text(self, budget: Budget) -> str:
         """Returns a line on the plan."""
-        lost, sums = self.loss / budget.tokens, self.expected / budget.tokens
         return (
             f"the plan is {budget.speedup(self.saved):.2f}x as fast by FLOPs, restores from step "
-            f"{self.schedule.cache_step}, and loses {lost:.4g} per token (its branches alone: "
-            f"{sums:.4g})"
+            f"{min(place.step for place in self.ratios) - 1}, and loses "
+            f"{self.loss / budget.tokens:.4g} per token"
         )
 
 
-def _planned(subject: Subject, curves: Curves, depth: int, budget: Budget) -> Plan | None:
-    """Returns the best plan of some curves; None if it cannot meet the budget.
+_NOTHING: Final = Plan({}, 0.0, 0.0)
 
-    Attention saves less at a step if those before have dropped keys, and so a plan as a whole saves
-    other FLOPs than its branches alone: it is made again until it saves enough.
-    """
-    steps = sorted({place.step for place in curves})
-    asked = budget.saving
-    for _ in range(_ATTEMPTS):
-        chosen = divide(curves, saving=asked, loss=budget.loss)
-        if asked is not None and sum(option.saved for option in chosen.values()) < asked:
-            return None
-        schedule = subject.pruning(steps, as_ratios(chosen, steps, depth))
-        loss, saved = as_a_whole(subject, schedule)
-        if budget.saving is None or saved >= budget.saving:
-            return Plan(schedule, saved, loss, sum(option.loss for option in chosen.values()))
-        asked = (asked or 0) * _MORE * budget.saving / saved
-    return None
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for plans that meet a budget."""
+
+    subject: Subject
+    journal: Journal
+    branches: Branches
+    budget: Budget
+
+    def schedule(self, ratios: Mapping[Place, float]) -> Schedule:
+        """Returns the schedule with these ratios."""
+        steps = sorted({place.step for place in ratios})
+        return self.subject.pruning(steps, as_ratios(ratios, steps, self.branches.depth))
+
+    def best(self, curves: Curves, base: Plan) -> Plan | None:
+        """Returns the best plan of some curves; None if none meets the budget.
+
+        A plan as a whole saves and loses something else than its branches, for attention saves less
+        at a step if those before have dropped keys: it is made again until it meets the budget.
+
+        Args:
+            curves: What each place may save and lose more than in `base`.
+            base: A plan.
+        """
+        saving, loss = self.budget.saving, self.budget.loss
+        asked = None if saving is None else saving - base.saved
+        most = None if loss is None else loss - base.loss
+        for _ in range(_ATTEMPTS):
+            chosen = divide(curves, saving=asked, loss=most)
+            if asked is not None and sum(option.saved for option in chosen.values()) < asked:
+                return None
+            plan = self._measured({place: option.ratio for place, option in chosen.items()})
+            if saving is not None and asked is not None and plan.saved < saving:
+                asked += _MORE * (saving - plan.saved)
+            elif loss is not None and most is not None and plan.loss > loss:
+                most -= _MORE * (plan.loss - loss)
+            else:
+                return plan
+        return None
+
+    def _measured(self, ratios: Mapping[Place, float]) -> Plan:
+        """Returns the plan of some ratios, run as a whole."""
+        if not any(ratios.values()):
+            return Plan(ratios, 0.0, 0.0)
+        name, depth = name_of(ratios), self.branches.depth
+        steps = sorted({place.step for place in ratios})
+        found = measured(self.subject, self.journal, {name: ratios}, steps, depth)[name]
+        return Plan(ratios, sum(found.saved.values()), sum(found.loss.values()))
 
 
 def _about(subject: Subject) -> dict[str, Any]:

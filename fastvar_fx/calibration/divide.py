@@ -20,7 +20,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """A pruning ratio of a place: what it loses, and the FLOPs that it saves."""
+    """A pruning ratio of a place: what it loses, and the FLOPs that it saves.
+
+    Both may be differences to another plan, and negative.
+    """
 
     ratio: float
     loss: float
@@ -30,7 +33,7 @@ class Option:
 DENSE = Option(0.0, 0.0, 0.0)
 
 Curves = Mapping[Place, Sequence[Option]]
-"""The ratios that each place may have, besides 0."""
+"""The ratios that each place may have."""
 
 
 def divide(
@@ -45,12 +48,13 @@ def divide(
     Args:
         curves: The ratios that each place may have.
         saving: FLOPs to save at least; all that can be saved, if that is less.
-        loss: The most that may be lost.
+        loss: The most that may be lost, unless the options that save least lose more.
     """
+    chosen = {place: _first(options) for place, options in curves.items()}
     pieces = [(piece, place) for place, options in curves.items() for piece in _hull(options)]
     pieces.sort(key=lambda each: each[0][0])  # ties stay in order, and a hull's slopes rise
-    chosen = dict.fromkeys(curves, DENSE)
-    saved = lost = 0.0
+    saved = sum(option.saved for option in chosen.values())
+    lost = sum(option.loss for option in chosen.values())
     for (_, option), place in pieces:
         before = chosen[place]
         if saving is not None and saved >= saving:
@@ -63,9 +67,14 @@ def divide(
     return chosen
 
 
+def _first(options: Sequence[Option]) -> Option:
+    """Returns the option that saves least."""
+    return min(options, key=lambda option: (option.saved, option.loss))
+
+
 def _hull(options: Sequence[Option]) -> Iterator[tuple[float, Option]]:
-    """Yields the corners of the lower convex hull after `DENSE`, each with the slope up to it."""
-    at = DENSE
+    """Yields the corners of the lower convex hull after the first, each with the slope up to it."""
+    at = _first(options)
     while True:
         further = [option for option in options if option.saved > at.saved]
         if not further:
@@ -76,15 +85,15 @@ def _hull(options: Sequence[Option]) -> Iterator[tuple[float, Option]]:
 
 
 def as_ratios(
-    chosen: Mapping[Place, Option], steps: Sequence[int], depth: int
+    ratios: Mapping[Place, float], steps: Sequence[int], depth: int
 ) -> tuple[tuple[Ratio, ...], ...]:
     """Returns the ratios of some steps, of each one per layer, as `Schedule` takes them.
 
-    A kind that a layer has no place for gets the ratio of the layer's other ones, if they agree.
+    Kinds that a layer has no place for get the ratio of its places, if these agree.
     """
 
     def of_layer(step: int, layer: int) -> Ratio:
-        own = {p.kind: o.ratio for p, o in chosen.items() if (p.step, p.layer) == (step, layer)}
+        own = {p.kind: r for p, r in ratios.items() if (p.step, p.layer) == (step, layer)}
         alike = len(set(own.values())) == 1
         return next(iter(own.values())) if alike else ByKind(**own)
 

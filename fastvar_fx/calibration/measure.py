@@ -1,24 +1,24 @@
-"""Measures what each branch loses and saves at each ratio: one generation for each."""
+"""Measures what branches lose and save at each ratio: one generation for each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from hashlib import sha256
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from fastvar_fx.calibration.divide import Curves, Option, Place
-from fastvar_fx.calibration.reference import Losses, Reference
+from fastvar_fx.calibration.divide import DENSE, Curves, Option, Place, as_ratios
+from fastvar_fx.calibration.journal import Found, Journal
+from fastvar_fx.calibration.reference import Reference
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import find_blocks
-from fastvar_fx.errors import ArgumentError, NothingPrunedError
+from fastvar_fx.errors import NothingPrunedError
 from fastvar_fx.measuring.runs import Progress, Runs
-from fastvar_fx.schedule import ByKind, Ratio, Schedule
+from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import explain, trace, transform, use
 from passes.analyse.branches import Kind
 
@@ -80,215 +80,194 @@ class Subject:
         return [self.steps[i:] for i in range(len(self.steps))]
 
 
-class Probe(NamedTuple):
-    """One branch that prunes alone, at all steps after the cache step.
-
-    Attributes:
-        cache_step: The step that it is restored from.
-        layer: The index of its block.
-        kind: What it is.
-        ratio: Its pruning ratio.
-        run: Which of the generations runs.
-    """
-
-    cache_step: int
-    layer: int
-    kind: Kind
-    ratio: float
-    run: int
-
-    def __str__(self) -> str:
-        """Its name in a file and for progress."""
-        return (
-            f"layer {self.layer} {self.kind} {self.ratio:g} from step {self.cache_step}, "
-            f"run {self.run + 1}"
-        )
-
-
-class Found(NamedTuple):
-    """What is lost and the FLOPs that are saved in a generation, by step."""
-
-    loss: Losses
-    saved: dict[int, int]
-
-
-class Journal:
-    """What was found so far; kept in a file, if there is one, so that a calibration can go on."""
-
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        """Reads what an earlier calibration has found.
-
-        Args:
-            path: The file; None to keep nothing.
-            about: What the findings depend on, as plain data.
-
-        Raises:
-            ArgumentError: If the file holds something else.
-        """
-        self._path = path
-        self._about = json.loads(json.dumps(about))
-        self.found: dict[str, Found] = {}
-        if path is None or not path.exists():
-            return
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            about, found = data["about"], data["found"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(
-                f"{path} holds no calibration; give another file, or delete it"
-            ) from error
-        if about != self._about:
-            differs = [key for key in self._about if about.get(key) != self._about[key]]
-            raise ArgumentError(
-                f"{path} holds a calibration with other {', '.join(differs)}; give another file, "
-                f"or delete it"
-            )
-        self.found = {
-            key: Found(*({int(step): n for step, n in part.items()} for part in parts))
-            for key, parts in found.items()
-        }
-
-    def put(self, key: str, found: Found) -> None:
-        """Adds what was found, and writes the file whole or not at all."""
-        self.found[key] = found
-        if self._path is None:
-            return
-        part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text(json.dumps({"about": self._about, "found": self.found}), encoding="utf-8")
-        part.replace(self._path)
-
-
-def measured(subject: Subject, journal: Journal) -> tuple[list[Curves], int]:
-    """Returns the curves of all branches for each of the spans, and how many blocks there are.
+def alone(subject: Subject, journal: Journal, branches: Branches, steps: Sequence[int]) -> Curves:
+    """Returns what each branch loses and saves at each level, all else being dense.
 
     Args:
         subject: What is calibrated.
         journal: What was found before; what is missing is measured.
-
-    Raises:
-        NothingPrunedError: If no branch of the model can be pruned.
+        branches: The branches that can prune.
+        steps: The steps at which they do; they are restored from the one before.
     """
-    branches, depth = _branches(subject)
+    depth, origin = branches.depth, f"from step {steps[0] - 1}"
+    named = {
+        (branch, level): f"layer {branch[0]} {branch[1]} {level:g} {origin}"
+        for branch in branches.found
+        for level in subject.levels
+    }
+    dense = {Place(step, *branch): 0.0 for step in steps for branch in branches.found}
+    plans = {
+        name: dense | {Place(step, *branch): level for step in steps}
+        for (branch, level), name in named.items()
+    }
+    found = measured(subject, journal, plans, steps, depth)
+    return {
+        place: [
+            DENSE,
+            *(_option(r, found[named[place[1:], r]], place.step) for r in subject.levels),
+        ]
+        for place in dense
+    }
+
+
+def in_context(
+    subject: Subject, journal: Journal, ratios: Mapping[Place, float], depth: int
+) -> Curves:
+    """Returns what a plan loses and saves more if a branch prunes by a level less or more.
+
+    A token that one branch has dropped is worth less to the next one, so that branches lose less
+    together than the sum of what they lose alone.
+
+    Args:
+        subject: What is calibrated.
+        journal: What was found before; what is missing is measured.
+        ratios: The plan.
+        depth: How many blocks there are.
+    """
+    levels = (0.0, *subject.levels)
+    steps = sorted({place.step for place in ratios})
+    plans = {"": dict(ratios)}
+    for layer, kind in sorted({place[1:] for place in ratios}):
+        for way, by in (("lower", -1), ("higher", 1)):
+            moved = {
+                place: _moved(levels, ratio, by) if place[1:] == (layer, kind) else ratio
+                for place, ratio in ratios.items()
+            }
+            if moved != ratios:
+                plans[f", layer {layer} {kind} {way}"] = moved
+    mine = name_of(ratios)
+    named = {f"{mine}{name}": plan for name, plan in plans.items()}
+    found = measured(subject, journal, named, steps, depth)
+    loss, saved = found[mine]
+    curves: dict[Place, list[Option]] = {place: [Option(r, 0, 0)] for place, r in ratios.items()}
+    for name, plan in named.items():
+        for place in (place for place, ratio in plan.items() if ratio != ratios[place]):
+            option = _option(plan[place], found[name], place.step)
+            more = option.loss - loss[place.step], option.saved - saved[place.step]
+            curves[place].append(Option(option.ratio, *more))
+    return curves
+
+
+def name_of(ratios: Mapping[Place, float]) -> str:
+    """Returns a name for a plan, the same for the same ratios."""
+    return f"plan {sha256(repr(sorted(ratios.items())).encode()).hexdigest()[:8]}"
+
+
+def _moved(levels: Sequence[float], ratio: float, by: int) -> float:
+    """Returns the next lower or higher level; the end ones stay."""
+    return levels[min(max(levels.index(ratio) + by, 0), len(levels) - 1)]
+
+
+def _option(ratio: float, found: Found, step: int) -> Option:
+    return Option(ratio, found.loss[step], found.saved[step])
+
+
+class Branches(NamedTuple):
+    """The branches that can prune.
+
+    Attributes:
+        found: Each as its layer and kind.
+        depth: How many blocks there are.
+    """
+
+    found: Sequence[tuple[int, Kind]]
+    depth: int
+
+    @classmethod
+    def of(cls, subject: Subject) -> Branches:
+        """Finds them in a generation in which all that can does prune.
+
+        Raises:
+            NothingPrunedError: If none can.
+        """
+        subject.progress("tracing")
+        subject.transformed(subject.schedule)  # raises if it is for another model
+        steps = subject.steps
+        fast = subject.transformed(subject.pruning(steps, [subject.levels[0]] * len(steps)))
+        rows = trace(fast, subject.runs[0]).rows
+        found = {(row.layer, cast("Kind", row.kind)) for row in rows if row.kept < row.tokens}
+        if not found:
+            raise NothingPrunedError(f"there is nothing to calibrate: {explain(fast)}")
+        return cls(sorted(found), len(Engine.of(fast).plan.blocks))
+
+
+def measured(
+    subject: Subject,
+    journal: Journal,
+    plans: Mapping[str, Mapping[Place, float]],
+    steps: Sequence[int],
+    depth: int,
+) -> dict[str, Found]:
+    """Returns what plans lose and save, means over the runs; what is missing is measured.
+
+    Args:
+        subject: What is calibrated.
+        journal: What was found before.
+        plans: The ratios of their branches, by name; others are dense.
+        steps: The steps that may prune in them.
+        depth: How many blocks there are.
+    """
     runs = range(len(subject.runs))
-
-    def probes(steps: Sequence[int], layer: int, kind: Kind, ratio: float) -> list[Probe]:
-        return [Probe(steps[0] - 1, layer, kind, ratio, run) for run in runs]
-
-    each = [
-        (steps, *branch, ratio)
-        for steps in subject.spans
-        for branch in branches
-        for ratio in subject.levels
-    ]
-    wanted = sorted((probe for one in each for probe in probes(*one)), key=lambda p: p.run)
-    missing = [probe for probe in wanted if str(probe) not in journal.found]
-    if missing:
-        _measure(subject, journal, missing, depth)
-    curves: list[Curves] = [
-        {
-            Place(step, *branch): [
-                _option(journal, probes(steps, *branch, ratio), step) for ratio in subject.levels
-            ]
-            for step in steps
-            for branch in branches
-        }
-        for steps in subject.spans
-    ]
-    return curves, depth
+    for number in runs:
+        missing = [name for name in plans if _named(name, number) not in journal.found]
+        if missing:
+            schedules = {
+                name: subject.pruning(steps, as_ratios(plans[name], steps, depth))
+                for name in missing
+            }
+            _measure(subject, journal, schedules, number)
+    found = {name: [journal.found[_named(name, run)] for run in runs] for name in plans}
+    return {
+        name: Found(*(_means([each[part] for each in of_name], steps) for part in range(2)))
+        for name, of_name in found.items()
+    }
 
 
-def _option(journal: Journal, probes: Sequence[Probe], step: int) -> Option:
-    """Returns the mean over the runs of what a branch loses and saves at a step."""
-    found = [journal.found[str(probe)] for probe in probes]
-    loss = sum(each.loss[step] for each in found) / len(found)
-    return Option(probes[0].ratio, loss, sum(each.saved[step] for each in found) / len(found))
+def _named(name: str, run: int) -> str:
+    return f"{name}, run {run + 1}"
 
 
-def _branches(subject: Subject) -> tuple[list[tuple[int, Kind]], int]:
-    """Returns the branches that can prune, as (layer, kind), and how many blocks there are."""
-    subject.progress("tracing")
-    subject.transformed(subject.schedule)  # raises if it is for another model
-    steps = subject.steps
-    fast = subject.transformed(subject.pruning(steps, [subject.levels[0]] * len(steps)))
-    rows = trace(fast, subject.runs[0]).rows
-    found = {(row.layer, cast("Kind", row.kind)) for row in rows if row.kept < row.tokens}
-    if not found:
-        raise NothingPrunedError(f"there is nothing to calibrate: {explain(fast)}")
-    return sorted(found), len(Engine.of(fast).plan.blocks)
+def _means(parts: Sequence[Mapping[int, float]], steps: Sequence[int]) -> dict[int, float]:
+    return {step: sum(part.get(step, 0) for part in parts) / len(parts) for step in steps}
 
 
-def _measure(subject: Subject, journal: Journal, probes: Sequence[Probe], depth: int) -> None:
-    """Measures what is missing; the probes are in the order of the runs."""
-    schedules = {probe[:-1]: _alone(subject, probe, depth) for probe in probes}
-    dense = subject.dense
+def _measure(
+    subject: Subject, journal: Journal, schedules: Mapping[str, Schedule], number: int
+) -> None:
+    """Measures schedules in one of the runs."""
+    run, dense = subject.runs[number], subject.dense
     fast = subject.transformed(dense, *schedules.values())
-    reference, recorded = Reference(fast, subject.logits), None
-    for number, probe in enumerate(probes):
-        run = subject.runs[probe.run]
-        if probe.run != recorded:
-            use(fast, dense)
-            with reference.recording():
-                run(fast)
-            recorded = probe.run
-        subject.progress(f"{probe}: {number + 1} of {len(probes)}")
-        use(fast, schedules[probe[:-1]])
-        journal.put(str(probe), _compared(fast, reference, run))
-
-
-def _alone(subject: Subject, probe: Probe, depth: int) -> Schedule:
-    """Returns the schedule in which one branch prunes alone."""
-    layers: list[Ratio] = [0.0] * depth
-    layers[probe.layer] = ByKind(**{probe.kind: probe.ratio})
-    steps = next(steps for steps in subject.spans if steps[0] - 1 == probe.cache_step)
-    return subject.pruning(steps, [tuple(layers)] * len(steps))
-
-
-def _compared(fast: nn.Module, reference: Reference, run: Run) -> Found:
-    """Runs a generation of the schedule in use, and returns what it loses and saves."""
-    with reference.comparing() as loss:
-        run(fast)
-    engine = Engine.of(fast)
-    steps = engine.plan.pruned_steps
-    return Found(loss, {step: reference.calls[step] * saved_flops(engine, step) for step in steps})
-
-
-def as_a_whole(subject: Subject, schedule: Schedule) -> tuple[float, float]:
-    """Returns what a schedule loses and the FLOPs that it saves, means over the runs."""
-    if schedule.pruned_steps == schedule.full_steps:
-        return 0.0, 0.0
-    subject.progress(f"a plan from step {schedule.cache_step}")
-    dense = subject.dense
-    fast = subject.transformed(dense, schedule)
     reference = Reference(fast, subject.logits)
-    loss = saved = 0.0
-    for run in subject.runs:
-        use(fast, dense)
-        with reference.recording():
-            run(fast)
+    use(fast, dense)
+    with reference.recording():
+        run(fast)
+    for count, (name, schedule) in enumerate(schedules.items(), 1):
+        subject.progress(f"{_named(name, number)}: {count} of {len(schedules)}")
         use(fast, schedule)
-        found = _compared(fast, reference, run)
-        loss += sum(found.loss.values()) / len(subject.runs)
-        saved += sum(found.saved.values()) / len(subject.runs)
-    return loss, saved
+        with reference.comparing() as loss:
+            run(fast)
+        saved = saved_flops(Engine.of(fast))
+        total = {step: float(reference.calls[step] * n) for step, n in saved.items()}
+        journal.put(_named(name, number), Found(loss, total))
 
 
-def saved_flops(engine: Engine, step: int) -> int:
-    """Returns the FLOPs that pruning saves at each call of a step.
+def saved_flops(engine: Engine) -> dict[int, int]:
+    """Returns the FLOPs that pruning saves at each call of each pruned step.
 
     Those of dense attention count all keys of earlier steps, also where these were pruned.
     """
     schedule, plan = engine.plan.schedule, engine.plan
-    saved = 0
-    for (layer, at), record in engine.store.records.items():
-        for branch in record.branches if at == step else ():
-            saved += branch.flops - branch.pruned_flops
+    saved = dict.fromkeys(plan.pruned_steps, 0)
+    for (layer, step), record in engine.store.records.items():
+        for branch in record.branches if step in saved else ():
+            saved[step] += branch.flops - branch.pruned_flops
             if branch.keys is not None and branch.keys > record.tokens:
                 earlier = [s for s in plan.pruned_steps if s < step]
                 kept = {
                     s: plan.kept(s, layer).get(branch.kind, schedule.tokens(s)) for s in earlier
                 }
                 dropped = sum(schedule.tokens(s) - count for s, count in kept.items())
-                saved += branch.attended_flops * dropped // branch.keys
+                saved[step] += branch.attended_flops * dropped // branch.keys
     return saved
 
 

@@ -20,7 +20,7 @@ OPTIONS = st.lists(st.builds(Option, st.just(0.5), NUMBERS, NUMBERS), min_size=1
 def test_no_other_plan_saves_as_much_and_loses_less(
     drawn: list[list[Option]], saving: float
 ) -> None:
-    curves = {Place(8, layer, "ffn"): options for layer, options in enumerate(drawn)}
+    curves = {Place(8, i, "ffn"): [DENSE, *options] for i, options in enumerate(drawn)}
     chosen = divide(curves, saving=saving).values()
     saved, lost = sum(o.saved for o in chosen), sum(o.loss for o in chosen)
     most = sum(max(o.saved for o in options) for options in drawn)
@@ -33,26 +33,35 @@ def test_no_other_plan_saves_as_much_and_loses_less(
 @FAST
 @given(st.lists(OPTIONS, min_size=1, max_size=4), st.floats(0, 40))
 def test_what_may_be_lost_bounds_a_plan(drawn: list[list[Option]], loss: float) -> None:
-    curves = {Place(8, layer, "ffn"): options for layer, options in enumerate(drawn)}
+    curves = {Place(8, i, "ffn"): [DENSE, *options] for i, options in enumerate(drawn)}
     assert sum(o.loss for o in divide(curves, loss=loss).values()) <= loss
 
 
 def test_points_above_the_hull_are_passed_over() -> None:
     place = Place(8, 0, "ffn")
-    options = [Option(0.5, 4.0, 1.0), Option(0.75, 1.0, 2.0), Option(1.0, 9.0, 3.0)]
-    assert divide({place: options}, saving=1.0) == {place: options[1]}
-    assert divide({place: options}, saving=2.5) == {place: options[2]}
+    options = [DENSE, Option(0.5, 4.0, 1.0), Option(0.75, 1.0, 2.0), Option(1.0, 9.0, 3.0)]
+    assert divide({place: options}, saving=1.0) == {place: options[2]}
+    assert divide({place: options}, saving=2.5) == {place: options[3]}
     assert divide({place: options}, loss=0.5) == {place: DENSE}
 
 
+def test_differences_to_a_plan_are_traded() -> None:
+    """A branch that loses much goes back by a level, and one that loses little pays for it."""
+    curves = {
+        Place(8, layer, "ffn"): [Option(0.75, 0, 0), Option(0.5, -gain, -1), Option(1.0, cost, 1)]
+        for layer, (gain, cost) in enumerate([(9.0, 20.0), (1.0, 2.0)])
+    }
+    found = {place.layer: option.ratio for place, option in divide(curves, saving=0).items()}
+    assert found == {0: 0.5, 1: 1.0}
+
+
 def test_as_ratios() -> None:
-    half, all_ = Option(0.5, 0, 0), Option(1.0, 0, 0)
     chosen = {
-        Place(8, 0, "attention"): half,
-        Place(8, 0, "ffn"): half,
-        Place(8, 2, "attention"): DENSE,
-        Place(8, 2, "ffn"): all_,
-        Place(9, 2, "ffn"): all_,
+        Place(8, 0, "attention"): 0.5,
+        Place(8, 0, "ffn"): 0.5,
+        Place(8, 2, "attention"): 0.0,
+        Place(8, 2, "ffn"): 1.0,
+        Place(9, 2, "ffn"): 1.0,
     }
     ratios = as_ratios(chosen, [8, 9], 3)
     assert ratios == ((0.5, ByKind(), ByKind(ffn=1.0)), (ByKind(), ByKind(), 1.0))

@@ -408,13 +408,14 @@ def test_help_lists_the_commands(cli: Cli) -> None:
 # --- calibrate --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibrate_own_model(cli: Cli, folder: Path) -> None:
     (folder / "schedule.json").write_text(Schedule(SCALES, (0.5,)).to_json())
     options = ("--speedup", "1.2", "--levels", "0.75", "--seeds", "1", "--logits", "head")
     files = ("--out", "plan.json", "--keep", "measured.json", "--figure", "plan.png")
     code, out, err = cli("calibrate", *OWN, *options, *files)
     assert code == 0
-    assert "run 1: 4 of 4" in err
+    assert "layer 1 ffn 0.75 from step 4, run 1: 4 of 4" in err
     assert "the plan is 1." in err
     plan = Schedule.from_json((folder / "plan.json").read_text())
     assert plan.depth == 2

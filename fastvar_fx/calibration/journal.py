@@ -1,0 +1,68 @@
+"""What a calibration has measured so far; in a file, from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastvar_fx.calibration.reference import Losses
+from fastvar_fx.errors import ArgumentError
+
+
+class Found(NamedTuple):
+    """What a generation loses and the FLOPs that pruning saves in it, by step."""
+
+    loss: Losses
+    saved: dict[int, float]
+
+
+class Journal:
+    """What was found so far, by what ran.
+
+    Attributes:
+        found: The findings.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        """Reads what an earlier calibration has found.
+
+        Args:
+            path: The file; None to keep nothing.
+            about: What the findings depend on, as plain data.
+
+        Raises:
+            ArgumentError: If the file holds something else.
+        """
+        self._path = path
+        self._about = json.loads(json.dumps(about))
+        self.found: dict[str, Found] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            before, found = data["about"], data["found"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f"{path} holds no calibration; give another file, or delete it"
+            ) from error
+        if before != self._about:
+            differs = [key for key in self._about if before.get(key) != self._about[key]]
+            raise ArgumentError(
+                f"{path} holds a calibration with other {', '.join(differs)}; give another file, "
+                f"or delete it"
+            )
+        self.found = {
+            name: Found(*({int(step): n for step, n in part.items()} for part in parts))
+            for name, parts in found.items()
+        }
+
+    def put(self, name: str, found: Found) -> None:
+        """Adds what was found, and writes the file whole or not at all."""
+        self.found[name] = found
+        if self._path is None:
+            return
+        part = self._path.with_name(f"{self._path.name}.part")
+        part.write_text(json.dumps({"about": self._about, "found": self.found}), encoding="utf-8")
+        part.replace(self._path)
