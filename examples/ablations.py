@@ -257,7 +257,8 @@ def speed(tried: Tried) -> Section:
 
 def published(tried: Tried) -> Section:
     others = tried.by(
-        "drift-corrected", "drift-corrected-grid", "stepvar", "sparsevar", "fastervar"
+        *("drift-corrected", "drift-corrected-grid"),
+        *("stepvar", "sparsevar", "fastervar", "depthvar", "lazyvar"),
     )
     return Section(
         "Corrected restoration, and methods published since",

@@ -45,7 +45,16 @@ from passes.rewrite.prune import Rule
 Once = Literal[False, "block", "step"]
 """How long a selection holds: for one branch, all branches of a block, or all blocks of a step."""
 
-GIVEN: Final = ("cached", "cached_scale", "scale", "step", "layer", "layers")
+GIVEN: Final = (
+    "cached",
+    "cached_scale",
+    "scale",
+    "step",
+    "layer",
+    "layers",
+    "kept_before",
+    "selected",
+)
 """What a function of a `Method` can ask for by the name of a keyword-only parameter."""
 
 _RULES: Final[tuple[Rule, ...]] = ("select", "take", "restore")
@@ -84,13 +93,16 @@ class Method:
         step          the index of this step
         layer         the index of the block; then blocks share no programs
         layers        the number of blocks
+        kept_before   the shares of the maps that the branch kept at the pruned steps before, summed
+        selected      what the first block of this step selected; None for that block. For `select`
+                      alone, with once="step": each block then selects, knowing of the first one
 
     Functions without a name, such as partials, are stored wrapped in one that has a name: the code
     of a graph calls functions by their names.
 
     Raises:
-        ArgumentError: If a function cannot be called or asks for something else, or `once` has
-            another value.
+        ArgumentError: If a function cannot be called or asks for something else, `once` has
+            another value, or `selected` is asked for in vain.
 
     Example:
         >>> def first_tokens(x, kept, *, scale):
@@ -117,7 +129,12 @@ class Method:
             raise ArgumentError(
                 f'once of a Method is False, "block" or "step"; found {self.once!r}'
             )
-        _ = self.asks  # raises if it is not to be had
+        wanting = [rule for rule, names in self.asks.items() if "selected" in names]
+        if wanting and (wanting != ["select"] or self.once != "step"):
+            raise ArgumentError(
+                f'selected is for the select of a Method with once="step"; found that '
+                f"{' and '.join(wanting)} ask for it, with once={self.once!r}"
+            )
 
     @cached_property
     def asks(self) -> Mapping[Rule, Sequence[str]]:
@@ -411,6 +428,71 @@ def _drawn_by_norm(x: Tensor, kept: int) -> Tensor:
     return highest(weights.log() + gumbel, kept)
 
 
+def depthvar() -> Method:
+    """Returns DepthVAR: every token runs in some of the layers, every layer on as many tokens.
+
+    The first block ranks the tokens of a step. The share of the layers in which a token runs falls
+    evenly with its rank, from at most 1 for the first one, and has the kept tokens of the schedule
+    as its mean. Its layers are spread evenly; in the others it has the cached output. At each step
+    the ranks begin where the kept tokens of the steps before end.
+
+    Source: DepthVAR, arXiv 2604.17286: a depth for each token, rotated from scale to scale, and
+    turned into a mask for each layer. The ranking by distance to the mean token, the even fall and
+    how far ranks rotate are choices made here. DepthVAR also weights the codes that are drawn by
+    the depth, which no method does.
+    """
+    return Method(select=_in_some_layers, take=_take, restore=_restore, once="step")
+
+
+def _in_some_layers(
+    x: Tensor, kept: int, *, selected: Any, kept_before: float, layer: int, layers: int
+) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[1]
+    ranks = _ranks(pivotal_scores(x), kept_before) if selected is None else selected[1]
+    # Shares are integers, of tokens ** 2, so that they sum up to `kept` exactly.
+    fall = min(kept, tokens - kept)
+    shares = kept * tokens + fall * (tokens - 1 - 2 * ranks)
+    ends = shares.cumsum(dim=1) + layer * tokens**2 // layers
+    runs = ends // tokens**2 - (ends - shares) // tokens**2  # 1 if the token runs, else 0
+    return highest(runs, kept), ranks
+
+
+def _take(x: Tensor, selection: Any) -> Tensor:
+    return take_tokens(x, selection[0])
+
+
+def _restore(kept: Tensor, selection: Any, *cached: Any) -> Tensor:
+    index = selection if isinstance(selection, Tensor) else selection[0]  # a tensor if none is kept
+    return cached_token_restoration(kept, index, *cached)
+
+
+def lazyvar() -> Method:
+    """Returns LazyVAR: each step keeps other tokens than the pruned steps before.
+
+    Tokens are ranked by what the first branch added to them at the cache step, which all steps see
+    alike. The first step keeps the highest ranks, each later one those that come next; after the
+    last rank comes the first again. Sets are disjoint up to their borders on maps of other sizes.
+
+    Source: LazyVAR (CVPR 2026): scales update disjoint tokens, and more are pruned as the features
+    of adjacent scales become more similar. The ranking is a choice made here, and the schedule
+    says how many are pruned. LazyVAR also draws the last scales in one call, which no method does.
+    """
+    return Method(select=_those_next, once="step")
+
+
+def _those_next(
+    x: Tensor, kept: int, *, cached: Tensor, cached_scale: Scale, scale: Scale, kept_before: float
+) -> Tensor:
+    return highest(-_ranks(_changed(cached, cached_scale, scale), kept_before), kept)
+
+
+def _ranks(scores: Tensor, kept_before: float) -> Tensor:
+    """Returns the rank (B, L) of every token, int64; 0 follows those that steps before kept."""
+    tokens = scores.shape[1]
+    ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (ranks - round(kept_before * tokens)) % tokens
+
+
 def _check_some_kept(kept: Tensor, rule: str) -> None:
     if not kept.shape[1]:
         raise ArgumentError(f"{rule} needs at least one kept token; use a ratio below 1")
@@ -435,6 +517,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "stepvar": stepvar(),
         "sparsevar": sparsevar(),
         "fastervar": fastervar(),
+        "depthvar": depthvar(),
+        "lazyvar": lazyvar(),
     }
 )
 """The named methods."""

@@ -37,19 +37,24 @@ def test_docstrings() -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 12])
 @pytest.mark.parametrize(
-    "rule", ["random", "lowest", "grid", "high-pass", "stepvar", "sparsevar", "fastervar"]
+    "rule",
+    [
+        *("random", "lowest", "grid", "high-pass"),
+        *("stepvar", "sparsevar", "fastervar", "depthvar", "lazyvar"),
+    ],
 )
 def test_a_selection_is_ascending_and_of_the_asked_size(rule: str, kept: int) -> None:
+    captured: Any = {"cached": noise(3, 4, 5), "cached_scale": (2, 2), "scale": (3, 4)}
     rules: dict[str, Any] = {
         "random": methods.random_tokens,
         "lowest": methods.lowest_scores,
         "grid": partial(methods.uniform_grid, scale=(3, 4)),
         "high-pass": partial(methods.high_pass_tokens, scale=(3, 4)),
         "stepvar": partial(methods.stepvar().select, scale=(3, 4)),
-        "sparsevar": partial(
-            methods.sparsevar().select, cached=noise(3, 4, 5), cached_scale=(2, 2), scale=(3, 4)
-        ),
+        "sparsevar": partial(methods.sparsevar().select, **captured),
         "fastervar": methods.fastervar().select,
+        "depthvar": lambda x, kept: in_layer(x, kept, layer=1, layers=3)[0],
+        "lazyvar": partial(methods.lazyvar().select, kept_before=0.5, **captured),
     }
     index = rules[rule](noise(3, 12, 5), kept)
     assert index.shape == (3, kept)
@@ -148,6 +153,60 @@ def test_fastervar_draws_by_squared_norms() -> None:
         assert draw_tokens(x, 3).tolist() == [[1, 3, 5]]
         many = draw_tokens(torch.tensor([[3.0], [1.0]]).expand(4000, 2, 1), 1)
     assert many.float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def in_layer(x: Tensor, kept: int, **given: Any) -> tuple[Tensor, Tensor]:
+    """Returns what DepthVAR selects in a layer, at the first pruned step."""
+    selected: tuple[Tensor, Tensor] = methods.depthvar().select(
+        x, kept, **{"selected": None, "kept_before": 0.0, **given}
+    )
+    return selected
+
+
+def test_depthvar_gives_tokens_layers_by_their_rank() -> None:
+    x = torch.tensor([[[0.0], [9.0], [1.0], [2.0]]])  # 3, 6, 2 and 1 from the mean
+    # Of two layers the tokens run in shares 10, 14, 6 and 2 of 16, which end at 10, 24, 30 and 32:
+    # the first layer takes those that pass 16 or 32, the second those that pass 8 or 24.
+    (first, ranks), (second, _) = (in_layer(x, 2, layer=layer, layers=2) for layer in (0, 1))
+    assert ranks.tolist() == [[1, 0, 2, 3]]
+    assert first.tolist() == [[1, 3]]
+    assert second.tolist() == [[0, 1]]
+    later, ranks = in_layer(x, 2, layer=0, layers=2, kept_before=0.5)
+    assert ranks.tolist() == [[3, 2, 0, 1]], "those that were kept before come last"
+    assert later.tolist() == [[2, 3]]
+    again, known = in_layer(x + noise(1, 4, 1), 2, layer=0, layers=2, selected=(second, ranks))
+    assert (again.tolist(), known.tolist()) == (later.tolist(), ranks.tolist()), "known already"
+
+
+@pytest.mark.parametrize("kept", [1, 16, 40, 64])
+def test_the_depths_of_depthvar_are_the_shares_of_the_layers(kept: int) -> None:
+    x, layers, tokens = noise(2, 64, 5), 12, 64
+    chosen = [in_layer(x, kept, layer=layer, layers=layers) for layer in range(layers)]
+    depths = torch.zeros(2, tokens, dtype=torch.int64)
+    for index, _ in chosen:
+        assert all(len(set(each)) == kept for each in index.tolist())
+        depths.scatter_add_(1, index, torch.ones_like(index))
+    ranks = chosen[0][1]
+    share = kept / tokens
+    shares = share + min(share, 1 - share) * (tokens - 1 - 2 * ranks) / tokens
+    assert ((depths - layers * shares).abs() < 1).all()
+    assert depths.sum() == 2 * layers * kept
+
+
+def test_lazyvar_keeps_other_tokens_at_each_step() -> None:
+    norms = torch.tensor([5.0, 1, 8, 2, 7, 3, 6, 4])
+    given: Any = {"cached": norms.view(1, 8, 1), "cached_scale": (1, 8)}
+    lazy = methods.lazyvar()
+    x = torch.zeros(1, 8, 3)
+    select = partial(lazy.select, x, scale=(1, 8), **given)
+    assert [select(kept, kept_before=k).tolist() for kept, k in ((3, 0.0), (4, 3 / 8))] == [
+        [[2, 4, 6]],
+        [[0, 3, 5, 7]],
+    ]
+    assert select(2, kept_before=7 / 8).tolist() == [[1, 2]], "after the last comes the first"
+    larger = lazy.select(torch.zeros(1, 16, 3), 4, scale=(1, 16), kept_before=3 / 8, **given)
+    assert larger.tolist() == [[0, 1, 14, 15]], "as the map of another step"
+    assert lazy.once == "step"
 
 
 # -- restoration --------------------------------------------------------------------------------
@@ -463,6 +522,14 @@ def test_what_a_rule_cannot_ask_for() -> None:
         Method(select=select)
     assert Method(select=partial(select, scales=(4, 4))).asks["select"] == ()
 
+    def knowing(*_: Any, selected: Any) -> Tensor:
+        raise AssertionError
+
+    for given in ({"select": knowing}, {"restore": knowing, "once": "step"}):
+        (rule, *_) = given
+        with pytest.raises(ArgumentError, match=rf'with once="step"; found that {rule} ask'):
+            Method(**given)
+
 
 @pytest.mark.parametrize(
     ("rule", "message"),
@@ -561,6 +628,84 @@ def test_all_blocks_of_a_step_may_share_a_selection(name: str, path: str) -> Non
     first, *others = [row.program for row in rows if row.branch == rows[0].branch]
     assert first not in others
     assert len(set(others)) == 1, "blocks that take a selection share a program"
+
+
+class DepthByHand:
+    """DepthVAR that counts its layers and hands the ranks on by hand, drawn for the second time."""
+
+    def __init__(self, layers: int) -> None:
+        rule = methods.depthvar().select
+        self.calls = 0
+        ranks, before = None, 0.0
+
+        def select(x: Tensor, kept: int) -> Tensor:
+            nonlocal ranks, before
+            layer = self.calls % layers
+            self.calls += not isinstance(x, FakeTensor)
+            before = before if self.calls > 1 else 0.0
+            given = {"layer": layer, "layers": layers, "kept_before": before}
+            index, ranks = rule(x, kept, selected=(None, ranks) if layer else None, **given)
+            if layer == layers - 1:
+                before += kept / x.shape[1]
+            return index  # type: ignore[no-any-return]
+
+        self.method = Method(select=select, once="block")
+
+
+RIVALS = fastvar_fx.Schedule(SCALES, (0.5, 0.75))
+
+
+@pytest.fixture(scope="module")
+def deep() -> VAR:
+    model = build("tiny", scales=(1, 2, 3, 4), depth=2, width=32, heads=2)
+    for parameter in model.blocks.parameters():
+        parameter.data *= 2  # so that each block would select other tokens
+    return model
+
+
+LATER = [pytest.param(path, marks=pytest.mark.slow) for path in ("recorded", "compiled")]
+
+
+@pytest.mark.parametrize("path", ["eager", *LATER])
+def test_the_ranks_of_depthvar_go_from_block_to_block(deep: VAR, path: str) -> None:
+    hand = DepthByHand(layers=2)
+    by_hand = fastvar_fx.transform(deep, RIVALS, method=hand.method)
+    draw(by_hand)  # traces
+    hand.calls = 0
+    want = draw(by_hand)
+    assert hand.calls == 4
+    fast = fastvar_fx.transform(deep, RIVALS, method="depthvar")
+    if path == "recorded":
+        got = record(fast, lambda m, _: draw(m), torch.zeros(1))(torch.zeros(1))
+    else:
+        got = draw(fastvar_fx.compile(fast) if path == "compiled" else fast)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("path", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_the_steps_of_lazyvar_keep_other_tokens(deep: VAR, path: str) -> None:
+    made: dict[int, list[Tensor]] = {}
+    lazy = methods.lazyvar()
+
+    @wraps(lazy.select)
+    def select(x: Tensor, kept: int, **asked: Any) -> Tensor:
+        index: Tensor = lazy.select(x, kept, **asked)
+        made.setdefault(x.shape[1], []).append(index)
+        assert asked["kept_before"] == (0 if x.shape[1] == 9 else 5 / 9)
+        return index
+
+    noting = fastvar_fx.transform(deep, RIVALS, method=replace(lazy, select=select))
+    draw(noting)
+    made.clear()
+    want = draw(noting)
+    assert {tokens: [x.shape[1] for x in each] for tokens, each in made.items()} == {
+        9: [5],
+        16: [4],
+    }, "one selection for all blocks of a step"
+    fast = fastvar_fx.transform(deep, RIVALS, method="lazyvar")
+    if path == "compiled":
+        fastvar_fx.compile(fast)
+    torch.testing.assert_close(draw(fast), want)
 
 
 def test_a_batch_of_another_size_selects_anew(model: VAR) -> None:

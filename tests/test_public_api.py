@@ -215,9 +215,11 @@ measure: fastvar_fx.transform
     -> Report
 methods: module
     Method
+    depthvar
     fastervar
     high_pass_tokens
     interpolated
+    lazyvar
     lowest_scores
     method_of
     names

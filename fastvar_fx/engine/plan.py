@@ -152,13 +152,21 @@ class Plan:
             Within(method, around, cached) if any(around + cached) else method,
             last=step == self.drawn_steps - 1,
             selects_once=bool(method.once),
-            given=self._given(step, layer),
+            given={kind: self._given(step, layer, kind) for kind in self.kept(step, layer)},
             selection="own" if method.once != "step" else "taken" if taken else "given",
         )
 
-    def _given(self, step: int, layer: int) -> dict[str, int]:
-        """Returns the numbers that the method asks for."""
-        numbers = {"step": step, "layer": layer, "layers": len(self.blocks)}
+    def _given(self, step: int, layer: int, kind: Kind) -> dict[str, float]:
+        """Returns the numbers that the method asks for, for a kind of branch."""
+        schedule = self.schedule
+        before = takewhile(step.__gt__, self.pruned_steps)
+        shares = [schedule.kept(s, layer, kind) / schedule.tokens(s) for s in before]
+        numbers = {
+            "step": step,
+            "layer": layer,
+            "layers": len(self.blocks),
+            "kept_before": sum(shares),
+        }
         asked = set().union(*self.method.asks.values())
         return {name: number for name, number in numbers.items() if name in asked}
 
@@ -171,8 +179,8 @@ class Plan:
         shapes = [(schedule.scales[s], schedule.length(s)) for s in (schedule.cache_step, step)]
         whole = schedule.prefix and schedule.length(schedule.steps - 1)  # see `around`
         last = step == self.drawn_steps - 1
-        given = tuple(self._given(step, layer).values())
         kept = tuple(self.kept(step, layer).items())
+        given = tuple(tuple(self._given(step, layer, kind).values()) for kind, _ in kept)
         return (*shapes, whole, kept, last, later, guided, given)
 
     def later_rows(self, step: int, layer: int) -> LaterRows | None:

@@ -72,9 +72,12 @@ class Within:
 
     def _inside(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Returns what a function asks for, of the map alone."""
-        if "cached" not in asked:
-            return asked
-        return asked | {"cached": _parts(asked["cached"], self.cached_around)[1]}
+        inside = dict(asked)
+        if "cached" in asked:
+            inside["cached"] = _parts(asked["cached"], self.cached_around)[1]
+        if asked.get("selected") is not None:
+            _, inside["selected"] = asked["selected"]
+        return inside
 
 
 def _parts(x: Tensor, around: Around) -> tuple[Tensor, Tensor, Tensor]:

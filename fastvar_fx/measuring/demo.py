@@ -322,9 +322,10 @@ class _Recorder:
             if 0 < row.kept < row.tokens:
                 branches.setdefault((row.step, row.block), []).append(row.branch)
         calls = [(block, masks) for block, masks in self._calls if masks]
-        if self._once == "step":
-            made = {steps[masks[-1].numel()]: masks for _, masks in calls}
-            calls = [(block, made[step]) for step, block in branches]
+        if self._once == "step":  # blocks that select nothing keep what the first one selected
+            made = {(steps[masks[-1].numel()], block): masks for block, masks in calls}
+            first = {step: masks for (step, _), masks in reversed(made.items())}
+            calls = [(b, made.get((step, b), first[step])) for step, b in branches]
         for block, masks in calls:
             step = steps[masks[0].numel()]
             names = branches[step, block]

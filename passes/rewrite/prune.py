@@ -57,7 +57,8 @@ class Operators(Protocol):
     def asks(self) -> Mapping[Rule, Sequence[str]]:
         """What each function is also given, by keyword: "cached", "cached_scale", "scale".
 
-        Or a name of `Step.given`.
+        Or a name of `Step.given`. And `select` may ask for "selected": what it returned in another
+        block, which is None unless `Step.selection` is "taken".
         """
 
     @property
@@ -91,7 +92,7 @@ class Step:
         operators: Selection and restoration.
         last: Whether no step comes after it.
         selects_once: Whether all branches of a block keep the tokens that the first one selects.
-        given: Plain values that the operators may ask for, by name.
+        given: Plain values that the operators may ask for, by name, for each kind of branch.
         selection: Whether a block selects on its own, or "given" or "taken" with `selects_once`:
             whether its graph also returns what it selected, or takes what another block has.
     """
@@ -102,7 +103,7 @@ class Step:
     operators: Operators
     last: bool = True
     selects_once: bool = False
-    given: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[Kind, Mapping[str, Any]] = field(default_factory=dict)
     selection: Literal["own", "given", "taken"] = "own"
 
     def keeps(self, kind: Kind) -> int:
@@ -373,7 +374,7 @@ class _BranchEmitter:
         """Emits a call of one of the operators, with what it asks for."""
         step = self._rewriter.step
         known = {"cached": self.cache, "cached_scale": step.cached_scale, "scale": step.scale}
-        known |= step.given
+        known |= {"selected": None, **step.given.get(self.branch.kind, {})}
         asked = {key: known[key] for key in self._operators.asks[name]}
         node = self._call(getattr(self._operators, name), args, like, asked)
         made, out = node.meta["val"], like.meta["val"]

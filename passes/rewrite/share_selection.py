@@ -1,7 +1,7 @@
 """Hands a selection from block to block. Rewrite only.
 
 The graph of the first block of a step also returns what it selected; the graphs of the others take
-that, and select nothing.
+that, and select nothing, or select knowing of it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _parts(selection: Node) -> Iterator[Node]:
 
 
 def _take(selection: Node) -> None:
-    """Replaces a selection by inputs."""
+    """Replaces a selection by inputs, or hands them to it if it asks for "selected"."""
     graph, made = selection.graph, selection.meta["val"]
     *_, last = graph.find_nodes(op="placeholder")
     inputs: list[Node] = []
@@ -85,6 +85,9 @@ def _take(selection: Node) -> None:
         with graph.inserting_after(inputs[-1]):
             whole = graph.call_function(_whole, (nested,))
         whole.meta = dict(selection.meta)
+    if "selected" in selection.kwargs:
+        selection.update_kwarg("selected", whole)
+        return
     selection.replace_all_uses_with(whole)
     graph.erase_node(selection)
 

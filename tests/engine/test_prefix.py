@@ -234,11 +234,14 @@ def test_the_last_map_prunes_and_those_before_stay_whole(
 
 @pytest.mark.parametrize(
     "method",
-    ["drift-corrected", "once-per-block", "once-per-step", "uniform-grid", "nearest-kept", "tome"],
+    [
+        *("drift-corrected", "once-per-block", "once-per-step", "depthvar"),
+        *("uniform-grid", "nearest-kept", "tome"),
+    ],
 )
 def test_every_method_prunes_the_last_map_alone(method: str) -> None:
     fast = fastvar_fx.transform(Net(Block, as_bool), SCHEDULE, method=method)
-    if method in ("once-per-block", "once-per-step"):
+    if methods.method_of(method).once:
         fast.generate()
         assert {row.kept for row in fastvar_fx.explain(fast).rows if row.step == 4} == {57}
         return

@@ -65,7 +65,9 @@ def test_kept_tokens_are_those_of_the_block_and_branch_that_they_name(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["once-per-block", "once-per-step", "tome", "uniform-grid"])
+@pytest.mark.parametrize(
+    "method", ["once-per-block", "once-per-step", "depthvar", "tome", "uniform-grid"]
+)
 def test_kept_tokens_of_other_methods(subject: Subject, method: str) -> None:
     found = measure_both(replace(subject, run_by_step=None), method=method, repeats=1)
     assert found.method == found.as_dict()["method"] == method
