@@ -132,6 +132,11 @@ class Draft(StepProgram):
         """The graph that was made last."""
         return self.graph_module if self.buffered is None else self.buffered.graph_module
 
+    @property
+    def added(self) -> list[Branch]:
+        """The branches that are added to the residual stream."""
+        return [branch for branch in self.found if branch.add is not None]
+
     def prunable(self, kinds: Sequence[Kind]) -> list[Branch]:
         """Returns the branches of some kinds that may prune."""
         return [b for b in self.found if b.refusal is None and b.kind in kinds]

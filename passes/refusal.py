@@ -75,6 +75,11 @@ CODES: Final = {
     "FVX024": Code(
         "half of the batch cannot be dropped", "leave guidance_until out of the schedule"
     ),
+    "FVX025": Code(
+        "a part of the block changes the residual stream itself",
+        "none needed: this part stays dense, the rest prunes. Parts that are added to the stream, "
+        "as in x + part(x), may prune",
+    ),
 }
 """Stable refusal codes; the reason of a refusal adds the case at hand."""
 

@@ -34,6 +34,9 @@ _PERMUTATION: Final = {torch.float64: 1e-8, torch.float32: 1e-3}
 """The same where sums run in another order, as over permuted keys; 16 epsilons otherwise."""
 
 
+_IN_OTHER_ORDER: Final = "with permuted tokens"
+_ON_SOME: Final = "on some of the tokens alone, as for a branch that does not attend,"
+
 _FAST_PATH: Final = (
     "torch's own fast path of an nn.TransformerEncoderLayer may return another dtype than the "
     "layer's ops under autocast: call torch.backends.mha.set_fastpath_enabled(False)"
@@ -54,12 +57,12 @@ class VerifyTranslation:
         """
         results, written = context.real
         inputs = live_inputs(context.call, draft.inputs)
-        outputs = capture_outputs(draft.graph_module, draft.found)(*inputs)
-        count = len(outputs) - len(draft.found)
+        outputs = capture_outputs(draft.graph_module, draft.added)(*inputs)
+        count = len(outputs) - len(draft.added)
         mismatch = check_translation(outputs[:count], [*results, *written])
         if mismatch is not None:
             raise RefusedError(_explained(mismatch, draft.graph_module))
-        indices = (branch.index for branch in draft.found)
+        indices = (branch.index for branch in draft.added)
         expected = dict(zip(indices, outputs[count:], strict=True))
         return replace(draft, expected=expected, inputs_after=tuple(inputs))
 
@@ -89,8 +92,9 @@ class VerifyPermuted:
         taken = [inputs[i] for i in pruned.inputs]
         outputs = _attempt(pruned.graph_module, *taken, *expected)
         made = zip(wanted, operators.outputs, strict=True)
-        _check_branches(made, draft, pruned.graph_module)
-        wrong = difference(*_unpruned(context, draft, outputs, inputs), pruned.graph_module)
+        _check_branches(made, draft, pruned.graph_module, _IN_OTHER_ORDER)
+        unpruned = _unpruned(context, draft, outputs, inputs)
+        wrong = difference(*unpruned, pruned.graph_module, _IN_OTHER_ORDER)
         if wrong is not None:
             raise RefusedError(wrong)
         return draft
@@ -119,7 +123,7 @@ class VerifySubset:
         _attempt(_with_operators(draft.graph_module, step.operators, operators), *inputs, *expected)
         made = zip(wanted, operators.outputs, strict=True)
         local = ((branch, output) for branch, output in made if branch.kind != "attention")
-        _check_branches(local, draft, draft.graph_module)
+        _check_branches(local, draft, draft.graph_module, _ON_SOME)
         return draft
 
 
@@ -246,11 +250,11 @@ def _attempt(graph_module: GraphModule, *inputs: Any) -> Sequence[Tensor]:
 
 
 def _check_branches(
-    made: Iterable[tuple[Branch, Tensor]], draft: Draft, graph_module: GraphModule
+    made: Iterable[tuple[Branch, Tensor]], draft: Draft, graph_module: GraphModule, where: str
 ) -> None:
     """Compares what branches of a rewritten graph add with what they add in the real call."""
     for branch, output in made:
-        wrong = difference([output], [draft.expected[branch.index]], graph_module)
+        wrong = difference([output], [draft.expected[branch.index]], graph_module, where)
         if wrong is not None:
             raise BranchRefusedError(branch.index, wrong)
 
@@ -327,7 +331,7 @@ def _explained(mismatch: Refusal, graph_module: GraphModule) -> Refusal:
 
 
 def difference(
-    made: Sequence[Tensor], expected: Sequence[Tensor], graph_module: GraphModule
+    made: Sequence[Tensor], expected: Sequence[Tensor], graph_module: GraphModule, where: str
 ) -> Refusal | None:
     """Compares what a rewritten graph computes with the real call.
 
@@ -335,6 +339,7 @@ def difference(
         made: What the graph computed.
         expected: The same values of the real call.
         graph_module: The graph; its least precise dtype sets the tolerance.
+        where: What the graph was run on, for the reason of a refusal.
     """
     computed = (node for node in graph_module.graph.nodes if node.op != "placeholder")
     values = (node.meta.get("val") for node in computed)
@@ -343,7 +348,7 @@ def difference(
     for a, b in zip(made, expected, strict=True):
         error = _largest_difference(a, b)
         if not error <= limit:
-            text = f"with permuted tokens it differs by {error:.1e} (relative) at {_place(a, b)}"
+            text = f"{where} it differs by {error:.1e} (relative) at {_place(a, b)}"
             return Refusal("FVX017", text, advice=declared_advice(graph_module.graph.nodes))
     return None
 

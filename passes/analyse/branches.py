@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 import torch
 from torch.fx import Graph, Node
@@ -51,6 +51,13 @@ _PRODUCTS: Final = frozenset(
     }
 )  # fmt: skip
 _SOFTMAXES: Final = frozenset({"aten::softmax", "aten::_softmax"})
+_EXPONENTIALS: Final = frozenset({"aten::exp", "aten::exp2"})
+
+_MADE_HERE: Final = (
+    "tokens that are sent to experts are written by place: weight each expert's output per token "
+    "instead, as in sum(weight[..., i:i + 1] * expert(x)), or declare the feed-forward as one op "
+    "with register_opaque. Other results can be joined with cat or stack"
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,10 +65,10 @@ class Branch:
     """A residual branch.
 
     Attributes:
-        index: Its place along the trunk, from the block's input on.
+        index: Its place along the trunk, from the block's input on; those without an add come last.
         kind: What it is.
         name: The module path that its weights share, such as `attn`; its kind if there is none.
-        add: The residual add.
+        add: The residual add; None if it changes the trunk otherwise, and so is refused.
         out: What it adds: the branch's whole contribution.
         region: Its nodes in graph order, `out` included, and those that only make its new state.
         entries: The trunk values it reads, in graph order.
@@ -74,7 +81,7 @@ class Branch:
     index: int
     kind: Kind
     name: str
-    add: Node = field(repr=False)
+    add: Node | None = field(repr=False)
     out: Node = field(repr=False)
     region: tuple[Node, ...] = field(repr=False)
     entries: tuple[Node, ...] = field(repr=False)
@@ -124,7 +131,8 @@ def find_branches(program: BlockProgram, stream: Path) -> list[Branch]:
     if node is None:
         refuse("FVX003", "its (B, L, C) input is not read")
     trunk = _Trunk(program.graph_module.graph, node, program.result_count)
-    return [_examine(trunk, index) for index in range(len(trunk.adds))]
+    found = [_examine(trunk, index) for index in range(len(trunk.adds))]
+    return found + [_left_out(trunk, len(found) + i, at) for i, at in enumerate(trunk.rest)]
 
 
 class _Trunk:
@@ -135,11 +143,16 @@ class _Trunk:
         values: The values of the trunk.
         adds: Its (add, branch output) pairs from the input on.
         states: Outputs of the graph that become state.
+        beside: What values of the trunk are computed from besides the trunk, such as gates; no
+            whole branch is among it.
         regions: The nodes of each branch.
+        rest: What else values of the trunk are computed from and no branch is, by the value, where
+            a matrix product or an attention is among it.
     """
 
     def __init__(self, graph: Graph, stream: Node, results: int) -> None:
         self.inside = {stream}
+        self._light = {stream}  # computed from the stream without one
         self._heavy: set[Node] = set()  # holds a matrix product or an attention since the trunk
         self._residuals: dict[Node, tuple[Node, Node]] = {}  # add -> (trunk, branch output)
         self._roots: dict[Node, Node] = {}  # where the trunk of a residual add began
@@ -156,7 +169,13 @@ class _Trunk:
             refuse("FVX004", reason, nearest=self._nearest)
         self.states = set(outputs[results:])
         between = self.inside - self.values
+        cones = self._cones(graph, between)
+        ends = {out for _, out in self.adds}
+        self.beside = set().union(*(cone for cone in cones.values() if cone.isdisjoint(ends)))
         self.regions = [inputs_within([out], between) for _, out in self.adds]
+        taken = set().union(*self.regions)
+        left = {value: cone - taken for value, cone in cones.items()}
+        self.rest = {value: rest for value, rest in left.items() if any(map(counts_flops, rest))}
         for state in outputs[results:]:
             if state in between and not any(state in region for region in self.regions):
                 # What only becomes new state belongs to the branch it is computed from.
@@ -164,9 +183,18 @@ class _Trunk:
                 nearest = max(self.regions, key=lambda region: len(region & cone))
                 nearest |= cone
 
+    def _cones(self, graph: Graph, between: set[Node]) -> dict[Node, set[Node]]:
+        """Returns what each value of the trunk reads that is neither of the trunk nor a branch."""
+        adds = {add for add, _ in self.adds}
+        values = (node for node in graph.nodes if node in self.values and node not in adds)
+        read = {value: between.intersection(value.all_input_nodes) for value in values}
+        return {value: inputs_within(nodes, between) for value, nodes in read.items() if nodes}
+
     def _survey(self, node: Node) -> None:
         pair = self._split(node)
         sources = node.all_input_nodes
+        if not counts_flops(node) and not self._light.isdisjoint(sources):
+            self._light.add(node)
         if pair is not None:
             trunk, _ = self._residuals[node] = pair
             self._roots[node] = self._roots.get(trunk, trunk)
@@ -184,13 +212,24 @@ class _Trunk:
         if not (_shape(a) == _shape(b) == _shape(node)) or a is b:
             return None
         for trunk, out in ((a, b), (b, a)):
-            if out in self._heavy:
-                root = self._roots.get(trunk, trunk)
-                if trunk not in self._heavy or root in reach([out], lambda n: n.all_input_nodes):
-                    return trunk, out
+            if self._is_residual(trunk, out):
+                return trunk, out
         at = f" at {where(node)}" if where(node) else ""
-        self._nearest = f"{node.target}{at}, to which no matrix product or attention contributes"
+        why = "to which no matrix product or attention contributes"
+        if {a, b} <= self._heavy:
+            why = "neither operand of which is the residual stream alone"
+        self._nearest = f"{node.target}{at}, {why}"
         return None
+
+    def _is_residual(self, trunk: Node, out: Node) -> bool:
+        """Whether a sum of two values is one of the trunk and a branch."""
+        root = self._roots.get(trunk, trunk)
+        if out in self._heavy:
+            gated = trunk in self._light and out not in self._light
+            return trunk not in self._heavy or gated or root in reach([out], _inputs)
+        # A branch may end with an add of its own, as in x + (h + ffn(h)).
+        nested = out in self._residuals and self._roots[out] is not root
+        return nested and trunk in reach([out], _inputs)
 
     def _walk(
         self, stream: Node, results: Sequence[Node]
@@ -217,8 +256,14 @@ class _Trunk:
         if node in self._heavy and op_name(node) != "aten::linear" and counts_flops(node):
             return None
         sources = [arg for arg in node.all_input_nodes if arg in self.inside]
-        alike = (arg for arg in sources if _shape(arg) == _shape(node))
-        return next(alike, next(iter(sources), None))
+        alike = [arg for arg in sources if _shape(arg) == _shape(node)]
+        # The others may be gates, or the trunk further up.
+        alike.sort(key=lambda arg: (arg not in self._light, arg not in self._residuals))
+        return next(iter([*alike, *sources]), None)
+
+
+def _inputs(node: Node) -> list[Node]:
+    return node.all_input_nodes
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:
@@ -257,6 +302,25 @@ def _examine(trunk: _Trunk, index: int) -> Branch:
     )
 
 
+def _left_out(trunk: _Trunk, index: int, value: Node) -> Branch:
+    """Returns what a value of the trunk is computed from, as a branch that is refused."""
+    region = tuple(node for node in value.graph.nodes if node in trunk.rest[value])
+    kind = _kind(region, {}, trunk.inside)
+    reason = f"the stream is what {value.target} makes of it, which adds no branch of its shape"
+    return Branch(
+        index=index,
+        kind=kind,
+        name=_name(region, trunk.inside) or kind,
+        add=None,
+        out=region[-1],
+        region=region,
+        entries=(),
+        axes={},
+        edits={},
+        refusal=Refusal.at(value, "FVX025", reason),
+    )
+
+
 def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:
     entries = {arg for node in region for arg in node.all_input_nodes if arg in trunk.values}
     for entry in entries:
@@ -267,15 +331,23 @@ def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:
 
 def _check_owned(region: tuple[Node, ...], add: Node, trunk: _Trunk) -> None:
     """Refuses a branch used from outside, or that writes into what it does not own."""
-    known = set().union(*trunk.regions)
+    known = trunk.beside.union(*trunk.regions)
     for node in region:
         for user in node.users:
             if user.op == "output" or user is add or user in known:
                 continue
             if not _fills_a_cache(user, known | trunk.values):
                 refuse("FVX014", f"it is used by {user.target} outside the branch", node)
-        if any(memory_owner(target) not in region for target in written(node)):
-            refuse("FVX015", f"{node.target} overwrites a value from outside", node)
+        for owner in map(memory_owner, written(node)):
+            if owner not in region:
+                _refuse_write(node, owner, trunk)
+
+
+def _refuse_write(node: Node, owner: Node, trunk: _Trunk) -> NoReturn:
+    if owner.op != "call_function" or owner in trunk.inside:
+        refuse("FVX015", f"{node.target} overwrites a value from outside", node)
+    reason = f"{node.target} fills a tensor of {owner.target}, which is not made from the tokens"
+    refuse("FVX015", reason, node, advice=_MADE_HERE)
 
 
 def _fills_a_cache(node: Node, known: set[Node]) -> bool:
@@ -341,17 +413,34 @@ def _reads_filled(region: tuple[Node, ...], inside: set[Node]) -> bool:
 def _attended(
     node: Node, axes: Mapping[Node, Axes | list[Axes]], region: tuple[Node, ...]
 ) -> Iterator[bool]:
-    """Yields whether the keys of an attention op are tokens; unknown axes count as tokens."""
+    """Yields whether the keys of an attention op are tokens; unknown axes count as tokens.
+
+    Softmax may be written out, or be another function of the scores: a value with two token axes.
+    """
     if is_attention(node):
         keys = axes.get(key_operand(node))
         yield (keys is None and node not in axes) or any(map(has_tokens, _dims(keys)))
     elif op_name(node) in _SOFTMAXES and _weighs_values(node, region):
         scores = axes.get(node)
         yield scores is None or has_tokens(_dims(scores)[int(bind(node)["dim"])])
+    elif _divides_by_its_sum(node) and _weighs_values(node, region):
+        yield node not in axes
+    if sum(map(has_tokens, _dims(axes.get(node)))) > 1:
+        yield True
+
+
+def _divides_by_its_sum(node: Node) -> bool:
+    """Whether a call divides an exponential by its sum, as a softmax does."""
+    operands = node.all_input_nodes
+    if op_name(node) != "aten::div" or len(operands) < 2:
+        return False
+    weights, total = operands
+    sums = (n for n in reach([total], _inputs) if op_name(n) == "aten::sum")
+    return op_name(weights) in _EXPONENTIALS and any(weights in n.all_input_nodes for n in sums)
 
 
 def _weighs_values(softmax: Node, region: tuple[Node, ...]) -> bool:
-    """Whether a softmax goes into a product with values: then it is an attention's."""
+    """Whether what a softmax returns goes into a product with values: then it is an attention's."""
 
     def users(node: Node) -> list[Node]:
         found = () if op_name(node) in _PRODUCTS else node.users

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _NUMBERS: Final = (int, float, complex)
 _SMALL: Final = 64
+_KEPT: Final = "the kept tokens"
 _EXPANDS: Final = {"aten::expand", "aten::broadcast_to"}
 _VIEWS: Final = {
     "aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::flatten",
@@ -61,13 +62,21 @@ class CheckCounts:
         for branch in draft.prunable(context.kinds):
             by_count.setdefault(step.keeps(branch.kind), []).append(branch)
         for kept, wanted in by_count.items():
-            for index, refusal in _refused(context.call, draft, wanted, kept).items():
+            (captured,) = {context.captured[branch.index].shape[1] for branch in wanted}
+            refused = _refused(context.call, draft, wanted, kept, captured)
+            for index, refusal in refused.items():
                 draft = draft.refusing(index, refusal)
         return draft
 
 
-def _refused(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> dict[int, Refusal]:
-    """Returns why branches are refused that do something else where the block runs on `kept`."""
+def _refused(
+    call: Call, draft: Draft, wanted: list[Branch], kept: int, captured: int
+) -> dict[int, Refusal]:
+    """Returns why branches are refused that do something else where the block runs on `kept`.
+
+    A block that computes positions of square maps may not run on `kept` tokens. It ran on as many
+    as were `captured`, and so it is compared with itself on these.
+    """
     if not kept:
         return {}
     certain, guessed, known = _cuts(call, draft, wanted, kept)
@@ -75,7 +84,11 @@ def _refused(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> dict[
     try:
         refused = _compared(call, draft, wanted, kept)
     except RefusedError as error:
-        refused = _failures(error.refusal, draft, wanted, kept) if known else None
+        refused = None
+        if known:
+            failed = _failures(error.refusal, draft, wanted, kept)
+            other = _on_captured(call, draft, wanted, captured)
+            refused = failed if other is None else {b: failed.get(b, other[b]) for b in other}
     if refused is None:
         log.debug("%s stays unchecked on %d tokens", call.module, kept)
     if refused and guessed:
@@ -85,19 +98,37 @@ def _refused(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> dict[
     return refused or {}
 
 
-def _compared(
-    call: Call, draft: Draft, wanted: list[Branch], kept: int
+def _on_captured(
+    call: Call, draft: Draft, wanted: list[Branch], captured: int
 ) -> dict[int, Refusal] | None:
-    """Returns what each branch does otherwise on the kept tokens; None if other ops run.
+    """Returns what branches do otherwise on as many tokens as were captured; None if unknown."""
+    certain, guessed, _ = _cuts(call, draft, wanted, captured)
+    call = replace(call, cut={**certain, **guessed})
+    if captured == get(call.roots(), call.stream).shape[1]:
+        return None
+    with suppress(RefusedError):
+        return _compared(call, draft, wanted, captured, f"{captured} tokens")
+    return None
+
+
+def _compared(
+    call: Call, draft: Draft, wanted: list[Branch], kept: int, what: str = _KEPT
+) -> dict[int, Refusal] | None:
+    """Returns what each branch does otherwise on `kept` tokens; None if it cannot be compared.
+
+    Other ops may run, or, on other tokens than the kept ones, tables that are looked up be others.
 
     Raises:
         RefusedError: If the block does not run on them.
     """
-    ops, others = _ops(draft.source), _ops(capture(call).graph_module)
+    other = capture(call)
+    ops, others = _ops(draft.source), _ops(other.graph_module)
     if [node.target for node in ops] != [node.target for node in others]:
         return None
+    if what != _KEPT and other.inputs != draft.captured.inputs:
+        return None
     twins = dict(zip(ops, others, strict=True))
-    found = {branch.index: next(_differences(branch, twins, kept), None) for branch in wanted}
+    found = {b.index: next(_differences(b, twins, kept, what), None) for b in wanted}
     return {index: refusal for index, refusal in found.items() if refusal is not None}
 
 
@@ -192,12 +223,12 @@ def _ops(graph_module: GraphModule) -> list[Node]:
     return [node for node in nodes if not isinstance(node.meta.get("val"), _NUMBERS)]
 
 
-def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
-    """Yields what a branch does otherwise where the block runs on the kept tokens."""
+def _differences(branch: Branch, twins: Twins, kept: int, what: str) -> Iterator[Refusal]:
+    """Yields what a branch does otherwise where the block runs on `kept` tokens."""
     for node in (node for node in branch.region if node in twins):
         for wanted, found in _shapes(node, twins[node], branch, kept):
             if wanted != found:
-                reason = f"on the kept tokens it gives {found}, where these are {wanted}"
+                reason = f"on {what} it gives {found}, where these are {wanted}"
                 yield Refusal.at(node, "FVX012", reason)
         edits = branch.edits.get(node, {})
         for source in (node, *_common_sides(node, branch, twins)):
@@ -205,7 +236,7 @@ def _differences(branch: Branch, twins: Twins, kept: int) -> Iterator[Refusal]:
             values, others = (_values(n, edited) for n in (source, twins[source]))
             for value, other in zip_longest(values, others):
                 if value != other:
-                    reason = f"{value} would be {other} for the kept tokens"
+                    reason = f"{value} would be {other} for {what}"
                     yield Refusal.at(node, "FVX022", reason, advice=declared_advice([node]))
 
 

@@ -87,8 +87,8 @@ def find_rows(call: Call, half: Half) -> dict[Path, RowDim]:
     except (RuntimeError, ValueError, IndexError) as error:
         refuse("FVX024", f"on {half.count} of {half.batch} rows: {type(error).__name__}: {error}")
     for made, expected in zip(alone[0] + alone[1], whole[0] + whole[1], strict=True):
-        wrong = difference([made], [_part(expected, made, half)], search.program.graph_module)
-        if wrong is not None:
+        wanted, graph_module = _part(expected, made, half), search.program.graph_module
+        if difference([made], [wanted], graph_module, "on half of the batch") is not None:
             names = ", ".join(show(path[1:]) for path in found)
             refuse("FVX024", f"with half of {names} alone, it returns or stores other values")
     return found

@@ -22,7 +22,7 @@ class CaptureOutputs:
         """Returns the draft whose graph ends with the outputs of its branches."""
         if context.step is not None:
             return draft
-        wanted = [branch for branch in draft.found if branch.kind in context.kinds]
+        wanted = [branch for branch in draft.added if branch.kind in context.kinds]
         graph_module = capture_outputs(draft.graph_module, wanted)
         features = tuple(branch.index for branch in wanted)
         return replace(draft, graph_module=graph_module, features=features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import Schedule, ops
-from tests.engine.test_stored import SCALES, SCHEDULE, Block, C, Model, call, check
+from tests.by_hand import Pruner
+from tests.engine.test_stored import SCALES, SCHEDULE, Block, C, H, Model, at_index, call, check
 
 Twist = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, H, L or T, D) -> what attention returns (B, H, L, D)."""
@@ -164,6 +166,75 @@ def test_positions_are_those_of_the_map() -> None:
             x = x + ops.cached_token_restoration(kept, index, cached, (3, 3), (4, 4))
     torch.testing.assert_close(got, x)
     assert not fastvar_fx.explain(fast).refusals
+
+
+WEIGHTS: dict[str, Twist] = {
+    "one more": lambda q, k, v: _shares((q @ k.mT).exp(), 1.0) @ v,
+    "sigmoid": lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+}
+
+
+def _shares(weights: Tensor, more: float) -> Tensor:
+    return weights / (more + weights.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_attention_with_other_weights_than_those_of_a_softmax(name: str) -> None:
+    check(kind_of(WEIGHTS[name]), 1, {})
+
+
+class Grid(Block):
+    """Positions of a square map, which cannot be made for some of its tokens."""
+
+    def table(self, tokens: int) -> Tensor:
+        side = math.isqrt(tokens)
+        rows = torch.arange(side)[:, None].expand(side, side).flatten()
+        columns = torch.arange(side).repeat(side)
+        return torch.stack([rows, columns], -1).repeat(1, C // H // 2) / 10  # (L, C / H)
+
+    def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        table = shared["table"] if "table" in shared else self.table(x.shape[1])
+        q, k, v = self.heads(x)
+        return self.join(attend(q * table.cos(), *self.grow(k * table.cos(), v)))
+
+
+def grid_by_hand(model: Model) -> Tensor:
+    pruner = Pruner(SCHEDULE)
+
+    def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+        table = block.table(x.shape[1]).expand(len(x), 1, -1, -1)
+        for name in ("attend", "feed"):
+            branch = partial(at_index, getattr(block, name), {"table": table})
+            x = x + pruner.run(name, x, branch)
+        return x
+
+    return model.generate(0, step)
+
+
+def test_positions_of_a_square_map_are_gathered_where_fewer_tokens_are_no_square() -> None:
+    torch.manual_seed(0)
+    model = Model(Grid, 1).eval()
+    fast = fastvar_fx.transform(model, SCHEDULE)
+    torch.testing.assert_close(fast.generate(0, call), grid_by_hand(model))
+    assert not fastvar_fx.explain(fast).refusals
+
+
+@pytest.mark.parametrize("name", ["feed", "attend"])
+def test_numbers_of_the_token_count_are_found_beside_positions_of_a_square_map(name: str) -> None:
+    class Divided(Grid):
+        pass
+
+    def divided(self: Any, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        out: Tensor = getattr(super(Divided, self), name)(x, shared) / x.shape[1]
+        return out
+
+    setattr(Divided, name, divided)
+    fast = fastvar_fx.transform(Model(Divided, 1).eval(), SCHEDULE)
+    fast.generate(0, call)
+    rows = fastvar_fx.explain(fast).refusals
+    assert {row.branch for row in rows} == {{"feed": "ffn", "attend": "attention"}[name]}
+    codes = {row.refusal.code for row in rows if row.refusal is not None}
+    assert codes == {"FVX022" if name == "feed" else "FVX023"}
 
 
 @given(st.sampled_from([lambda n: n, math.log1p, math.sqrt, lambda n: 1 / n]), st.booleans())

@@ -251,6 +251,75 @@ def check(
         assert dense[place] in refusal.reason
 
 
+class Highway(Block):
+    """A gate that decides how much of the stream stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(C, C)
+
+    def gates(self, x: Tensor) -> Tensor:
+        gates: Tensor = self.gate(x).sigmoid()
+        return gates
+
+    def feed(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        return self.gates(x) * super().feed(x, shared)
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        x = x + self.attend(x, shared)
+        gates = self.gates(x)
+        return (1 - gates) * x + gates * Block.feed(self, x, shared)
+
+
+def test_a_gated_residual_prunes_what_it_adds() -> None:
+    torch.manual_seed(0)
+    model = Model(Highway, 1).eval()
+    fast, pruner = fastvar_fx.transform(model, SCHEDULE), Pruner(SCHEDULE)
+
+    def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+        x = x + pruner.run("attend", x, partial(at_index, block.attend, shared))
+        added = pruner.run("feed", x, partial(at_index, block.feed, shared))
+        made: Tensor = (1 - block.gates(x)) * x + added
+        return made
+
+    torch.testing.assert_close(fast.generate(0, call), model.generate(0, step))
+    assert not fastvar_fx.explain(fast).refusals
+
+
+class Flipped(Block):
+    def feed(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        return super().feed(x, shared) + x.flip(0)
+
+
+class Scaled(Block):
+    """A product with the stream in the place of a sum."""
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        x = x + self.attend(x, shared)
+        return x * self.feed(x, shared).sigmoid()
+
+
+def test_a_feed_forward_that_mixes_samples_says_so() -> None:
+    check(Flipped, 1, {(0, "feed"): "flips the batch axis"}, "FVX013")
+
+
+def test_what_changes_the_stream_itself_has_a_row() -> None:
+    torch.manual_seed(0)
+    model = Model(Scaled, 1).eval()
+    fast, pruner = fastvar_fx.transform(model, SCHEDULE), Pruner(SCHEDULE)
+
+    def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+        x = x + pruner.run("attend", x, partial(at_index, block.attend, shared))
+        made: Tensor = x * block.feed(x, shared).sigmoid()
+        return made
+
+    torch.testing.assert_close(fast.generate(0, call), model.generate(0, step))
+    report = fastvar_fx.explain(fast)
+    assert [(row.kind, row.kept) for row in report.refusals] == [("ffn", 16), ("ffn", 25)]
+    assert "FVX025" in str(report)
+    assert report.refusals[0].flops == report.refusals[0].pruned_flops > 0
+
+
 @pytest.mark.parametrize("kind", [Block, Chunks, ByStep, Tuples, Half, Behind])
 def test_caches_are_pruned(kind: type[Block]) -> None:
     check(kind, 2, {})

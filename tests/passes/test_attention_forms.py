@@ -86,6 +86,19 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+def exp_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = heads_first(q, *repeated(q, k, v))
+    scores = masked(q @ k.mT * SCALE, mask)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2)
+
+
+def divided_last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = heads_first(q, *repeated(q, k, v))
+    weights = masked(q @ k.mT * SCALE, mask).exp()
+    return ((weights @ v) / weights.sum(-1, keepdim=True)).transpose(1, 2)
+
+
 def einsum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = repeated(q, k, v)
     scores = masked(torch.einsum("blhc,bmhc->bhlm", q * SCALE, k), mask)
@@ -365,6 +378,7 @@ FORMS = [
     *(Form(flash_varlen, rope, qkv="split") for rope in ROPES),
     *(Form(core, groups=2, cached=True) for core in (sdpa, matmul, einsum, flash, flex)),
     Form(sdpa, "complex", "heads", "split", 2, qk_norm=True, cached=True),
+    *(Form(core, mask="both", cached=True) for core in (exp_sum, divided_last)),
 ]
 
 

@@ -166,6 +166,23 @@ def lora(m: Block, x: Tensor) -> Tensor:
     return x + (m.ffn(h) + m.ffn[2](m.ffn[0](h)))
 
 
+def nested(m: Block, x: Tensor) -> Tensor:
+    x = x + m.attn(m.norm1(x))
+    h = m.norm2(x)
+    return x + (h + m.ffn(h))
+
+
+def gated(m: Block, x: Tensor) -> Tensor:
+    x = x + m.attn(m.norm1(x))
+    gate = m.embed(x).sigmoid()
+    return (1 - gate) * x + gate * m.ffn(m.norm2(x))
+
+
+def long_skip_first(m: Block, x: Tensor) -> Tensor:
+    y = x + m.attn(m.norm1(x))
+    return x + (y + m.ffn(m.norm2(y)))
+
+
 def names(found: list[Branch]) -> list[tuple[str, str]]:
     return [(branch.kind, branch.name) for branch in found]
 
@@ -186,6 +203,9 @@ def names(found: list[Branch]) -> list[tuple[str, str]]:
         casts_between,
         residual_dropout,
         lora,
+        nested,
+        gated,
+        long_skip_first,
     ],
 )
 def test_attention_and_ffn_are_found(body: Body) -> None:
@@ -206,6 +226,7 @@ def test_a_branch_is_what_lies_between_trunk_and_add(body: Body) -> None:
     for branch in found:
         assert branch.refusal is None
         assert branch.out in branch.region
+        assert branch.add is not None
         assert branch.out in branch.add.all_input_nodes
         assert branch.add not in branch.region
         assert op_name(branch.add) == "aten::add"
@@ -226,6 +247,36 @@ def test_cross_attention_is_told_by_its_keys() -> None:
     assert [branch.name for branch in found] == ["attn", "cross.q", "ffn"]
 
 
+def test_attention_may_be_written_without_softmax() -> None:
+    def written_out(m: Block, x: Tensor) -> Tensor:
+        weights = (m.cross.q(x) @ m.cross.kv(m.text).mT).exp()
+        shares = weights / weights.sum(-1, keepdim=True)
+        x = x + shares @ m.cross.kv(m.text)
+        h = m.norm1(x)
+        return x + m.embed((h @ h.mT).relu() @ h)
+
+    found = find(program_of(written_out))
+    assert [branch.kind for branch in found] == ["cross_attention", "attention"]
+    assert all(branch.refusal is None for branch in found)
+
+
+def test_what_changes_the_stream_itself_is_listed_and_stays_dense() -> None:
+    def scaled_stream(m: Block, x: Tensor) -> Tensor:
+        x = x * m.ffn(m.norm1(x)).sigmoid()
+        x = x + m.attn(m.norm2(x))
+        return torch.cat([x[..., :4], x[..., 4:] + m.embed(x)[..., 4:]], -1)
+
+    found = find(program_of(scaled_stream))
+    assert names(found) == [("attention", "attn"), ("ffn", "ffn"), ("ffn", "embed")]
+    assert [branch.index for branch in found] == [0, 1, 2]
+    assert found[0].refusal is None
+    for branch, op in zip(found[1:], ("aten.mul", "aten.cat"), strict=True):
+        assert branch.refusal is not None
+        assert (branch.add, branch.refusal.code) == (None, "FVX025")
+        assert op in branch.refusal.reason
+        assert branch.refusal.where.partition(".py:")[0].endswith("test_branches")
+
+
 def test_entries_are_the_trunk_values_a_branch_reads() -> None:
     first, second = find(program_of(pre_norm))
     assert first.refusal is None
@@ -239,6 +290,7 @@ def test_parallel_branches_read_the_same_trunk_value() -> None:
     assert first.refusal is None
     assert second.refusal is None
     assert first.entries == second.entries
+    assert second.add is not None
     assert second.add.args[0] is first.add
 
 
@@ -270,7 +322,11 @@ def test_work_of_another_shape_that_is_added_stays_in_the_trunk() -> None:
         x = m.cross(m.norm2(x), m.text)[0] + x
         return x + m.ffn(m.norm3(x))
 
-    assert names(find(program_of(body))) == [("attention", "attn"), ("ffn", "ffn")]
+    *found, other = find(program_of(body))
+    assert names(found) == [("attention", "attn"), ("ffn", "ffn")]
+    assert [branch.refusal for branch in found] == [None, None]
+    assert other.refusal is not None
+    assert other.refusal.code == "FVX025"
 
 
 def test_a_long_skip_is_no_branch_of_its_own() -> None:

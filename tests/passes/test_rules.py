@@ -1036,6 +1036,12 @@ def scales_buffer(m: Host, h: Tensor) -> Tensor:
     return h * m.buffer[: h.shape[0]].mul_(h)
 
 
+def sent_to_experts(m: Host, h: Tensor) -> Tensor:
+    tokens = h.flatten(0, 1)
+    out = torch.zeros(len(tokens), N, dtype=F64)
+    return out.index_add_(0, torch.arange(len(tokens)), tokens).view_as(h)
+
+
 PAST_TOKENS = Side((N, 1, N), batch=0)
 REFUSALS: list[tuple[Function, tuple[Side, ...], str, str]] = [
     (lattice, (), "FVX011", "splits the token axis of 8"),
@@ -1103,6 +1109,7 @@ REFUSALS: list[tuple[Function, tuple[Side, ...], str, str]] = [
     (bits, (), "FVX010", "bits"),
     (fast_weights, (), "FVX013", "selects one position of the batch axis"),
     (scales_buffer, (), "FVX015", "overwrites a value from outside"),
+    (sent_to_experts, (), "FVX015", "fills a tensor of aten.zeros"),
 ]
 
 
@@ -1138,6 +1145,7 @@ def test_a_hint_names_a_missing_rule_only_where_a_rule_is_missing() -> None:
     assert "axis_rule" in hint(diagonal)
     assert "axis_rule" not in hint(implicit_einsum)
     assert "switch it off" in hint(random_dropout)
+    assert "weight each expert's output per token" in hint(sent_to_experts)
 
 
 @pytest.mark.parametrize("kept", [1, 2, N])
