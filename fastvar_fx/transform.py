@@ -19,7 +19,7 @@ from fastvar_fx.engine.family import Family
 from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.engine.guidance import hook
 from fastvar_fx.engine.outside import counting
-from fastvar_fx.engine.overrides import watch
+from fastvar_fx.engine.overrides import check_blocks, watch
 from fastvar_fx.engine.plan import LIVE_ROWS, LiveRows, Plan, StepOf
 from fastvar_fx.engine.report import Report
 from fastvar_fx.engine.skipping import OnFull, install
@@ -125,6 +125,7 @@ def transform(  # noqa: PLR0913
             conditional=conditional,
             buffers_caches=kv_buffer,
             on_full=on_full,
+            schedules=len(schedules),
         )
         for each in schedules
     ]
@@ -157,7 +158,8 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
 
     Raises:
         NothingPrunedError: If the run met none of the steps that the schedule prunes.
-        RunError: If the loop does not run the schedule, or drew a step that is to be skipped.
+        RunError: If the loop does not run the schedule, drew a step that is to be skipped, or if a
+            block was replaced.
         passes.PassError: If the compiler itself fails on a block and `strict` is set.
 
     Example:
@@ -165,6 +167,7 @@ def trace(fast: nn.Module, run: Callable[[Any], object]) -> Report:
     """
     family = Engine.of(fast).family
     family.traced = run
+    check_blocks(fast, family)
     with counting(family) as flops, family.whole(judges=False):
         run(fast)
     engine = family.current  # of the schedule that ran

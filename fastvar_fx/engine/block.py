@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Sequence
-from functools import partial
 from pickle import PicklingError
 from typing import Any, Final, NoReturn
 
@@ -19,6 +18,7 @@ from fastvar_fx.engine.executor import EAGER, Executor
 from fastvar_fx.engine.family import Family, Seen
 from fastvar_fx.engine.generation import Role
 from fastvar_fx.engine.track import Captured
+from fastvar_fx.errors import raise_to_compiler
 from passes import Call
 from passes.trace.calls import undone
 
@@ -46,7 +46,8 @@ class BlockRuntime:
         """
         self._family = family
         self._kind = kind
-        self._of_class: Forward | None = kind.forward
+        self._own: Callable[..., Any] | None = None  # set on the block itself
+        self._runs: Forward = kind.forward
         name, maps = family.current.plan.blocks[layer], family.current.token_maps
         self._sites = [BlockSite(layer, name, kind.forward, maps, prunes=own) for own in prunes]
 
@@ -59,22 +60,28 @@ class BlockRuntime:
         """A copy has no programs yet."""
         prunes = [site.prunes for site in self._sites]
         family = copy.deepcopy(self._family, memo)
-        made = BlockRuntime(family, self.site.layer, self._kind, prunes)
-        if self._of_class is None:
-            made.replace_forward(self.site.forward)
+        made = memo[id(self)] = BlockRuntime(family, self.site.layer, self._kind, prunes)
+        if self._own is not None:
+            made._own = copy.deepcopy(self._own, memo)
+            made._run_by(self._runs)
         return made
 
-    def replace_forward(self, forward: Forward) -> None:
-        """Makes another forward than that of its class the block's own."""
-        self._of_class = None
+    def follow(self, block: nn.Module, own: Callable[..., Any] | None) -> None:
+        """Runs a forward that was set on the block in the place of its class's; None for that."""
+        if own is self._own:
+            return
+        self._own = own
+        if own is None:
+            object.__delattr__(block, _OWN)
+            self._run_by(self._kind.forward)
+        else:
+            object.__setattr__(block, _OWN, own)
+            self._run_by(with_own_code(_run_own, "forward"))
+
+    def _run_by(self, forward: Forward) -> None:
+        self._runs = forward
         for site in self._sites:
             site.use_forward(forward)
-
-    def _follow_class(self) -> None:
-        """Takes the forward of the class, which was patched."""
-        self._of_class = self._kind.forward
-        for site in self._sites:
-            site.use_forward(self._kind.forward)
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call of the block."""
@@ -83,8 +90,8 @@ class BlockRuntime:
             call = BlockCall(self.site, block, args, kwargs, compiling=True)
             return _run(family.current, call, EAGER)
         with family.lock:
-            if self._of_class is not None and self._of_class is not self._kind.forward:
-                self._follow_class()
+            if self._own is None and self._runs is not self._kind.forward:
+                self._run_by(self._kind.forward)  # the class was patched
             call = BlockCall(self._sites[0], block, args, kwargs)
             engines = family.engines if family.decided else family.fitting(call)
             try:
@@ -152,6 +159,8 @@ def attach(family: Family, layer: int, block: nn.Module, prunes: Sequence[bool])
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduce,
+        "__setattr__": _setter(kind),
+        "__delattr__": _deleter(kind),
     }
     block.__class__ = type(kind.__name__, (kind,), members)
 
@@ -185,11 +194,11 @@ class _NewBlock:
 
 
 class InstanceForward:
-    """A forward that was set on a block itself before `transform`.
+    """A forward that was set on a block itself.
 
     It may call the forward of the block's class, as hooks of accelerate and diffusers do; then it
-    stays around the runtime, as if it had been set after `transform`. Or it takes that forward's
-    place, as patches do; then it is what the runtime runs. The first call shows which.
+    stays around the runtime. Or it takes that forward's place, as patches do; then it is what the
+    runtime runs. The first call shows which.
 
     Attributes:
         own: The forward that was set.
@@ -203,33 +212,80 @@ class InstanceForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one call of the block."""
         if self._stays is None:
-            self._decide(args, kwargs)
-        forward = self.own if self._stays else partial(class_forward, self._block)
-        return forward(*args, **kwargs)
+            self._stays = self._reaches_class(args, kwargs)
+        if self._stays:
+            return self.own(*args, **kwargs)
+        runtime = vars(self._block)[RUNTIME]
+        if isinstance(runtime, BlockRuntime) and not torch.compiler.is_compiling():
+            runtime.follow(self._block, self.own)
+        return class_forward(self._block, *args, **kwargs)
 
-    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _reaches_class(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         block = self._block
-        runtime: BlockRuntime = vars(block)[RUNTIME]
-        object.__setattr__(block, RUNTIME, _reached)
+        if torch.compiler.is_compiling():
+            raise_to_compiler(
+                f"a forward was set on a {own_class(block).__name__}; run fastvar_fx.trace(model, "
+                f"run) with it before torch.compile"
+            )
+        held = vars(block)[RUNTIME]  # within the trial of another one, that trial
+        object.__setattr__(block, RUNTIME, _Trial(_runtime(block)))
         try:
             with undone(Call(self.own, block, args, kwargs)) as trial:
                 trial.run()
-            self._stays = False
         except _ReachedError:
-            self._stays = True
+            return True
         finally:
-            object.__setattr__(block, RUNTIME, runtime)
-        if not self._stays:
-            object.__setattr__(block, _OWN, self.own)
-            runtime.replace_forward(with_own_code(_run_own, "forward"))
+            object.__setattr__(block, RUNTIME, held)
+        return False
 
 
 class _ReachedError(BaseException):
     """A trial run has come to the forward of the block's class."""
 
 
-def _reached(*_: Any) -> NoReturn:
-    raise _ReachedError
+class _Trial:
+    """Takes the place of a runtime in a trial run.
+
+    Attributes:
+        runtime: The runtime.
+    """
+
+    def __init__(self, runtime: BlockRuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, *_: Any) -> NoReturn:
+        """Ends the trial run."""
+        raise _ReachedError
+
+
+def _runtime(block: nn.Module) -> BlockRuntime:
+    held: BlockRuntime | _Trial = vars(block)[RUNTIME]
+    return held.runtime if isinstance(held, _Trial) else held
+
+
+def _setter(kind: type[nn.Module]) -> Callable[..., None]:
+    """Returns a `__setattr__` that notices forwards which are set on a block."""
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward":
+            _runtime(self).follow(self, None)
+            own = value.own if isinstance(value, InstanceForward) else value
+            value = InstanceForward(self, own)
+        kind.__setattr__(self, name, value)
+
+    set_attribute.sets_plainly = kind.__setattr__ is nn.Module.__setattr__  # type: ignore[attr-defined]
+    return set_attribute
+
+
+def _deleter(kind: type[nn.Module]) -> Callable[..., None]:
+    """Returns a `__delattr__` that notices forwards which are taken back."""
+
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        kind.__delattr__(self, name)
+        if name == "forward":
+            _runtime(self).follow(self, None)
+
+    return delete_attribute
 
 
 def _run_own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

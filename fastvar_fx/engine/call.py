@@ -55,6 +55,8 @@ class BlockSite:
         """Replaces the forward, whose arguments may be other ones."""
         self.forward = forward
         self.paths = {}
+        self.programs.clear()
+        self.row_dims.clear()
 
     def check_structure(self, block: nn.Module) -> None:
         """Drops the programs if the block is built in another way than at the last check."""

@@ -43,6 +43,7 @@ class Family:
         lock: Held by a block that runs, because making a program puts stand-ins into the model.
         decided: Whether there is nothing to find out: one schedule, of square maps.
         traced: What `fastvar_fx.trace` ran last.
+        pruned: The module paths of the blocks that a schedule prunes.
     """
 
     def __init__(self, plans: Iterable[Plan], executor: Executor) -> None:
@@ -54,6 +55,8 @@ class Family:
         self.lock: AbstractContextManager[Any] = threading.RLock()
         shapes = [scale for plan in (first, *others) for scale in plan.schedule.scales]
         self.decided = not others and all(scale[-1] == scale[-2] for scale in shapes)
+        blocks = enumerate(first.blocks)
+        self.pruned = [name for i, name in blocks if any(p.prunes(i) for p in (first, *others))]
         self.traced: Callable[[Any], object] | None = None
         self._used: Engine | None = None
         self._threads = threading.local()  # the choice of each, for as long as it runs
@@ -93,9 +96,10 @@ class Family:
         """
         found = [engine for engine in self.engines if engine.plan.schedule == schedule]
         if schedule is not None and not found:
+            known = "; ".join(str(engine.plan.schedule.scales) for engine in self.engines)
             raise ScheduleError(
                 f"use takes one of the {len(self.engines)} schedules that the model was "
-                f"transformed with; found {schedule}"
+                f"transformed with, of scales {known}; found {schedule}"
             )
         with self.lock:
             for engine in self.engines:
@@ -177,6 +181,11 @@ class Family:
             return stop.value
         finally:
             steps.close()
+
+    @property
+    def within(self) -> bool:
+        """Whether a loop that is a method of the model is under way in this thread."""
+        return self.current.generation.watch.within
 
     @contextmanager
     def whole(self, *, judges: bool = True) -> Iterator[None]:

@@ -334,6 +334,7 @@ class Generation:
             f"scales {self.plan.schedule.scales}. A generation that was left for another one, "
             f"drawn to its end, or continued on a copy of the model is drawn again from its first "
             f"step; to run two at once, transform or deep-copy the model once for each"
+            f"{self.plan.one_of}"
         )
 
     def _length(self, call: BlockCall, step: int) -> int:

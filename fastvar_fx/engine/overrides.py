@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -12,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvar_fx.engine.block import RUNTIME
 from fastvar_fx.engine.engine import ENGINE, Engine
+from fastvar_fx.engine.find_blocks import module_at
+from fastvar_fx.errors import RunError
 
 if TYPE_CHECKING:
     from fastvar_fx.engine.family import Family
+
+
+log = logging.getLogger(__name__)
 
 
 def watch(fast: nn.Module) -> None:
@@ -38,12 +45,37 @@ def _watched(
         if torch.compiler.is_compiling():
             return now(self, *args, **kwargs)
         family, values = Engine.of(self).family, (*args, *kwargs.values())
+        if not family.within:
+            check_blocks(self, family)
         with family.handing(values), family.whole():
             result = now(self, *args, **kwargs)
         undecided = inspect.isgenerator(result) and not family.decided
         return family.resumed(result, values) if undecided else result
 
     return watched
+
+
+def check_blocks(fast: nn.Module, family: Family) -> None:
+    """Checks that the blocks of a transformed model are those that `transform` made.
+
+    Raises:
+        RunError: If one was replaced, which would run dense; without `strict`, that is a warning.
+    """
+    for name in family.pruned:
+        try:
+            found = module_at(fast, name)
+        except (AttributeError, IndexError, ValueError):
+            continue  # a model may be cut short
+        if any(RUNTIME in vars(module) for module in found.modules()):
+            continue
+        message = (
+            f"{name} is a {type(found).__name__} that was put there after fastvar_fx.transform, "
+            f"and so nothing prunes it: replace blocks of the original model and transform that, "
+            f"or change the layers inside a block"
+        )
+        if family.current.plan.strict:
+            raise RunError(message)
+        log.warning("%s", message)
 
 
 def methods_of(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

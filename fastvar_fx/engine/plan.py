@@ -45,6 +45,7 @@ class Plan:
         conditional: Which half of the batch stays at steps without guidance.
         buffers_caches: Whether KV caches grow in buffers.
         on_full: What steps of ratio 1 do, as `transform` was told.
+        schedules: How many schedules the model was transformed with.
     """
 
     schedule: Schedule
@@ -59,6 +60,7 @@ class Plan:
     buffers_caches: bool
     on_full: str | Callable[..., Any] = "skip"
     conditional: LiveRows | None = None
+    schedules: int = 1
 
     @cached_property
     def pruned_steps(self) -> tuple[int, ...]:
@@ -76,6 +78,15 @@ class Plan:
     def changed_steps(self) -> tuple[int, ...]:
         """The steps that the loop draws and that prune, or have no guidance."""
         return tuple(sorted({*self.pruned_steps, *self.unguided_steps}))
+
+    @property
+    def one_of(self) -> str:
+        """What an error adds where the loop may run another of the model's schedules."""
+        return (
+            f". The model was transformed with {self.schedules} schedules, and this is the one of "
+            f"scales {self.schedule.scales}: if fastvar_fx.use chose it, call "
+            f"fastvar_fx.use(model, schedule) with the one that the loop runs, or use(model, None)"
+        ) * (self.schedules > 1)
 
     @property
     def drawn_steps(self) -> int:

@@ -32,6 +32,7 @@ class Watch:
         """
         schedule, steps = plan.schedule, range(plan.schedule.steps)
         self._schedule = schedule
+        self._one_of = plan.one_of
         self._told = plan.step_of is not None
         self._expected = list(steps) if self._told else [schedule.length(step) for step in steps]
         self._wanted = [self._expected[step] for step in plan.changed_steps]
@@ -211,11 +212,14 @@ class Watch:
         unit = "the steps" if self._told else "steps of"
         what = "" if self._told else " tokens"
         such = f", such as {fit}" if fit else ""
+        had = f"only {met}" if met else "none"
+        if len(met) == len(self._wanted):
+            had = f"others than {self._expected}"
         self._raised = (
-            f"the schedule changes {unit} {self._wanted}{what}, but a generation had "
-            f"{f'only {met}' if met else 'none'}: its blocks saw {seen}{what}. Give the schedule "
-            f"that the loop runs{such}. If the loop draws more maps by another method of its "
-            f"blocks than forward, let it call the blocks themselves"
+            f"the schedule changes {unit} {self._wanted}{what}, but a generation had {had}: its "
+            f"blocks saw {seen}{what}. Give the schedule that the loop runs{such}. If the loop "
+            f"draws more maps by another method of its blocks than forward, let it call the blocks "
+            f"themselves{self._one_of}"
         )
         raise RunError(self._raised)
 

@@ -235,7 +235,8 @@ def _key(leaf: Any) -> Any:
 def _is_plain(container: Any, name: str) -> bool:
     """Whether a module keeps an attribute like any object; its own `__setattr__` is slow."""
     kind: Any = type(container)
-    return kind.__setattr__ is nn.Module.__setattr__ and name in vars(container)
+    plain = kind.__setattr__ is nn.Module.__setattr__
+    return (plain or getattr(kind.__setattr__, "sets_plainly", False)) and name in vars(container)
 
 
 def _make(leaf: Any, tensors: Iterator[Any], find: Find) -> Any:

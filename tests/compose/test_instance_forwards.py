@@ -213,6 +213,38 @@ def test_a_forward_instead_of_the_class_s_prunes(patch: Callable[[Any], Any]) ->
     reads_its_own_weights(fast, doubled)
 
 
+@at_any_time
+@pytest.mark.parametrize("patch", [instead, a_partial_instead])
+def test_such_a_forward_prunes_at_any_time(when: When, patch: Callable[[Any], Any]) -> None:
+    fast = when(Toy(), wrapping(patch, "blocks.0", "blocks.1"))
+    assert_prunes(fast, by_hand(doubled(Toy())))
+    wrapping(closure, "blocks.0", "blocks.1")(fast)
+    assert_prunes(fast, by_hand(doubled(Toy()), around=lambda x: SCALE * x))
+    for block in fast.blocks:
+        del block.forward
+    assert_prunes(fast, by_hand(Toy()))
+
+
+def test_a_forward_that_is_put_back() -> None:
+    fast = transformed(Toy())
+    edit = wrapping(instead, "blocks.0", "blocks.1")
+    edit(fast)
+    assert_prunes(fast, by_hand(doubled(Toy())))
+    for block in fast.blocks:
+        block.forward = block.original_forward
+    assert_prunes(fast, by_hand(Toy()))
+
+
+def test_a_copy_keeps_a_forward_that_the_original_gives_back() -> None:
+    fast = wrapping(a_partial_instead, "blocks.0", "blocks.1")(transformed(Toy()))
+    fast(LABELS)
+    copied = copy.deepcopy(fast)
+    for block in fast.blocks:
+        del block.forward
+    assert_prunes(fast, by_hand(Toy()))
+    assert_prunes(copied, by_hand(doubled(Toy())))
+
+
 def test_a_partial_forward_is_deep_copied() -> None:
     fast = transformed(wrapping(a_partial_instead, "blocks.0", "blocks.1")(Toy()))
     fast(LABELS)

@@ -170,6 +170,17 @@ def test_use_within_a_generation_does_not_go_on_with_an_earlier_one() -> None:
         fast.sized(pruned)
 
 
+def test_another_schedule_than_the_chosen_one_is_an_error_that_says_so() -> None:
+    schedules = [Schedule(((1, 1), (w, 2), (4, 4), (6, 8), (8, 12)), RATIOS) for w in (2, 3)]
+    fast = fastvar_fx.transform(Net(), schedules)
+    fastvar_fx.use(fast, schedules[0])
+    steps = r"had others than \[1, 4, 16, 48, 96\]: its blocks saw \[1, 6, 16, 48, 96\] tokens"
+    with pytest.raises(RunError, match=rf"{steps}.* fastvar_fx\.use\(model, schedule\)"):
+        fast.draw(schedules[1].scales)
+    fastvar_fx.use(fast, None)
+    assert len(fast.draw(schedules[1].scales)) == 5
+
+
 def test_one_schedule_and_a_loop_of_other_shapes_is_an_error() -> None:
     fast = fastvar_fx.transform(Net(), FAMILY[0])
     same(fast.draw(LANDSCAPE), alone(LANDSCAPE))

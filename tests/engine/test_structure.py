@@ -436,6 +436,29 @@ def test_a_refusal_ends_with_its_cause() -> None:
     assert all(row.kept < row.tokens for row in fastvar_fx.explain(fast).rows if row.step > 1)
 
 
+def test_a_block_that_is_replaced_is_an_error() -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
+    fast.generate()
+    own, fast.blocks[1] = fast.blocks[1], Block().eval()
+    for run in (Net.generate, lambda fast: [fast.blocks[0](x) for x in maps()]):
+        with pytest.raises(fastvar_fx.RunError, match=r"blocks\.1 is a Block that was put there"):
+            fastvar_fx.trace(fast, run)
+    with pytest.raises(fastvar_fx.RunError, match="transform that"):
+        fast.generate()
+    fast.blocks[1] = nn.Sequential(own)  # a wrapper
+    want = fastvar_fx.transform(Net().eval(), SCHEDULE).generate()
+    assert all(map(torch.equal, fast.generate(), want))
+    del fast.blocks[1]
+    assert fast.generate()[0].shape == (2, 1, WIDTH)
+
+
+def test_a_replaced_block_is_a_warning_without_strict(caplog: pytest.LogCaptureFixture) -> None:
+    fast = fastvar_fx.transform(Net().eval(), SCHEDULE, strict=False)
+    fast.blocks[1] = Block().eval()
+    fast.generate()
+    assert "nothing prunes it" in caplog.text
+
+
 def test_hooks_of_the_block_itself_need_no_other_program() -> None:
     fast = fastvar_fx.transform(Net().eval(), SCHEDULE)
     fast.generate()
