@@ -82,6 +82,19 @@ def test_a_number_that_is_looked_up_by_the_token_count() -> None:
     check(factor, 1, {(0, "attend"): "KeyError"}, "FVX023")
 
 
+def test_a_tensor_that_is_looked_up_by_the_token_count() -> None:
+    class Levels(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            named = {str(side * side): nn.Parameter(torch.randn(C)) for side in SCALES}
+            self.levels = nn.ParameterDict(named)
+
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            return super().attend(x + self.levels[str(x.shape[1])], shared)
+
+    check(Levels, 1, {(0, "attend"): "has no attribute"}, "FVX023")
+
+
 @pytest.mark.parametrize("twist", [newest(20), newest_by_start], ids=["-20:", "start"])
 def test_windows_of_the_newest_keys(twist: Twist) -> None:
     check(kind_of(twist), 1, {(0, "attend"): ""}, "FVX012")

@@ -277,6 +277,16 @@ def test_what_changes_the_stream_itself_is_listed_and_stays_dense() -> None:
         assert branch.refusal.where.partition(".py:")[0].endswith("test_branches")
 
 
+def test_a_branch_whose_output_also_scales_the_stream_stays_dense() -> None:
+    def body(m: Block, x: Tensor) -> Tensor:
+        added = m.attn(m.norm1(x))
+        return (x + added) * m.norm2(added)
+
+    (found,) = find(program_of(body))
+    assert found.refusal is not None
+    assert found.refusal.code == "FVX014"
+
+
 def test_entries_are_the_trunk_values_a_branch_reads() -> None:
     first, second = find(program_of(pre_norm))
     assert first.refusal is None
