@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,7 +11,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from fastvar_fx.calibration.divide import Curves, Place, as_ratios, divide
+from fastvar_fx.calibration.divide import Curves, Option, Place, as_ratios, divide
 from fastvar_fx.calibration.journal import Journal
 from fastvar_fx.calibration.measure import (
     Branches,
@@ -83,9 +84,9 @@ def calibrate(  # noqa: PLR0913
 
     Raises:
         ArgumentError: If both or neither of `speedup` and `loss` are given, a value is out of
-            range, or the file holds another calibration.
-        ScheduleError: If the schedule prunes no step, is for another model, or the speed-up cannot
-            be met; the error names the largest.
+            range, or the file holds another calibration or cannot be written.
+        ScheduleError: If the schedule prunes no step, is for another model, or the speed-up or the
+            loss cannot be met; the error names one that can.
         NothingPrunedError: If no branch can be pruned, or the run met none of the pruned steps.
         RunError: If the run is not the same each time.
 
@@ -93,10 +94,12 @@ def calibrate(  # noqa: PLR0913
         >>> plan = calibrate(var, draw, Schedule.preset("var-512"), speedup=2)  # doctest: +SKIP
         >>> fast = fastvar_fx.transform(var, plan)  # doctest: +SKIP
     """
-    _check(schedule, speedup, loss, levels)
+    runs = tuple(run) if isinstance(run, Sequence) else (run,)
+    _check(schedule, runs, levels)
+    _check_budget(speedup, loss)
     subject = Subject(
         model=model,
-        runs=tuple(run) if isinstance(run, Sequence) else (run,),
+        runs=runs,
         schedule=schedule,
         levels=tuple(sorted(set(map(float, levels)))),
         logits=logits,
@@ -112,7 +115,7 @@ def calibrate(  # noqa: PLR0913
     plans = [plan for plan in found if plan is not None]
     best = min(plans, key=budget.rank, default=_NOTHING)
     if not plans or (loss is not None and not best.saved):
-        raise ScheduleError(budget.refusal(by_span))
+        raise ScheduleError(search.refusal(by_span))
     for _ in range(_REFINED if best.saved else 0):
         curves = in_context(subject, journal, best.ratios, branches.depth)
         better = search.best(curves, best)
@@ -163,27 +166,23 @@ class Budget:
         """Returns the speed-up at which pruning saves so many FLOPs."""
         return self.flops / (self.flops - self.without - saved)
 
-    def refusal(self, by_span: Sequence[Curves]) -> str:
-        """Returns why the budget cannot be met, and what can."""
-        if self.saving is None:
-            return self._too_little(by_span)
-        most = max(
-            sum(max(option.saved for option in options) for options in curves.values())
-            for curves in by_span
-        )
-        return (
-            f"a speed-up of {self.speedup(self.saving):.3g} cannot be met: with every branch at "
-            f"the highest level, it is {self.speedup(most):.3g}. Let more steps prune, by ratios "
-            f"above 0, or allow higher levels"
-        )
+    def refusal(self, plans: Sequence[Plan]) -> str:
+        """Returns why the budget cannot be met, and what can.
 
-    def _too_little(self, by_span: Sequence[Curves]) -> str:
-        """Returns why nothing may be pruned, and what would have to be lost."""
-        options = (o for curves in by_span for each in curves.values() for o in each)
-        least = min(option.loss for option in options if option.saved > 0) / self.tokens
+        Args:
+            plans: Those that save most, if a speed-up was asked, else those that lose least.
+        """
+        if self.saving is None:
+            least = min(plan.loss for plan in plans) / self.tokens
+            return (
+                f"nothing can be pruned at a loss of {(self.loss or 0) / self.tokens:.3g} per "
+                f"token: the least that a branch loses is {1.005 * least:.3g}. Give a higher loss"
+            )
+        most = math.floor(100 * self.speedup(max(plan.saved for plan in plans))) / 100
         return (
-            f"nothing can be pruned at a loss of {(self.loss or 0) / self.tokens:.3g} per token: "
-            f"the least that a branch loses is {least:.3g}. Give a higher loss"
+            f"a speed-up of {self.speedup(self.saving):.3f} cannot be met: with every branch at "
+            f"the highest level, it is {most:.2f}. Let more steps prune, by ratios above 0, allow "
+            f"higher levels, or ask for less"
         )
 
 
@@ -231,7 +230,8 @@ class _Search:
         """Returns the best plan of some curves; None if none meets the budget.
 
         A plan as a whole saves and loses something else than its branches, for attention saves less
-        at a step if those before have dropped keys: it is made again until it meets the budget.
+        at a step if those before have dropped keys: it is made again until it meets the budget. The
+        last one saves all that can be saved.
 
         Args:
             curves: What each place may save and lose more than in `base`.
@@ -240,21 +240,26 @@ class _Search:
         saving, loss = self.budget.saving, self.budget.loss
         asked = None if saving is None else saving - base.saved
         most = None if loss is None else loss - base.loss
-        for _ in range(_ATTEMPTS):
-            chosen = divide(curves, saving=asked, loss=most)
-            if asked is not None and sum(option.saved for option in chosen.values()) < asked:
-                return None
-            plan = self._measured({place: option.ratio for place, option in chosen.items()})
+        for attempt in range(1, _ATTEMPTS + 1):
+            plan = self._measured(divide(curves, saving=asked, loss=most))
             if saving is not None and asked is not None and plan.saved < saving:
-                asked += _MORE * (saving - plan.saved)
+                last = attempt == _ATTEMPTS - 1
+                asked = math.inf if last else asked + _MORE * (saving - plan.saved)
             elif loss is not None and most is not None and plan.loss > loss:
                 most -= _MORE * (plan.loss - loss)
             else:
                 return plan
         return None
 
-    def _measured(self, ratios: Mapping[Place, float]) -> Plan:
-        """Returns the plan of some ratios, run as a whole."""
+    def refusal(self, by_span: Sequence[Curves]) -> str:
+        """Returns why no plan meets the budget, and what can be met."""
+        saving = 1.0 if self.budget.saving is None else math.inf  # FLOPs: the least, or all
+        plans = [self._measured(divide(curves, saving=saving)) for curves in by_span]
+        return self.budget.refusal(plans)
+
+    def _measured(self, chosen: Mapping[Place, Option]) -> Plan:
+        """Returns the plan of some options, run as a whole."""
+        ratios = {place: option.ratio for place, option in chosen.items()}
         if not any(ratios.values()):
             return Plan(ratios, 0.0, 0.0)
         name, depth = name_of(ratios), self.branches.depth
@@ -283,19 +288,16 @@ def _about(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _check(
-    schedule: Schedule, speedup: float | None, loss: float | None, levels: Sequence[float]
-) -> None:
+def _check(schedule: Schedule, runs: Sequence[Any], levels: Sequence[float]) -> None:
     if not isinstance(schedule, Schedule):
         raise ScheduleError(
             f"calibrate takes a fastvar_fx.Schedule with the scales that the loop draws; found "
             f"{type(schedule).__name__}"
         )
-    if (speedup is None) == (loss is None):
-        raise ArgumentError(f"give either speedup= or loss=; found {speedup} and {loss}")
-    if (speedup is not None and not speedup > 1) or (loss is not None and not loss > 0):
+    if not runs or not all(map(callable, runs)):
         raise ArgumentError(
-            f"speedup is above 1 and loss above 0; found {loss if speedup is None else speedup}"
+            f"run is a function that runs one generation of the model that it gets, or a list of "
+            f"such functions; found {runs}"
         )
     if not levels or not all(0 < level <= 1 for level in levels):
         raise ArgumentError(f"levels are pruning ratios in (0, 1]; found {tuple(levels)}")
@@ -304,3 +306,11 @@ def _check(
             f"the schedule prunes no step that is drawn, ratios {schedule.ratios}: give the steps "
             f"that may prune ratios above 0 and below 1; the values do not matter"
         )
+
+
+def _check_budget(speedup: float | None, loss: float | None) -> None:
+    if (speedup is None) == (loss is None):
+        raise ArgumentError(f"give either speedup= or loss=; found {speedup} and {loss}")
+    asked, above = (speedup, 1) if loss is None else (loss, 0)
+    if not isinstance(asked, (int, float)) or not asked > above:
+        raise ArgumentError(f"speedup is above 1 and loss above 0; found {asked!r}")

@@ -33,17 +33,23 @@ class Journal:
             about: What the findings depend on, as plain data.
 
         Raises:
-            ArgumentError: If the file holds something else.
+            ArgumentError: If the file holds something else, or has no folder.
         """
         self._path = path
         self._about = json.loads(json.dumps(about))
         self.found: dict[str, Found] = {}
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
+            raise ArgumentError(f"{path} {what}; give a file that can be written")
         if path is None or not path.exists():
             return
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            before, found = data["about"], data["found"]
-        except (ValueError, KeyError, TypeError) as error:
+            before = dict(data["about"])
+            self.found = {
+                name: Found(*map(_by_step, parts)) for name, parts in data["found"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 f"{path} holds no calibration; give another file, or delete it"
             ) from error
@@ -53,10 +59,6 @@ class Journal:
                 f"{path} holds a calibration with other {', '.join(differs)}; give another file, "
                 f"or delete it"
             )
-        self.found = {
-            name: Found(*({int(step): n for step, n in part.items()} for part in parts))
-            for name, parts in found.items()
-        }
 
     def put(self, name: str, found: Found) -> None:
         """Adds what was found, and writes the file whole or not at all."""
@@ -66,3 +68,8 @@ class Journal:
         part = self._path.with_name(f"{self._path.name}.part")
         part.write_text(json.dumps({"about": self._about, "found": self.found}), encoding="utf-8")
         part.replace(self._path)
+
+
+def _by_step(part: Mapping[str, float]) -> dict[int, float]:
+    """Returns numbers by step, whose keys JSON has made text."""
+    return {int(step): number for step, number in part.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from fastvar_fx.measuring.runs import Progress, Runs
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import explain, trace, transform, use
 from passes.analyse.branches import Kind
+
+_SOME: Final = 0.5
+"""A ratio at which all prune that can; the number 1 would skip the steps."""
 
 Run = Callable[[Any], object]
 """Runs one generation of a model."""
@@ -183,7 +186,7 @@ class Branches(NamedTuple):
         subject.progress("tracing")
         subject.transformed(subject.schedule)  # raises if it is for another model
         steps = subject.steps
-        fast = subject.transformed(subject.pruning(steps, [subject.levels[0]] * len(steps)))
+        fast = subject.transformed(subject.pruning(steps, [_SOME] * len(steps)))
         rows = trace(fast, subject.runs[0]).rows
         found = {(row.layer, cast("Kind", row.kind)) for row in rows if row.kept < row.tokens}
         if not found:

@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from fastvar_fx.engine.call import BlockCall
-from fastvar_fx.engine.guidance import Unguided, check_halves
+from fastvar_fx.engine.guidance import WITHOUT_GUIDANCE, Unguided, check_halves
 from fastvar_fx.engine.loop import Loop, Place, Selected
 from fastvar_fx.engine.plan import Plan
 from fastvar_fx.engine.skipped import SkippedSteps
@@ -162,7 +162,8 @@ class Generation:
         if batch % 2:
             raise RunError(
                 f"{call.site.name} at step {step}: guidance_until takes the two halves of a batch "
-                f"for the same images with and without condition; found a batch of {batch}"
+                f"for the same images with and without condition; found a batch of {batch}. "
+                f"{WITHOUT_GUIDANCE}"
             )
         if not call.compiling:
             self._check_structure(call, step)

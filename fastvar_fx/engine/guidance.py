@@ -27,6 +27,13 @@ _ROUNDING: Final = 1 / 64
 """Largest difference of two equal maps, relative to the largest value, in any dtype."""
 
 
+WITHOUT_GUIDANCE: Final = (
+    "A loop without guidance, or with a call of the blocks for each half, takes a schedule without "
+    "guidance_until: it can leave out the unconditional rows or calls at late steps by itself"
+)
+"""What to do where a batch has no two halves."""
+
+
 class Unguided(NamedTuple):
     """A step without guidance.
 
@@ -57,9 +64,7 @@ def check_halves(call: BlockCall, at: Unguided, around: Around) -> None:
     message = (
         f"{call.site.name} at step {at.step}: guidance_until takes the first and the second half "
         f"of the batch of {len(call.x)} for the same images with and without condition, but they "
-        f"hold different token maps. A loop without guidance, or with a call of the blocks for "
-        f"each half, takes a schedule without guidance_until: it can leave out the unconditional "
-        f"rows or calls at late steps by itself"
+        f"hold different token maps. {WITHOUT_GUIDANCE}"
     )
     if not call.x.is_cpu or call.compiling:
         torch._assert_async(alike, message)

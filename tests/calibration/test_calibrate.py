@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import fastvar_fx
 from fastvar_fx import ArgumentError, NothingPrunedError, RunError, Schedule, ScheduleError
 from fastvar_fx.calibration import calibrate as calibration
 from fastvar_fx.calibration.figure import draw_plan
+from fastvar_fx.calibration.journal import Found, Journal
 from fastvar_fx.calibration.measure import saved_flops
 from fastvar_fx.calibration.reference import Reference
 from fastvar_fx.engine.engine import Engine
@@ -172,11 +175,72 @@ def test_a_plan_saves_what_is_asked_and_goes_on_where_it_was(net: VAR, tmp_path:
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_a_refusal_rounds_to_what_can_be_met() -> None:
+    most, less = (
+        calibration.Plan({}, saved=saved, loss=loss) for saved, loss in ((399.9, 9), (333, 1.234))
+    )
+    budget = calibration.Budget(flops=1000, without=0, tokens=100, saving=900, loss=None)
+    assert "speed-up of 10.000 cannot be met: " in budget.refusal([less, most])
+    assert "it is 1.66. Let more" in budget.refusal([less, most]), "1000 / 600.1"
+    budget = replace(budget, saving=None, loss=1e-2)
+    assert "at a loss of 0.0001 per token" in budget.refusal([most, less])
+    assert "that a branch loses is 0.0124. Give" in budget.refusal([most, less]), "0.01234"
+
+
+def test_a_journal_is_read_back(tmp_path: Path) -> None:
+    file, about = tmp_path / "measured.json", {"levels": (0.5,), "logits": None}
+    found = Found({3: 0.5, 4: 0.25}, {3: 8.0, 4: 16.0})
+    Journal(file, about).put("layer 0", found)
+    Journal(file, about).put("layer 1", found)
+    assert Journal(file, about).found == {"layer 0": found, "layer 1": found}
+    assert [each.name for each in tmp_path.iterdir()] == ["measured.json"]
+    with pytest.raises(ArgumentError, match="holds a calibration with other logits; give another"):
+        Journal(file, about | {"logits": "head"})
+
+
+@pytest.mark.slow
+def test_a_budget_that_cannot_be_met_names_one_that_can(tmp_path: Path) -> None:
+    """Also where only the level 1 is allowed, and after an interruption."""
+    small = build("tiny", scales=(1, 2, 3), depth=1, width=32, heads=1, vocab_size=64)
+    schedule = Schedule((1, 2, 3), (0.5,))
+    given: Any = {"levels": (1.0,), "logits": "head", "file": tmp_path / "measured.json"}
+    find: Any = partial(fastvar_fx.calibrate, small, draw, schedule, **given)
+
+    def stop(text: str) -> None:
+        if ": 2 of" in text:
+            raise StopError
+
+    with pytest.raises(StopError):
+        find(speedup=50, progress=stop)
+    texts: list[str] = []
+    with pytest.raises(ScheduleError) as refused:
+        find(speedup=50, progress=texts.append)
+    assert len([text for text in texts if text.startswith("layer")]) == 1, "the other one was there"
+    asked, met = re.findall(r"\d+\.\d+", str(refused.value))
+    assert asked == "50.000"
+    plan = find(speedup=float(met))
+    assert plan.ratios == ((1.0,),)
+    with pytest.raises(ScheduleError, match=f"a speed-up of .* cannot be met: .*, it is {met}"):
+        find(speedup=float(met) + 0.01)
+    with pytest.raises(
+        ScheduleError, match=r"the least that a branch loses is .*higher"
+    ) as refused:
+        find(loss=1e-9)
+    *_, least = re.findall(r"\d+\.\d+", str(refused.value))
+    assert find(loss=float(least)).ratios_at(2) == (0.0, 1.0)
+
+
 def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
     find: Any = partial(fastvar_fx.calibrate, net, draw)
     for arguments in ({}, {"speedup": 2, "loss": 1}, {"speedup": 1}, {"loss": 0}):
         with pytest.raises(ArgumentError, match="speedup"):
             find(SCHEDULE, **arguments)
+    for asked in ("2", math.nan):
+        with pytest.raises(ArgumentError, match=f"speedup is above 1.*found {asked!r}"):
+            find(SCHEDULE, speedup=asked)
+    for runs in ([], "draw", [draw, 3]):
+        with pytest.raises(ArgumentError, match="run is a function that runs one generation"):
+            fastvar_fx.calibrate(net, runs, SCHEDULE, speedup=2)  # type: ignore[arg-type]
     for levels in ((), (0.0, 0.5), (1.5,)):
         with pytest.raises(ArgumentError, match="levels"):
             find(SCHEDULE, speedup=2, levels=levels)
@@ -191,9 +255,20 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
         find(Schedule((1, 2, 3, 4, 6, 8), (0.5,)), speedup=2)
     with pytest.raises(ArgumentError, match="has none at 'heads'"):
         Reference(fastvar_fx.transform(net, SCHEDULE), "heads")
-    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ArgumentError, match="is a folder; give a file"):
+        Journal(tmp_path, {})
+    with pytest.raises(ArgumentError, match="none, which is no folder; give a file"):
+        Journal(tmp_path / "none" / "measured.json", {})
+    other = tmp_path / "other.json"
+    for text in (
+        *("", "[]", '{"about": [1], "found": {}}', '{"about": {}, "found": [1]}'),
+        *('{"about": {}, "found": {"a": [1]}}', '{"about": {}, "found": {"a": [{"x": 1}, {}]}}'),
+    ):
+        other.write_text(text)
+        with pytest.raises(ArgumentError, match="holds no calibration; give another file"):
+            Journal(other, {})
     with pytest.raises(ArgumentError, match="holds no calibration"):
-        find(SCHEDULE, speedup=2, file=tmp_path / "other.json")
+        find(SCHEDULE, speedup=2, file=other)
 
 
 def block_flops(model: Any) -> int:

@@ -378,7 +378,7 @@ def test_a_loop_without_guidance_is_an_error_also_after_one_with_it() -> None:
     run(fast, batch=2)
     with pytest.raises(RunError, match=r"the first and the second half of the batch of 4 .* hold"):
         run(fast, batch=4, guides=False)
-    with pytest.raises(RunError, match=r"found a batch of 3"):
+    with pytest.raises(RunError, match=r"found a batch of 3\. A loop without guidance"):
         run(fast, batch=3, guides=False)
     assert_same(run(fast, batch=2), run(Net(), batch=2, until=3), 1e-10)
 
