@@ -31,7 +31,7 @@ PEAK_RATE = 1.5e-3
 DECAY = 0.03
 LOUDER = 6
 """Factor on the initial weights for code vectors, which here have about a third of unit size."""
-STAGES = ((0.25, 5, 64), (0.5, 7, 12), (1.0, 10, 4))
+STAGES = ((0.4, 5, 64), (0.65, 7, 12), (1.0, 10, 4))
 """Until which share of the steps: number of token maps, pictures in a step."""
 VAE, START = "vae.pt", "start.pt"
 """Files with the VQ-VAE, and with the weights that the VAR starts with, if not with random ones."""
@@ -41,6 +41,8 @@ MEASURED = 64
 """Pictures on which the VQ-VAE is measured."""
 WINDOW = 13
 """Side of the window that is used of larger maps."""
+WRONG = 0.04
+"""Share of the tokens that the inputs have from another image, for drawn tokens may be wrong."""
 NO_CLASS = 0.1
 """Share of the images whose class is dropped, for guidance."""
 
@@ -213,7 +215,8 @@ class Objective:
         tokens = self.data.tokens[chosen].to(device).long()
         nameless = torch.rand(size, generator=generator) < NO_CLASS
         labels = self.data.labels[chosen].masked_fill(nameless, CONFIG.num_classes).to(device)
-        x = inputs(self.vae, tokens, maps)
+        wrong = (torch.rand(tokens.shape, generator=generator) < WRONG).to(device)
+        x = inputs(self.vae, tokens.roll(1, 0).where(wrong, tokens), maps)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), _matrix_products():
             logits = self.var(labels, x, only)
         losses = F.cross_entropy(logits.mT, tokens[:, only], reduction="none").mean(0)  # (n,)

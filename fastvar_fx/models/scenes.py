@@ -92,11 +92,11 @@ class Solid:
         """Returns the colour of the surface at points."""
         p = self.local(points)
         if self.surface == "checkered":
-            mix = _edge((math.pi * 2.2 * (p + 0.23)).sin().prod(0), 20.0)
+            mix = _edge((math.pi * 1.6 * (p + 0.31)).sin().prod(0), 20.0)
         elif self.surface == "striped":
-            mix = _edge(((p * self.axis).sum(0) * 9.5).sin(), 7.0)
+            mix = _edge(((p * self.axis).sum(0) * 7.0).sin(), 7.0)
         elif self.surface == "noisy":
-            mix = _edge(_value_noise(noise, p * 0.5), 6.0)
+            mix = _edge(_value_noise(noise, p * 0.4), 6.0)
         else:
             mix = p.new_zeros(())
         return torch.lerp(self.colours[0], self.colours[1], mix)
@@ -180,7 +180,8 @@ def _draw_scene(generator: torch.Generator) -> Scene:
 
     def solid(x: float, z: float, radius: float) -> Solid:
         kind, surface = one_of(SOLIDS), one_of(SURFACES)
-        tilt = uniform(0.9, 1.5) if kind == "torus" else 0.0
+        tilt = uniform(0.9, 1.4) if kind == "torus" else 0.0
+        turn = math.pi / 4 if kind == "cube" else 0.0  # an edge in front, or the hole
         lowest = {"cube": 0.8, "cylinder": 0.95, "torus": 0.28 + 0.72 * math.sin(tilt)}
         first = _colour(uniform(0, 1), 0.75, uniform(0.55, 0.95))
         second = _colour(uniform(0, 1), uniform(0, 0.5), 1.0 if first.mean() < 0.5 else 0.2)
@@ -189,15 +190,15 @@ def _draw_scene(generator: torch.Generator) -> Scene:
             surface,
             torch.tensor([[x], [radius * lowest.get(kind, 1.0)], [z]]),
             radius,
-            _rotation(uniform(0, math.pi), tilt),
+            _rotation(turn + uniform(-0.4, 0.4), tilt),
             torch.stack((first, second)),
-            F.normalize(torch.tensor([[uniform(-0.6, 0.6)], [1.0], [uniform(-0.6, 0.6)]]), dim=0),
+            F.normalize(torch.tensor([[uniform(-0.4, 0.4)], [1.0], [0.0]]), dim=0),
         )
 
-    main = solid(uniform(-0.35, 0.35), uniform(-0.3, 0.3), uniform(0.8, 1.0))
-    left, right = (side * uniform(1.5, 2.1) for side in (-1, 1))
+    main = solid(uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(1.05, 1.25))
+    left, right = (side * uniform(1.8, 2.2) for side in (-1, 1))
     places = [(left, uniform(0.2, 1.6)), (right, uniform(0.2, 1.6))]
-    others = [solid(x, z, uniform(0.4, 0.6)) for x, z in places if uniform(0, 1) < 0.5]
+    others = [solid(x, z, uniform(0.4, 0.6)) for x, z in places if uniform(0, 1) < 0.35]
     hue = uniform(0, 1)
     angle, height = uniform(-2.6, -0.5), uniform(0.7, 1.1)
     light = torch.tensor([[math.cos(angle)], [height], [math.sin(angle)]])
