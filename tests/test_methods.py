@@ -17,6 +17,7 @@ from fastvar_fx import ArgumentError, Method, methods
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.ops import Scale, put_tokens, take_tokens
 from tests.graph_double import record
+from tests.marks import mostly_slow
 
 SCALES: tuple[Scale, ...] = ((1, 1), (2, 2), (3, 3), (4, 4))
 SCHEDULE = fastvar_fx.Schedule(SCALES, (0.5,))
@@ -565,7 +566,7 @@ def corrected_by_hand(
     return full.add(drift).scatter(1, index.unsqueeze(-1).expand_as(kept), kept)
 
 
-@pytest.mark.parametrize("once", [False, "block"])
+@pytest.mark.parametrize("once", mostly_slow([False, "block"], quick=1))
 @pytest.mark.parametrize("path", ["eager", "compiled", "recorded", "several schedules"])
 def test_the_corrected_method_on_every_path(model: VAR, path: str, once: methods.Once) -> None:
     method = replace(methods.method_of("drift-corrected"), once=once)
@@ -600,7 +601,7 @@ class Remembering:
         self.method = replace(method, select=select)
 
 
-@pytest.mark.parametrize("path", ["eager", "compiled", "recorded"])
+@pytest.mark.parametrize("path", mostly_slow(["eager", "compiled", "recorded"], quick=1))
 @pytest.mark.parametrize("name", ["fastvar", "drift-corrected", "tome"])
 def test_all_blocks_of_a_step_may_share_a_selection(name: str, path: str) -> None:
     deep = build("tiny", scales=(1, 2, 3, 4), depth=3, width=32, heads=2)
@@ -708,6 +709,7 @@ def test_the_steps_of_lazyvar_keep_other_tokens(deep: VAR, path: str) -> None:
     torch.testing.assert_close(draw(fast), want)
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_selects_anew(model: VAR) -> None:
     """Guidance as two calls of different batches, as where a loop drops some samples."""
     fast = fastvar_fx.transform(model, SCHEDULE, method="once-per-step")

@@ -14,6 +14,7 @@ from torch import nn
 import fastvar_fx
 from fastvar_fx import Method, Schedule
 from tests import reference, zoo
+from tests.marks import mostly_slow
 
 
 def schedule_of(case: zoo.Case) -> Schedule:
@@ -78,6 +79,7 @@ def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
     assert torch.equal(fast.generate(case.batch, case.seed), model.generate(case.batch, case.seed))
 
 
+@pytest.mark.slow
 @zoo.examples(15)
 @given(zoo.cases())
 def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
@@ -126,7 +128,9 @@ def _kept_or_cached(
     )
 
 
-@pytest.mark.parametrize("model", zoo.refusable_models(), ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", mostly_slow(zoo.refusable_models(), quick=5), ids=lambda model: model.name
+)
 def test_refused_branches_name_the_line_and_the_rest_prunes(model: zoo.Refusable) -> None:
     scales, ratios = zoo.REFUSABLE_SCALES, (0.5, 0.4)
     fast = fastvar_fx.transform(model.model, Schedule(scales, ratios))

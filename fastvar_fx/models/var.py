@@ -422,7 +422,7 @@ class VAR(nn.Module):
         """Returns the feature maps that the VQ-VAE decodes to images, (B, Cvae, H, W).
 
         Classifier-free guidance runs each image twice, with its class and without: the batch
-        inside is 2B.
+        inside is 2B. With `cfg` 0 it is B: an image without its class would change nothing.
 
         Args:
             B: See `autoregressive_infer_cfg`.
@@ -447,24 +447,26 @@ class VAR(nn.Module):
         device = self.lvl_1L.device
         generator = None if g_seed is None else torch.Generator(device).manual_seed(g_seed)
         classes = self._classes(B, label, generator)  # (B,)
-        no_class = torch.full_like(classes, self.num_classes)
-        cond = self.class_emb(torch.cat((classes, no_class)))  # (2B, C)
+        copies = 2 if cfg > 0 else 1
+        rows = torch.cat((classes, torch.full_like(classes, self.num_classes)))[: copies * B]
+        cond = self.class_emb(rows)  # (copies B, C)
         ada = self.shared_ada_lin(cond)
         positions = self._positions()  # (1, L, C)
         quantize = self.vae.quantize
         side = self.scales[-1]
         f_hat = quantize.embedding.weight.new_zeros(B, self.vae.z_channels, side, side)
         last = len(self.scales) - 1
-        x = self._start(cond) + positions[:, : self.first_l]  # (2B, first_l, C)
+        x = self._start(cond) + positions[:, : self.first_l]  # (copies B, first_l, C)
         end = self.first_l
 
         with kv_caching(self):
             for step in range(len(self.scales)):
                 for block in self.blocks:
                     x = block(x, ada)
-                logits = self.get_logits(x, cond)  # (2B, l, V)
-                t = cfg * (step / last)
-                logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
+                logits = self.get_logits(x, cond)  # (copies B, l, V)
+                if copies > 1:
+                    t = cfg * (step / last)
+                    logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
                 if choose is None:
                     tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
                 else:
@@ -476,7 +478,7 @@ class VAR(nn.Module):
                     begin, end = end, end + self.scales[step + 1] ** 2
                     x = average.flatten(2).transpose(1, 2)  # (B, l, Cvae)
                     x = self.word_embed(x.to(self.word_embed.weight.dtype))
-                    x = (x + positions[:, begin:end]).repeat(2, 1, 1)  # (2B, l, C)
+                    x = (x + positions[:, begin:end]).repeat(copies, 1, 1)  # (copies B, l, C)
                 if on_step is not None:
                     on_step(step, f_hat)
         return f_hat

@@ -55,6 +55,9 @@ _Images = Sequence[tuple[Tensor, Tensor]]
 
 _PRUNED: Final = "pruned"
 
+_SCORED: Final = 8
+"""Images whose likelihood is found at once."""
+
 
 # --- results ----------------------------------------------------------------------------------
 
@@ -308,7 +311,8 @@ class Baseline:
             for step in range(drawn):
                 agreement = Interval.of([_agreement(d, p, [step]) for d, p in pairs]).mean
                 steps[step] = replace(steps[step], agreement=agreement)
-        for number, (given, dense) in enumerate(self.given if drawn == schedule.steps else ()):
+        likely = drawn == schedule.steps and schedule.guidance_until is None
+        for number, (given, dense) in enumerate(self.given if likely else ()):
             bits = given.bits(fast, _PRUNED, self.progress)
             scores.append(_bits_score(given.against, dense, bits, schedule))
             if number == 0:
@@ -378,13 +382,11 @@ class _Given:
         labels: Their classes, int64 (N,).
         tokens: Their token maps, int64 (N, l) each.
         against: Where they come from, `DENSE` or `HELD_OUT`.
-        batch: Images of a generation, for which the transformed model has programs.
     """
 
     labels: Tensor
     tokens: tuple[Tensor, ...]
     against: str
-    batch: int
 
     def bits(self, model: Any, kind: str, progress: Progress) -> Tensor:
         """Returns the bits per token of each image and step, float64 (N, K).
@@ -393,7 +395,8 @@ class _Given:
         """
         progress(f"{kind}, bits of given tokens of {self.against}")
         count = len(self.labels)
-        indices = (torch.arange(-(-count // self.batch) * self.batch) % count).view(-1, self.batch)
+        batch = min(_SCORED, count)
+        indices = (torch.arange(-(-count // batch) * batch) % count).view(-1, batch)
         bits = [token_bits(model, [t[at] for t in self.tokens], self.labels[at]) for at in indices]
         return torch.cat(bits)[:count]
 
@@ -403,11 +406,10 @@ def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Gi
     drawn = [(g.labels, g.tokens) for g in generations.values()]
     known = [(labels, maps) for labels, maps in drawn if labels is not None and maps is not None]
     maps = tuple(torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
-    batch = len(next(iter(generations.values())).latents)
-    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE, batch)]
+    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE)]
     held_out = case.held_out
     if held_out is not None and held_out.tokens is not None:
-        given.insert(0, _Given(held_out.labels, held_out.tokens, HELD_OUT, batch))
+        given.insert(0, _Given(held_out.labels, held_out.tokens, HELD_OUT))
     return given
 
 
@@ -423,6 +425,8 @@ def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
         reasons |= dict.fromkeys(("agreement", "bits"), "its loop does not return the tokens")
     elif case.schedule.full_steps:
         reasons["bits"] = "a skipped step gives its tokens no likelihood"
+    elif case.schedule.guidance_until is not None:
+        reasons["bits"] = "likelihoods are those without guidance; leave guidance_until out"
     return reasons
 
 

@@ -27,6 +27,7 @@ from fastvar_fx import RunError, Schedule
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.program import Program
 from tests import zoo
+from tests.marks import mostly_slow
 from tests.reference import pivotal_indices
 
 WIDTH = 8
@@ -198,7 +199,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", mostly_slow(FORMS, quick=2))
 @pytest.mark.parametrize("order", ORDERS)
 def test_calls_in_any_order(form: str, order: str) -> None:
     """Without caches, the other arguments of a call tell it apart."""
@@ -460,7 +461,7 @@ def test_the_last_step_cannot_be_drawn_again_once_its_features_are_freed() -> No
 @pytest.mark.parametrize("form", ["dict", "none"])
 @pytest.mark.parametrize("calls", ["a", "ab"])
 @pytest.mark.parametrize("layer", range(DEPTH))
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", mostly_slow((4, 2, 3, 1, 0), quick=3))
 def test_an_exception_in_a_block_and_the_step_again(
     form: str, calls: str, layer: int, step: int
 ) -> None:

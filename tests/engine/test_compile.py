@@ -22,6 +22,7 @@ from fastvar_fx.models.maps import template
 from tests.engine.test_family import FAMILY, counts
 from tests.engine.test_family import Net as Family
 from tests.engine.test_stored import SCALES, Block, C, Model, call
+from tests.marks import mostly_slow
 
 LABELS = torch.tensor([1, 2])
 
@@ -88,7 +89,7 @@ def test_dynamo_takes_the_whole_token_loop() -> None:
     assert all(map(torch.equal, got, want))
 
 
-@pytest.mark.parametrize("around", ["method", "model", "block", "loop"])
+@pytest.mark.parametrize("around", mostly_slow(["model", "method", "block", "loop"], quick=1))
 def test_compiling_before_tracing_says_so(around: str) -> None:
     """And after it, it works."""
     scales = FAMILY[0].scales
@@ -396,6 +397,7 @@ class Casts(Block):
         return super().attend(x * self.weight.data, shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "cache_step"), [(False, 0), (True, 2)])
 def test_weights_that_the_first_call_casts(compiled: bool, cache_step: int) -> None:
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.engine.structure import Structure
 from tests.by_hand import Pruner
+from tests.marks import mostly_slow
 
 SIDES = (1, 2, 3, 4)
 SCHEDULE = Schedule(SIDES, (0.5, 0.5))
@@ -379,7 +380,9 @@ class Calls(nn.Module):
         return drawn
 
 
-@pytest.mark.parametrize(("factor", "first", "second"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+@pytest.mark.parametrize(
+    ("factor", "first", "second"), mostly_slow(ARGUMENTS.values(), quick=9), ids=ARGUMENTS.keys()
+)
 def test_another_structure_of_arguments_has_its_own_program(
     factor: Callable[[Any], Any], first: Any, second: Any
 ) -> None:
@@ -424,6 +427,7 @@ def test_strict_is_strict_in_every_generation() -> None:
             fast.generate()
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_with_its_cause() -> None:
     fast = fastvar_fx.transform(branching(), SCHEDULE, strict=False)
     fast.generate()

@@ -20,6 +20,7 @@ from fastvar_fx.engine.family import _Choice
 from fastvar_fx.engine.loop import Loop
 from tests.engine.test_calls import SCHEDULE, Draw, Net, in_threads, same, transformed
 from tests.engine.test_skip import CODE, VOCAB, WIDTH, Accumulator, Block
+from tests.marks import mostly_slow
 
 LANDSCAPE = ((1, 1), (2, 2), (2, 4), (3, 6), (4, 8))
 PORTRAIT = tuple((w, h) for h, w in LANDSCAPE)
@@ -130,7 +131,7 @@ def test_loops_that_skip_after_those_of_other_schedules() -> None:
 
 
 @pytest.mark.parametrize("form", ["none", "dict"])
-@pytest.mark.parametrize("steps", [3, 4, 5])
+@pytest.mark.parametrize("steps", mostly_slow([3, 4, 5], quick=1))
 def test_threads_that_end_leave_nothing_behind(form: str, steps: int) -> None:
     """Each thread of a server draws one image, or a part of one."""
     fast, net = fastvar_fx.transform(Net(form), [SCHEDULE, LARGER]), Net(form)

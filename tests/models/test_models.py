@@ -427,6 +427,14 @@ def test_guidance_changes_the_image_after_the_first_step(var: VAR) -> None:
     assert not torch.equal(weak[-1], strong[-1])
 
 
+def test_without_guidance_each_image_runs_once(var: VAR) -> None:
+    sizes: list[int] = []
+    hook = var.head.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
+    var.infer_fhat(3, 4, cfg=0.0)
+    hook.remove()
+    assert set(sizes) == {3}
+
+
 def test_guidance_moves_away_from_no_class(var: VAR) -> None:
     logits: list[Tensor] = []
     partial: list[Tensor] = []

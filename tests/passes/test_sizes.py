@@ -163,6 +163,7 @@ def test_a_length_that_becomes_a_constant_is_traced_each_time() -> None:
         assert program_counts(fast) == [count] * 3
 
 
+@pytest.mark.slow
 def test_another_batch_and_another_length_at_once() -> None:
     torch.manual_seed(0)
     model = Model().eval()

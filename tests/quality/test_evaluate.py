@@ -171,6 +171,15 @@ def test_a_skipped_step_has_no_tokens_and_no_likelihood(subject: Case) -> None:
     assert len(result.speed.steps) == 4
 
 
+def test_guidance_that_ends_early_leaves_out_the_likelihoods(subject: Case) -> None:
+    until = replace(subject.schedule, guidance_until=3)
+    result = evaluate(
+        replace(subject, schedule=until), metrics=("psnr", "bits"), seeds=1, repeats=0
+    )
+    assert "without guidance" in result.left_out["bits"]
+    assert result.fidelity.score("psnr", DENSE) is not None
+
+
 def test_models_without_a_decoder_are_compared_by_their_latents() -> None:
     result = evaluate(case("hart-tiny"), seeds=1, repeats=0)
     assert {score.metric for score in result.fidelity.scores} == {"psnr", "spectrum"}
