@@ -37,7 +37,7 @@ _RANDOM_SIZES: Final[dict[str, Any]] = {
 _KNOWN: Final = (DEMO, RANDOM, *(name for name in var.CONFIGS if name != DEMO))
 NAMES: Final = f"{', '.join(_KNOWN)} (random weights except for {DEMO})"
 _MOST_CLASSES: Final = 100_000
-_TRAINED: Final = "trained on rendered solids for an hour on one core: the pictures are rough"
+_TRAINED: Final = "trained on rendered solids for hours on one core: the pictures are rough"
 _UNTRAINED: Final = "random weights: the pictures show texture, no objects"
 
 
