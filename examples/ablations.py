@@ -3,14 +3,15 @@
     python examples/ablations.py --out ablations          # the packaged model
     python examples/ablations.py --out ablations --quick  # a tiny one, random weights, to try it
 
-Writes a report, `report.md`, and its figures. The scores of each row are kept in the folder `rows`
-beside it: a run that was stopped goes on with the first row that is missing. `--share 1/2` and
-`--share 2/2` measure half of the rows each, at the same time, and write no report; a run without
-`--share` then times the rows and writes it. Before that, calibrated schedules are found and kept
-in the folder `plans`; `--plans` does this alone, and has to run before `--share`. Every row is
-compared with the dense model at the same seeds, and with held-out images; timed runs alternate
-between all rows. Only the paper's claims in the report are fixed text. Needs matplotlib (the extra
-"cli").
+Writes a report, `report.md`, and its figures. Methods are compared with all seeds and held-out
+images, the paper's own ablations, whose differences are large, with a quarter of them. The scores
+of each row are kept in folders `rows-...` beside the report: a run that was stopped goes on with
+the first row that is missing. `--share 1/2` and `--share 2/2` measure half of the rows each, at the
+same time, and write no report; a run without `--share` then times the rows and writes it. Before
+that, calibrated schedules are found and kept in the folder `plans`; `--plans` does this alone, and
+has to run before `--share`. Every row is compared with the dense model at the same seeds, and with
+held-out images; timed runs alternate between all rows. Only the paper's claims in the report are
+fixed text. Needs matplotlib (the extra "cli").
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fastvar_fx.quality.evaluate import (
     speed_of,
 )
 from fastvar_fx.quality.metrics import Interval
-from fastvar_fx.quality.subjects import DEMO, Case, Generation, case, draw_var
+from fastvar_fx.quality.subjects import DEMO, Case, Generation, HeldOut, case, draw_var
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where another part is varied."""
@@ -55,7 +56,9 @@ CALIBRATED = (FASTVAR, CORRECTED, GRID)
 """Methods whose ratios are also calibrated."""
 BATCH = 1
 """Images per seed; guidance doubles them."""
-CURVE = ((0.25, 0.5), (0.5, 0.5), (0.5, 0.75), (0.75, 0.75), (0.75, 0.9))
+PUBLISHED = ("stepvar", "sparsevar", "fastervar", "depthvar", "lazyvar")
+"""Methods published since, compared at the first ratios of `CURVE` only."""
+CURVE = ((0.5, 0.5), (0.5, 0.75), (0.75, 0.9))
 """Ratios of the last two steps at which methods are compared by speed."""
 UNSEEN = 1000
 """The first seed of the generations that schedules are calibrated on; rows have those from 0."""
@@ -105,6 +108,7 @@ class Section:
         settings: By the label of their row.
         better: Pairs of labels; the paper claims that the first loses less than the second.
         curves: Labels of the rows of each method, slowest first; compared at equal speed.
+        part: The part of all seeds and held-out images that it is measured with, 1 / `part`.
     """
 
     title: str
@@ -112,6 +116,7 @@ class Section:
     settings: dict[str, Setting]
     better: tuple[tuple[str, str], ...] = ()
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    part: int = 1
 
 
 class Tried:
@@ -135,20 +140,12 @@ class Tried:
 
 
 def sections(scales: Sequence[Scale], plans: Sequence[Setting] = ()) -> tuple[Section, ...]:
-    ablations = (
-        ratio,
-        scale,
-        cache_step,
-        extreme,
-        selection,
-        restoration,
-        reuse,
-        speed,
-        published,
-        guidance,
-    )
-    made = tuple(section(Tried(scales, plans)) for section in ablations)
-    return (*made, calibration(plans)) if plans else made
+    tried = Tried(scales, plans)
+    compared = [speed(tried), reuse(tried), guidance(tried)]
+    if plans:
+        compared.insert(1, calibration(plans))
+    papers = (ratio, scale, cache_step, extreme, selection, restoration)
+    return (*compared, *(replace(section(tried), part=4) for section in papers))
 
 
 def ratio(tried: Tried) -> Section:
@@ -239,8 +236,9 @@ def reuse(tried: Tried) -> Section:
 def speed(tried: Tried) -> Section:
     settings: dict[str, Setting] = {}
     curves: dict[str, tuple[str, ...]] = {}
-    for name, method in COMPARED.items():
-        rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in CURVE}
+    for name, method in (COMPARED | {m: m for m in PUBLISHED}).items():
+        points = CURVE[:2] if method in PUBLISHED else CURVE
+        rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in points}
         settings |= rows
         curves[name] = tuple(rows)
     planned = {plan.ratios: plan for plan in tried.plans if plan.method == GRID}
@@ -248,22 +246,11 @@ def speed(tried: Tried) -> Section:
     if rows:
         curves[f"{GRID} calibrated"] = tuple(rows)
     return Section(
-        "Quality against speed, and token merging (table 3)",
-        "At equal speed-up FastVAR loses less than merging.",
+        "Quality against speed: token merging (table 3), corrected and calibrated FastVAR, and "
+        "methods published since",
+        "At equal speed-up FastVAR loses less than merging. It knows none of the others.",
         settings | rows,
         curves=curves,
-    )
-
-
-def published(tried: Tried) -> Section:
-    others = tried.by(
-        *("drift-corrected", "drift-corrected-grid"),
-        *("stepvar", "sparsevar", "fastervar", "depthvar", "lazyvar"),
-    )
-    return Section(
-        "Corrected restoration, and methods published since",
-        "None: the paper knows none of these.",
-        {"FastVAR": tried.paper} | others,
     )
 
 
@@ -312,6 +299,31 @@ def sides(scale: Scale) -> str:
 
 
 # ------------------------------------------------------------------------------------- measurements
+
+
+@dataclass(frozen=True)
+class Part:
+    """What sections are measured with: a part 1 / `of` of all seeds and held-out images."""
+
+    of: int
+    seeds: int
+    held_out: int
+
+    def __str__(self) -> str:
+        return f"{self.seeds} seeds and {self.held_out} held-out images"
+
+    @classmethod
+    def one(cls, of: int, seeds: int, held_out: int) -> Part:
+        return cls(of, -(-seeds // of), -(-held_out // of))
+
+    def taken(self, model: Case) -> Case:
+        """Returns the case with as many held-out images."""
+        known = model.held_out
+        if known is None or known.tokens is None:
+            return model
+        few = slice(self.held_out)
+        tokens = tuple(token_map[few] for token_map in known.tokens)
+        return replace(model, held_out=HeldOut(known.images[few], known.labels[few], tokens))
 
 
 @dataclass(frozen=True)
@@ -548,27 +560,32 @@ def word(difference: Interval) -> str:
 
 
 def report(
-    model: Case, rows: dict[Setting, Row], parts: Iterable[Section], seeds: int, repeats: int
+    model: Case, rows: Mapping[Part, dict[Setting, Row]], made: Iterable[Section], repeats: int
 ) -> str:
-    held_out = model.held_out
-    count = 0 if held_out is None else len(held_out.images)
     scales = ", ".join(sides(scale) for scale in model.schedule.scales)
     about = (
         f"Token maps {scales}. Unless a row says otherwise, {percent(*PAPER)} of the tokens of the "
-        f"last two steps are dropped. {seeds} seeds, {count} held-out images. "
-        f"±: 95 % confidence interval of the mean by Student's t over seeds; for bits "
-        f"over images. FLOPs and time are those of the transformer blocks, batches of {BATCH}, "
-        f"median of {repeats} runs that alternate between all rows; {environment()}. Agreement "
-        f"with the paper is judged by paired differences: same held-out images, same seeds."
+        f"last two steps are dropped. ±: 95 % confidence interval of the mean by Student's t over "
+        f"seeds; for bits over images. FLOPs and time are those of the transformer blocks, batches "
+        f"of {BATCH}, median of {repeats} runs that alternate between all rows; {environment()}. "
+        f"Agreement with the paper is judged by paired differences: same held-out images, same "
+        f"seeds."
     )
     note = [f"{model.note.capitalize()}.", ""] if model.note else []
     lines = [f"# The effect of each part of FastVAR: {model.name}", "", *note, about, ""]
     for name, metric in METRICS.items():
         lines.append(f"- {name}: {metric}.")
-    for section in parts:
-        lines += ["", f"## {section.title}", "", f"Paper: {section.claim}", ""]
-        lines += [*table(section, rows), "", *verdicts(section, rows)]
-        lines += at_equal_speed(section, rows)
+    parts = {part.of: part for part in rows}
+    for section in made:
+        part = parts[section.part]
+        lines += [
+            "",
+            f"## {section.title}",
+            "",
+            f"Paper: {section.claim} Measured here with {part}.",
+        ]
+        lines += ["", *table(section, rows[part]), "", *verdicts(section, rows[part])]
+        lines += at_equal_speed(section, rows[part])
     lines += ["", "## Figures", ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in figures.CAPTIONS.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -608,20 +625,31 @@ def main() -> None:
     plans = found_plans(model, folder)
     if options.plans:
         return
-    parts = sections(model.schedule.scales, plans)
-    found = [s for part in parts for s in part.settings.values()]
-    settings = list(dict.fromkeys(found))
+    made = sections(model.schedule.scales, plans)
+    number, of = options.share or (1, 1)
+    fidelity: dict[Part, dict[Setting, Fidelity]] = {}
+    for size in sorted({section.part for section in made}):
+        part = Part.one(size, options.seeds, 0 if options.quick else options.held_out)
+        settings = list(settings_of(section for section in made if section.part == size))
+        rows_folder = options.out / f"rows-{part.seeds}-{part.held_out}"
+        some = settings[number - 1 :: of]
+        fidelity[part] = measure(part.taken(model), some, part.seeds, rows_folder)
     if options.share:
-        number, of = options.share
-        measure(model, settings[number - 1 :: of], options.seeds, options.out / "rows")
         return
-    fidelity = measure(model, settings, options.seeds, options.out / "rows")
-    speeds = time_settings(model, settings, options.repeats)
-    rows = {setting: Row(setting, fidelity[setting], speeds[setting]) for setting in settings}
-    text = report(model, rows, parts, options.seeds, options.repeats)
+    speeds = time_settings(model, settings_of(made), options.repeats)
+    rows = {
+        part: {setting: Row(setting, scores, speeds[setting]) for setting, scores in found.items()}
+        for part, found in fidelity.items()
+    }
+    text = report(model, rows, made, options.repeats)
     (options.out / "report.md").write_text(text, encoding="utf-8")
-    draw_figures(model, rows, parts, options.out)
+    draw_figures(model, rows[next(iter(rows))], made, options.out)
     print(f"wrote {options.out / 'report.md'} and {len(figures.CAPTIONS)} figures")
+
+
+def settings_of(made: Iterable[Section]) -> Iterable[Setting]:
+    """Returns the settings of sections, each once."""
+    return dict.fromkeys(s for section in made for s in section.settings.values())
 
 
 def share(text: str) -> tuple[int, int]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fastvar_fx.measuring.demo import Measurement
 
 settings.register_profile("local", deadline=None)
-settings.register_profile("thorough", deadline=None)  # `zoo.examples` then draws all
+for profile in ("thorough", "long"):  # `zoo.examples` then draws more
+    settings.register_profile(profile, deadline=None)
 if settings.get_current_profile_name() != "ci":
     settings.load_profile("local")
 

@@ -2110,10 +2110,14 @@ def cases(
     return Case(spec, depth, schedule, batch, draw(st.integers(0, 50)), layers)
 
 
-def examples(most: int, quick: int | None = None) -> settings:
-    """Settings of a property test of whole models: all of its examples in CI's long run only.
+def examples(thorough: int, quick: int | None = None, long: int | None = None) -> settings:
+    """Settings of a property test of whole models, whose examples depend on the profile.
 
-    That is the run with `--hypothesis-profile thorough`. Others have `quick`, or a third.
+    Args:
+        thorough: With `--hypothesis-profile thorough`, which CI runs.
+        quick: With no profile; None for a third.
+        long: With `--hypothesis-profile long`, for a change of the engine; None for `thorough`.
     """
-    thorough = settings.get_current_profile_name() == "thorough"
-    return settings(max_examples=most if thorough else quick or most // 3)
+    counts = {"thorough": thorough, "long": long or thorough}
+    profile = settings.get_current_profile_name()
+    return settings(max_examples=counts.get(profile, quick or thorough // 3))
