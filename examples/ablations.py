@@ -52,7 +52,7 @@ PAPER = (0.5, 0.75)
 FASTVAR, CORRECTED, GRID, TOME = "fastvar", "drift-corrected", "drift-corrected-grid", "tome"
 COMPARED = {"FastVAR": FASTVAR, CORRECTED: CORRECTED, GRID: GRID, "ToMe": TOME}
 """Methods that are compared at equal speed, by their name in the report, with `GRID`."""
-CALIBRATED = (FASTVAR, CORRECTED, GRID)
+CALIBRATED = (FASTVAR, GRID)
 """Methods whose ratios are also calibrated."""
 BATCH = 1
 """Images per seed; guidance doubles them."""
