@@ -408,7 +408,7 @@ def found_plans(model: Case, folder: Path) -> list[Setting]:
     folder.mkdir(parents=True, exist_ok=True)
     tried = Tried(model.schedule.scales)
     like = [tried.at(*PAPER, method=method) for method in CALIBRATED]
-    like += [tried.at(*ratios, method=GRID) for ratios in CURVE if ratios != PAPER]
+    like += [tried.at(*ratios, method=GRID) for ratios in CURVE[:2] if ratios != PAPER]
     return [Setting(plan_like(model, setting, folder), setting.method, setting) for setting in like]
 
 
