@@ -160,8 +160,8 @@ def ratio(tried: Tried) -> Section:
 
 def scale(tried: Tried) -> Section:
     last = len(tried.scales) - 1
-    alone = {f"step {last - i} only": tried.at(0.75, *[0.0] * i) for i in range(4)}
-    together = {f"last {n}": tried.at(*[0.75] * n) for n in (2, 3, 4)}
+    alone = {f"step {last - i} only": tried.at(0.75, *[0.0] * i) for i in range(3)}
+    together = {f"last {n}": tried.at(*[0.75] * n) for n in (2, 3)}
     return Section(
         "Which scales are pruned, by 75 % (table 4)",
         "Pruning the late scales costs least quality. (They also have more tokens to drop.)",
@@ -176,7 +176,7 @@ def cache_step(tried: Tried) -> Section:
         f"K-N{-i or ''}: step {nearest - i} ({sides(tried.scales[nearest - i])})": tried.at(
             *PAPER, cache_step=nearest - i
         )
-        for i in range(4)
+        for i in range(3)
     }
     return Section(
         "Cache step (table A.4)",
@@ -408,7 +408,6 @@ def found_plans(model: Case, folder: Path) -> list[Setting]:
     folder.mkdir(parents=True, exist_ok=True)
     tried = Tried(model.schedule.scales)
     like = [tried.at(*PAPER, method=method) for method in CALIBRATED]
-    like += [tried.at(*ratios, method=GRID) for ratios in CURVE[:2] if ratios != PAPER]
     return [Setting(plan_like(model, setting, folder), setting.method, setting) for setting in like]
 
 
