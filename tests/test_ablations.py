@@ -119,6 +119,8 @@ def test_the_report_and_its_figures(
     monkeypatch.setattr(ablations, "sections", some)
     monkeypatch.setattr(ablations, "found_plans", lambda *_: [])
     (tmp_path / "plans").mkdir()
+    monkeypatch.setattr(ablations, "PUBLISHED", ("stepvar",))
+    monkeypatch.setattr(ablations, "CURVE", ((0.5, 0.5), (0.5, 0.75)))
     monkeypatch.setattr(ablation_figures, "RATIOS", (0.5,))
     arguments = ["--quick", "--seeds", "2", "--repeats", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments, "--share", "1/2"])
