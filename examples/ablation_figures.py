@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,10 +194,10 @@ class Point(NamedTuple):
 
 
 def draw_tradeoff(curves: Mapping[str, Sequence[Point]], out: Path) -> None:
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     axes, first = figure.subplots(1, 2), next(iter(curves))
     for axis, what in zip(axes, ("held_out", "draws"), strict=True):
-        for (name, points), marker in zip(curves.items(), "osD^vP*X", strict=False):
+        for (name, points), marker in zip(curves.items(), cycle("osD^vP*X<>"), strict=False):
             known = [(p, getattr(p, what)) for p in points if getattr(p, what) is not None]
             xs, ys = [p.speed for p, _ in known], [bits.mean for _, bits in known]
             axis.errorbar(xs, ys, [bits.half for _, bits in known], marker=marker, label=name)
@@ -208,5 +209,5 @@ def draw_tradeoff(curves: Mapping[str, Sequence[Point]], out: Path) -> None:
         axis.set_title(f"bits per token of {of}, more than dense")
         axis.set(xlabel="speed-up of the transformer blocks, times")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     save(figure, out, "tradeoff.png")
