@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.engine.engine import Engine
+from tests import zoo
 
 C = 16
 SCALES = (1, 2, 3)
@@ -135,7 +136,7 @@ def test_a_float_that_decides_has_a_program_for_each_way() -> None:
     assert programs(fast) == [2] * 2 * STEPS
 
 
-@settings(max_examples=10)
+@zoo.examples(10, quick=4)
 @given(st.lists(st.floats(-4, 4, width=64), min_size=2, max_size=4), st.sampled_from([*PLACES]))
 def test_any_values(values: list[float], place: str) -> None:
     torch.manual_seed(0)
