@@ -36,7 +36,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case, data: st.DataObject) 
 
 
 @pytest.mark.slow
-@zoo.examples(24, quick=8)
+@zoo.examples(12, quick=8, long=24)
 @given(zoo.cases(), st.data())
 def test_equals_the_method_written_by_hand_often(case: zoo.Case, data: st.DataObject) -> None:
     check_by_hand(case, data)

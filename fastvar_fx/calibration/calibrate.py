@@ -180,7 +180,7 @@ class Budget:
             )
         most = math.floor(100 * self.speedup(max(plan.saved for plan in plans))) / 100
         return (
-            f"a speed-up of {self.speedup(self.saving):.3f} cannot be met: with every branch at "
+            f"a speed-up of {self.speedup(self.saving):.4g} cannot be met: with every branch at "
             f"the highest level, it is {most:.2f}. Let more steps prune, by ratios above 0, allow "
             f"higher levels, or ask for less"
         )

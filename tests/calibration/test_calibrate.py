@@ -180,7 +180,7 @@ def test_a_refusal_rounds_to_what_can_be_met() -> None:
         calibration.Plan({}, saved=saved, loss=loss) for saved, loss in ((399.9, 9), (333, 1.234))
     )
     budget = calibration.Budget(flops=1000, without=0, tokens=100, saving=900, loss=None)
-    assert "speed-up of 10.000 cannot be met: " in budget.refusal([less, most])
+    assert "speed-up of 10 cannot be met: " in budget.refusal([less, most])
     assert "it is 1.66. Let more" in budget.refusal([less, most]), "1000 / 600.1"
     budget = replace(budget, saving=None, loss=1e-2)
     assert "at a loss of 0.0001 per token" in budget.refusal([most, less])
@@ -216,8 +216,8 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError) as refused:
         find(speedup=50, progress=texts.append)
     assert len([text for text in texts if text.startswith("layer")]) == 1, "the other one was there"
-    asked, met = re.findall(r"\d+\.\d+", str(refused.value))
-    assert asked == "50.000"
+    assert "a speed-up of 50 cannot be met" in str(refused.value)
+    (met,) = re.findall(r"\d+\.\d+", str(refused.value))
     plan = find(speedup=float(met))
     assert plan.ratios == ((1.0,),)
     with pytest.raises(ScheduleError, match=f"a speed-up of .* cannot be met: .*, it is {met}"):
