@@ -544,10 +544,10 @@ def test_time_out_and_graceful_end(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with server.client() as client:
-            late = await asyncio.gather(
-                *(generate(client, seed, n=8) for seed in (own.WAIT, 100, 200, 300)),
-                return_exceptions=True,
-            )
+            held = asyncio.create_task(generate(client, own.WAIT, n=8))
+            await asyncio.to_thread(until, lambda: server.waiting(8))  # it is the first
+            others = (generate(client, seed, n=8) for seed in (100, 200, 300))
+            late = await asyncio.gather(held, *others, return_exceptions=True)
             for each in late:
                 assert isinstance(each, openai.InternalServerError)
                 assert (each.status_code, each.code) == (504, "timeout")
