@@ -232,12 +232,12 @@ def _sum_around(x: Tensor, scale: Scale) -> Tensor:
 def _captured_mean(index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:
     """Returns the mean (B, 1, C) of the captured output over the tokens at `index`."""
     wide = _at_least_float32(cached)
-    chosen = wide.new_zeros(len(index), prod(scale)).scatter_(1, index, 1 / index.shape[1])
+    chosen = wide.new_zeros(len(index), prod(scale)).scatter_(1, index, 1.0)
     sides = zip(cached_scale[-2:], scale[-2:], strict=True)
     rows, columns = (_shares(small, large, wide) for small, large in sides)
     maps = chosen.view(-1, *scale[-2:])  # (B * m, H, W)
     shares = rows @ maps @ columns.mT  # (B * m, h, w)
-    return shares.view(len(index), 1, -1) @ wide
+    return shares.view(len(index), 1, -1) @ wide / index.shape[1]
 
 
 def _shares(small: int, large: int, like: Tensor) -> Tensor:
