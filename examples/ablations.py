@@ -241,8 +241,8 @@ def speed(tried: Tried) -> Section:
         rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in points}
         settings |= rows
         curves[name] = tuple(rows)
-    planned = {plan.ratios: plan for plan in tried.plans if plan.method == GRID}
-    rows = {f"{GRID} calibrated, as {percent(*r)}": planned[r] for r in CURVE if r in planned}
+    plans = [plan for plan in tried.plans if plan.method == GRID]
+    rows = {f"{GRID} calibrated, as {percent(*plan.ratios)}": plan for plan in plans}
     if rows:
         curves[f"{GRID} calibrated"] = tuple(rows)
     return Section(

@@ -153,7 +153,6 @@ def test_calibrated_schedules_are_found_once_and_compared_with_those_they_are_li
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ablations, "CALIBRATED", ("fastvar",))
-    monkeypatch.setattr(ablations, "CURVE", ())
     monkeypatch.setattr(ablations, "GENERATIONS", 1)
     model = ablations.tiny()
     (plan,) = ablations.found_plans(model, tmp_path)

@@ -311,8 +311,8 @@ class Baseline:
             for step in range(drawn):
                 agreement = Interval.of([_agreement(d, p, [step]) for d, p in pairs]).mean
                 steps[step] = replace(steps[step], agreement=agreement)
-        likely = drawn == schedule.steps and schedule.guidance_until is None
-        for number, (given, dense) in enumerate(self.given if likely else ()):
+        has_bits = drawn == schedule.steps and schedule.guidance_until is None
+        for number, (given, dense) in enumerate(self.given if has_bits else ()):
             bits = given.bits(fast, _PRUNED, self.progress)
             scores.append(_bits_score(given.against, dense, bits, schedule))
             if number == 0:

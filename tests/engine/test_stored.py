@@ -271,19 +271,29 @@ class Highway(Block):
         return (1 - gates) * x + gates * Block.feed(self, x, shared)
 
 
-def test_a_gated_residual_prunes_what_it_adds() -> None:
+def report_of(
+    kind: type[Block], after_attention: Callable[[Pruner, Any, Tensor, Any], Tensor]
+) -> fastvar_fx.Report:
+    """Returns the report on one block, compared with what follows its attention by hand."""
     torch.manual_seed(0)
-    model = Model(Highway, 1).eval()
+    model = Model(kind, 1).eval()
     fast, pruner = fastvar_fx.transform(model, SCHEDULE), Pruner(SCHEDULE)
 
     def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
         x = x + pruner.run("attend", x, partial(at_index, block.attend, shared))
+        return after_attention(pruner, block, x, shared)
+
+    torch.testing.assert_close(fast.generate(0, call), model.generate(0, step))
+    return fastvar_fx.explain(fast)
+
+
+def test_a_gated_residual_prunes_what_it_adds() -> None:
+    def gated(pruner: Pruner, block: Any, x: Tensor, shared: Any) -> Tensor:
         added = pruner.run("feed", x, partial(at_index, block.feed, shared))
         made: Tensor = (1 - block.gates(x)) * x + added
         return made
 
-    torch.testing.assert_close(fast.generate(0, call), model.generate(0, step))
-    assert not fastvar_fx.explain(fast).refusals
+    assert not report_of(Highway, gated).refusals
 
 
 class Flipped(Block):
@@ -304,17 +314,11 @@ def test_a_feed_forward_that_mixes_samples_says_so() -> None:
 
 
 def test_what_changes_the_stream_itself_has_a_row() -> None:
-    torch.manual_seed(0)
-    model = Model(Scaled, 1).eval()
-    fast, pruner = fastvar_fx.transform(model, SCHEDULE), Pruner(SCHEDULE)
-
-    def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
-        x = x + pruner.run("attend", x, partial(at_index, block.attend, shared))
+    def scaled(pruner: Pruner, block: Any, x: Tensor, shared: Any) -> Tensor:
         made: Tensor = x * block.feed(x, shared).sigmoid()
         return made
 
-    torch.testing.assert_close(fast.generate(0, call), model.generate(0, step))
-    report = fastvar_fx.explain(fast)
+    report = report_of(Scaled, scaled)
     assert [(row.kind, row.kept) for row in report.refusals] == [("ffn", 16), ("ffn", 25)]
     assert "FVX025" in str(report)
     assert report.refusals[0].flops == report.refusals[0].pruned_flops > 0
