@@ -7,6 +7,7 @@ Source: FastVAR, arXiv 2503.23367, "pivotal token selection" and "cached token r
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
@@ -112,7 +113,8 @@ def resize_map(cached: Tensor, cached_scale: Scale, scale: Scale, mode: Mode = "
         return sums.view(batch, prod(scale), width)
     rows = cached.reshape(batch * maps, h, w, width)
     image = rows.permute(0, 3, 1, 2)  # channels last, also for one sample: no copy, a fast kernel
-    resized = F.interpolate(image, size=scale[-2:], mode=mode)
+    sides = [operator.index(side) for side in scale[-2:]]  # constants: Inductor asks for them
+    resized = F.interpolate(image, size=sides, mode=mode)
     return resized.permute(0, 2, 3, 1).reshape(batch, prod(scale), width)
 
 
@@ -188,7 +190,9 @@ def locally_corrected_restoration(
 
     The drift of a token is the mean over the kept ones among the 3 x 3 tokens around it, to which
     the drift of the whole map is added once: where no token near is kept, it alone counts. This
-    suits selections without large holes, such as an even grid.
+    suits selections without large holes, such as an even grid. Drifts of half precision are
+    rounded to it, and so are their means outside `torch.compile`; the drift of the whole map is
+    computed in float32.
 
     Args:
         kept: The branch's output on the kept tokens (B, kept, C).
@@ -212,21 +216,43 @@ def locally_corrected_restoration(
     _check_shapes(kept, index, cached, cached_scale, scale)
     full = resize_map(cached, cached_scale, scale)
     if kept.shape[1]:
-        drifts = _at_least_float32(kept) - take_tokens(full, index)  # (B, kept, C)
-        mean = drifts.mean(dim=1, keepdim=True)
-        empty = drifts.new_zeros(len(full), prod(scale), 1)
-        there = put_tokens(empty, index, torch.ones_like(drifts[..., :1]))
-        spread = put_tokens(torch.zeros_like(full, dtype=drifts.dtype), index, drifts - mean)
-        local = _sum_around(spread, scale) / (1 + _sum_around(there, scale))
-        full = (full + mean + local).to(full.dtype)
+        drifts = take_tokens(full, index).neg_().add_(kept)
+        full += _drift_around(drifts, index, scale)
     return put_tokens(full, index, kept)
 
 
-def _sum_around(x: Tensor, scale: Scale) -> Tensor:
-    """Returns the sum (B, L, C) over the 3 x 3 tokens around each token."""
-    maps = x.reshape(-1, *scale[-2:], x.shape[2]).permute(0, 3, 1, 2)
-    sums = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1)
-    return sums.permute(0, 2, 3, 1).reshape(x.shape)
+def _drift_around(drifts: Tensor, index: Tensor, scale: Scale) -> Tensor:
+    """Returns the mean (B, L, C) of the drifts (B, kept, C) around each token and the whole map's.
+
+    At the kept tokens, which are replaced, it leaves out their own drift.
+    """
+    batch, kept, width = drifts.shape
+    mean = _token_mean(drifts)
+    near = _kept_around(index, scale)
+    shares = 1 / (1 + (near < kept).sum(dim=-1, keepdim=True, dtype=mean.dtype))
+    if torch.compiler.is_compiling() or drifts.requires_grad:
+        rows = F.pad(drifts, (0, 0, 0, 1))
+        # One kernel sums what is gathered. The rows keep their dtype: beside float32 ones, Inductor
+        # reads the captured map of half precision element by element.
+        return sum((_gathered(rows, place) for place in near.unbind(-1)), start=mean) * shares
+    rows = torch.cat([drifts, torch.zeros_like(drifts[:, :1]), mean.to(drifts.dtype)], dim=1)
+    index = F.pad(near, (0, 1), value=kept + 1).flatten(1)
+    index = _rows(index, kept + 2).view(-1, near.shape[-1] + 1)
+    weights = shares.to(drifts.dtype).view(-1, 1).expand_as(index)
+    sums = F.embedding_bag(index, rows.flatten(0, 1), mode="sum", per_sample_weights=weights)
+    return sums.view(batch, -1, width)
+
+
+def _kept_around(index: Tensor, scale: Scale) -> Tensor:
+    """Returns which of the kept tokens are the 8 around each token (B, L, 8); `kept` for none."""
+    batch, kept = index.shape
+    h, w = scale[-2:]
+    order = torch.arange(kept, device=index.device).expand_as(index)
+    place = index.new_full((batch, prod(scale)), kept).scatter(1, index, order)
+    maps = F.pad(place.view(batch, -1, h, w), (1, 1, 1, 1), value=kept)
+    sides = [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    near = [maps[..., i : i + h, j : j + w].reshape(batch, -1) for i, j in sides]
+    return torch.stack(near, dim=-1)
 
 
 def _captured_mean(index: Tensor, cached: Tensor, cached_scale: Scale, scale: Scale) -> Tensor:

@@ -437,10 +437,14 @@ def test_restoration_refuses_shapes_that_do_not_fit(
 
 
 @pytest.mark.slow
-def test_the_correction_compiles_where_sizes_vary() -> None:
-    compiled = torch.compile(drift_corrected_restoration, dynamic=True)
+@pytest.mark.parametrize(
+    "restore",
+    [cached_token_restoration, drift_corrected_restoration, locally_corrected_restoration],
+)
+def test_restorations_compile_where_sizes_vary(restore: Restore) -> None:
+    compiled = torch.compile(restore, dynamic=True)
     for side, cached_side, count in ((8, 6, 16), (12, 8, 40)):
         index = pivotal_token_selection(torch.randn(2, side**2, 16), count)
         kept, cached = torch.randn(2, count, 16), torch.randn(2, cached_side**2, 16)
         given = (kept, index, cached, (cached_side, cached_side), (side, side))
-        torch.testing.assert_close(compiled(*given), drift_corrected_restoration(*given))
+        torch.testing.assert_close(compiled(*given), restore(*given))
