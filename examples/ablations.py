@@ -19,19 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ablation_figures as figures
 import torch
 
 from fastvar_fx import Schedule, calibrate, transform
 from fastvar_fx.measuring.runs import Runs, alternate
-from fastvar_fx.models.var import build
+from fastvar_fx.models.var import VAR, build
 from fastvar_fx.ops import Scale
 from fastvar_fx.quality.evaluate import (
     DENSE,
@@ -54,6 +54,8 @@ COMPARED = {"FastVAR": FASTVAR, CORRECTED: CORRECTED, GRID: GRID, "ToMe": TOME}
 """Methods that are compared at equal speed, by their name in the report, with `GRID`."""
 CALIBRATED = (FASTVAR, GRID)
 """Methods whose ratios are also calibrated."""
+GUIDED = (2.0, 2.5)
+"""Speed-ups by FLOPs for which ratios of `GRID` and the end of guidance are calibrated together."""
 BATCH = 1
 """Images per seed; guidance doubles them."""
 PUBLISHED = ("stepvar", "sparsevar", "fastervar", "depthvar", "lazyvar")
@@ -73,17 +75,27 @@ GOAL = 1.8
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to prune; `like` is that with as many FLOPs, if the schedule was calibrated."""
+    """One way to prune.
+
+    Attributes:
+        schedule: When and how much.
+        method: How.
+        like: The setting with as many FLOPs, if the ratios were calibrated.
+        speedup: Dense FLOPs over those of the schedule, if its end of guidance was also calibrated.
+    """
 
     schedule: Schedule
     method: str = FASTVAR
     like: Setting | None = None
+    speedup: float | None = None
 
     @property
     def name(self) -> str:
         """A name for files and progress, such as `fastvar 0.5 0.75 from 7`."""
         if self.like is not None:
             return f"{self.like.name}, calibrated"
+        if self.speedup is not None:
+            return f"{self.method} and guidance, calibrated, {self.speedup:g}x"
         ratios = " ".join(f"{ratio:g}" for ratio in self.ratios)
         until = self.schedule.guidance_until
         ends = "" if until is None else f" unguided from {until}"
@@ -143,7 +155,7 @@ def sections(scales: Sequence[Scale], plans: Sequence[Setting] = ()) -> tuple[Se
     tried = Tried(scales, plans)
     compared = [speed(tried), reuse(tried), guidance(tried)]
     if plans:
-        compared.insert(1, calibration(plans))
+        compared.insert(1, calibration([plan for plan in plans if plan.like is not None]))
     papers = (ratio, scale, cache_step, extreme, selection, restoration)
     return (*compared, *(replace(section(tried), part=4) for section in papers))
 
@@ -241,15 +253,18 @@ def speed(tried: Tried) -> Section:
         rows = {f"{name}, {percent(*r)}": tried.at(*r, method=method) for r in points}
         settings |= rows
         curves[name] = tuple(rows)
-    plans = [plan for plan in tried.plans if plan.method == GRID]
+    plans = [plan for plan in tried.plans if plan.method == GRID and plan.like]
     rows = {f"{GRID} calibrated, as {percent(*plan.ratios)}": plan for plan in plans}
     if rows:
         curves[f"{GRID} calibrated"] = tuple(rows)
+    guided = {f"{p.name} by FLOPs": p for p in tried.plans if p.speedup is not None}
+    if guided:
+        curves[f"{GRID} and guidance, calibrated"] = tuple(guided)
     return Section(
         "Quality against speed: token merging (table 3), corrected and calibrated FastVAR, and "
         "methods published since",
         "At equal speed-up FastVAR loses less than merging. It knows none of the others.",
-        settings | rows,
+        settings | rows | guided,
         curves=curves,
     )
 
@@ -408,25 +423,54 @@ def found_plans(model: Case, folder: Path) -> list[Setting]:
     folder.mkdir(parents=True, exist_ok=True)
     tried = Tried(model.schedule.scales)
     like = [tried.at(*PAPER, method=method) for method in CALIBRATED]
-    return [Setting(plan_like(model, setting, folder), setting.method, setting) for setting in like]
+    settings = [replace(s, schedule=plan_like(model, s, folder), like=s) for s in like]
+    guided = [replace(tried.at(*PAPER, method=GRID), speedup=speedup) for speedup in GUIDED]
+    return settings + [replace(s, schedule=guided_plan(model, s, folder)) for s in guided]
 
 
 def plan_like(model: Case, setting: Setting, folder: Path) -> Schedule:
-    """Returns the calibrated schedule with the FLOPs of a setting, on generations of its own."""
+    """Returns the calibrated schedule with the FLOPs of a setting."""
+    speedup = partial(flop_speedup, model, setting)
+    return plan(model, setting, speedup, folder, f"{setting.method}.measured.json")
+
+
+def guided_plan(model: Case, setting: Setting, folder: Path) -> Schedule:
+    """Returns the schedule of a speed-up whose end of guidance is calibrated too."""
+    return plan(
+        model,
+        setting,
+        lambda: setting.speedup,
+        folder,
+        f"{setting.method} and guidance.measured.json",
+        guidance=cast("VAR", model.model).guidance_strengths(),
+        conditional="first",
+    )
+
+
+def plan(
+    model: Case,
+    setting: Setting,
+    speedup: Callable[[], float | None],
+    folder: Path,
+    measured: str,
+    **options: Any,
+) -> Schedule:
+    """Returns a calibrated schedule, on generations of its own; one in the folder is taken."""
     path = folder / f"{setting.name}.json"
     if not path.exists():
         seeds = range(UNSEEN, UNSEEN + GENERATIONS)
-        plan = calibrate(
+        found = calibrate(
             model.model,
             [partial(draw_latents, seed=seed) for seed in seeds],
             Schedule(model.schedule.scales, PAPER),
-            speedup=flop_speedup(model, setting),
+            speedup=speedup(),
             logits="head",
-            file=folder / f"{setting.method}.measured.json",
+            file=folder / measured,
             progress=partial(print, flush=True),
             method=setting.method,
+            **options,
         )
-        path.write_text(plan.to_json(), encoding="utf-8")
+        path.write_text(found.to_json(), encoding="utf-8")
     return Schedule.from_json(path.read_text(encoding="utf-8"))
 
 

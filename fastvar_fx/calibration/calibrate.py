@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from fastvar_fx.calibration.measure import (
     name_of,
     total_flops,
 )
+from fastvar_fx.calibration.reference import Guidance
 from fastvar_fx.errors import ArgumentError, ScheduleError
 from fastvar_fx.measuring.runs import Progress, no_progress
 from fastvar_fx.methods import method_of
@@ -47,6 +48,7 @@ def calibrate(  # noqa: PLR0913
     speedup: float | None = None,
     loss: float | None = None,
     logits: str | None = None,
+    guidance: float | Sequence[float] | None = None,
     levels: Sequence[float] = LEVELS,
     file: str | Path | None = None,
     progress: Progress = no_progress,
@@ -60,9 +62,12 @@ def calibrate(  # noqa: PLR0913
     lose as much in every branch, and the cache step is the one with which the plan as a whole
     then loses least. The plan is improved by moving each branch up and down a level in it.
 
+    With `guidance`, losses are those of the guided logits, and the plan may also end guidance at
+    the step at which it then loses least.
+
     The number of generations is that of the runs, times branches, levels, and choices of the cache
     step, which is the one before the steps that may prune, or a later one, so that fewer prune;
-    and twice the branches for each improvement.
+    and twice the branches for each improvement. To end guidance takes a few for each step.
 
     Args:
         model: The dense model, as for `transform`.
@@ -75,6 +80,10 @@ def calibrate(  # noqa: PLR0913
             `logits`, else the mean squared relative difference of what the last block returns.
         logits: Module path of what returns the logits (B, L, V), such as "head": losses are then
             divergences of their distributions. Without it, what the last block returns counts.
+        guidance: The strength t of the guidance at each of the K steps, or a number for all: the
+            loop draws from `(1 + t) * conditional - t * unconditional` logits. It needs `logits`
+            and, as an option of `transform`, `conditional`. None leaves guidance as it is, and
+            compares the logits of both halves of the batch.
         levels: The ratios that a branch may have besides 0, in (0, 1]. Few levels make few
             programs. A method that needs kept tokens, such as "tome", takes none of 1.
         file: A JSON file that keeps what was measured: an interrupted calibration goes on where it
@@ -83,12 +92,13 @@ def calibrate(  # noqa: PLR0913
         **options: Passed on to `transform`, such as `method`.
 
     Raises:
-        ArgumentError: If both or neither of `speedup` and `loss` are given, a value is out of
-            range, or the file holds another calibration or cannot be written.
+        ArgumentError: If both or neither of `speedup` and `loss` are given, `guidance` without what
+            it needs, a value is out of range, or the file holds another calibration or cannot be
+            written.
         ScheduleError: If the schedule prunes no step, is for another model, or the speed-up or the
             loss cannot be met; the error names one that can.
         NothingPrunedError: If no branch can be pruned, or the run met none of the pruned steps.
-        RunError: If the run is not the same each time.
+        RunError: If the run is not the same each time, or has no guidance where it is given.
 
     Example:
         >>> plan = calibrate(var, draw, Schedule.preset("var-512"), speedup=2)  # doctest: +SKIP
@@ -103,6 +113,7 @@ def calibrate(  # noqa: PLR0913
         schedule=schedule,
         levels=tuple(sorted(set(map(float, levels)))),
         logits=logits,
+        guidance=_guidance(guidance, schedule.steps, logits, options.get("conditional")),
         options=options,
         progress=progress,
     )
@@ -111,19 +122,17 @@ def calibrate(  # noqa: PLR0913
     budget = Budget.of(subject, speedup, loss)
     search = _Search(subject, journal, branches, budget)
     by_span = [alone(subject, journal, branches, steps) for steps in subject.spans]
-    found = (search.best(curves, _NOTHING) for curves in by_span)
-    plans = [plan for plan in found if plan is not None]
-    best = min(plans, key=budget.rank, default=_NOTHING)
-    if not plans or (loss is not None and not best.saved):
+    best = search.best_of(by_span)
+    if best is None or (loss is not None and not best.saved):
         raise ScheduleError(search.refusal(by_span))
-    for _ in range(_REFINED if best.saved else 0):
-        curves = in_context(subject, journal, best.ratios, branches.depth)
+    for _ in range(_REFINED if best.prunes else 0):
+        curves = in_context(subject, journal, best.ratios, best.until, branches.depth)
         better = search.best(curves, best)
         if better is None or budget.rank(better) >= budget.rank(best):
             break
         best = better
     progress(best.text(budget))
-    return search.schedule(best.ratios)
+    return search.schedule(best)
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,14 @@ class Budget:
     """What a plan is to save, or may lose.
 
     Attributes:
-        flops: FLOPs of a dense generation.
-        without: FLOPs of those that skipped steps and the end of guidance save.
+        flops: FLOPs of a dense generation, by step.
+        without: FLOPs of those that the schedule's skipped steps and end of guidance save.
         tokens: Tokens of a generation.
-        saving: What pruning is to save; None if it is as much as the loss permits.
+        saving: What a plan is to save besides; None if it is as much as the loss permits.
         loss: What it may lose, as a sum over the tokens; None for no bound.
     """
 
-    flops: int
+    flops: Sequence[int]
     without: float
     tokens: int
     saving: float | None
@@ -156,15 +165,16 @@ class Budget:
         drawn = [s for s in range(schedule.steps) if s not in schedule.full_steps]
         tokens = sum(map(schedule.tokens, drawn))
         saving = None if speedup is None else max(total - total / speedup - without, 0.0)
-        return cls(total, without, tokens, saving, None if loss is None else loss * tokens)
+        return cls(flops, without, tokens, saving, None if loss is None else loss * tokens)
 
     def rank(self, plan: Plan) -> float:
         """Returns what is less for a better plan."""
         return -plan.saved if self.saving is None else plan.loss
 
     def speedup(self, saved: float) -> float:
-        """Returns the speed-up at which pruning saves so many FLOPs."""
-        return self.flops / (self.flops - self.without - saved)
+        """Returns the speed-up at which a plan saves so many FLOPs."""
+        total = sum(self.flops)
+        return total / (total - self.without - saved)
 
     def refusal(self, plans: Sequence[Plan]) -> str:
         """Returns why the budget cannot be met, and what can.
@@ -176,7 +186,7 @@ class Budget:
             least = min(plan.loss for plan in plans) / self.tokens
             return (
                 f"nothing can be pruned at a loss of {(self.loss or 0) / self.tokens:.3g} per "
-                f"token: the least that a branch loses is {1.005 * least:.3g}. Give a higher loss"
+                f"token: the least that a plan loses is {1.005 * least:.3g}. Give a higher loss"
             )
         most = math.floor(100 * self.speedup(max(plan.saved for plan in plans))) / 100
         return (
@@ -188,28 +198,36 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ratios, and what they save and lose as measured.
+    """Ratios and an end of guidance, and what they save and lose as measured.
 
     Attributes:
         ratios: The ratio of each place.
-        saved: FLOPs saved by pruning.
-        loss: What it loses, as a sum over the tokens.
+        saved: FLOPs that pruning and the end of guidance save.
+        loss: What the plan loses, as a sum over the tokens.
+        until: The first step without guidance; None to leave guidance as the schedule has it.
     """
 
     ratios: Mapping[Place, float]
     saved: float
     loss: float
+    until: int | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether some place drops tokens."""
+        return any(self.ratios.values())
 
     def text(self, budget: Budget) -> str:
         """Returns a line on the plan."""
+        does = []
+        if self.prunes:
+            does.append(f"restores from step {min(place.step for place in self.ratios) - 1}")
+        if self.until is not None:
+            does.append(f"has no guidance from step {self.until} on")
         return (
-            f"the plan is {budget.speedup(self.saved):.2f}x as fast by FLOPs, restores from step "
-            f"{min(place.step for place in self.ratios) - 1}, and loses "
-            f"{self.loss / budget.tokens:.4g} per token"
+            f"the plan is {budget.speedup(self.saved):.2f}x as fast by FLOPs, {', '.join(does)}, "
+            f"and loses {self.loss / budget.tokens:.4g} per token"
         )
-
-
-_NOTHING: Final = Plan({}, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -221,10 +239,45 @@ class _Search:
     branches: Branches
     budget: Budget
 
-    def schedule(self, ratios: Mapping[Place, float]) -> Schedule:
-        """Returns the schedule with these ratios."""
-        steps = sorted({place.step for place in ratios})
-        return self.subject.pruning(steps, as_ratios(ratios, steps, self.branches.depth))
+    def schedule(self, plan: Plan) -> Schedule:
+        """Returns the schedule of a plan."""
+        steps = sorted({place.step for place in plan.ratios})
+        ratios = as_ratios(plan.ratios, steps, self.branches.depth)
+        return self.subject.pruning(steps, ratios, plan.until)
+
+    def best_of(self, by_span: Sequence[Curves]) -> Plan | None:
+        """Returns the best plan of all choices of the cache step and of the end of guidance.
+
+        Args:
+            by_span: What each place may save and lose alone, for each choice of the cache step.
+        """
+        best: Plan | None = None
+        most = math.inf if self.budget.loss is None else self.budget.loss
+        for end in self.ends():
+            if end.loss >= (best.loss if best and self.budget.loss is None else most):
+                break
+            found = [self.best(_unguided(curves, end.until), end) for curves in by_span]
+            plans = [plan for plan in (best, *found) if plan is not None]
+            best = min(plans, key=self.budget.rank, default=None)
+        return best
+
+    def ends(self) -> list[Plan]:
+        """Returns plans that only end guidance, or do nothing; in order of what they lose."""
+        steps, ends = self.subject.steps, self.subject.ends
+        plans = [Plan({}, 0.0, 0.0)]
+        for until in ends:
+            name = name_of({}, until)
+            found = measured(
+                self.subject, self.journal, {name: {}}, steps, self.branches.depth, until
+            )
+            plans.append(Plan({}, self._ended(until), sum(found[name].loss.values()), until))
+        return sorted(plans, key=lambda plan: plan.loss)
+
+    def _ended(self, until: int | None) -> float:
+        """Returns the FLOPs that an end of guidance saves."""
+        return (
+            0.0 if until is None else sum(self.budget.flops[until : self.subject.drawn_steps]) / 2
+        )
 
     def best(self, curves: Curves, base: Plan) -> Plan | None:
         """Returns the best plan of some curves; None if none meets the budget.
@@ -235,13 +288,13 @@ class _Search:
 
         Args:
             curves: What each place may save and lose more than in `base`.
-            base: A plan.
+            base: A plan, whose end of guidance stays.
         """
         saving, loss = self.budget.saving, self.budget.loss
         asked = None if saving is None else saving - base.saved
         most = None if loss is None else loss - base.loss
         for attempt in range(1, _ATTEMPTS + 1):
-            plan = self._measured(divide(curves, saving=asked, loss=most))
+            plan = self._measured(divide(curves, saving=asked, loss=most), base.until)
             if saving is not None and asked is not None and plan.saved < saving:
                 last = attempt == _ATTEMPTS - 1
                 asked = math.inf if last else asked + _MORE * (saving - plan.saved)
@@ -253,19 +306,65 @@ class _Search:
 
     def refusal(self, by_span: Sequence[Curves]) -> str:
         """Returns why no plan meets the budget, and what can be met."""
-        saving = 1.0 if self.budget.saving is None else math.inf  # FLOPs: the least, or all
-        plans = [self._measured(divide(curves, saving=saving)) for curves in by_span]
+        ends = self.ends()
+        if self.budget.saving is None:
+            plans = [end for end in ends if end.saved]
+            plans += [self._measured(divide(curves, saving=1.0), None) for curves in by_span]
+        else:
+            until = max(ends, key=lambda end: end.saved).until
+            all_curves = [_unguided(curves, until) for curves in by_span]
+            plans = [self._measured(divide(c, saving=math.inf), until) for c in all_curves]
         return self.budget.refusal(plans)
 
-    def _measured(self, chosen: Mapping[Place, Option]) -> Plan:
-        """Returns the plan of some options, run as a whole."""
+    def _measured(self, chosen: Mapping[Place, Option], until: int | None) -> Plan:
+        """Returns the plan of some options and an end of guidance, run as a whole."""
         ratios = {place: option.ratio for place, option in chosen.items()}
-        if not any(ratios.values()):
-            return Plan(ratios, 0.0, 0.0)
-        name, depth = name_of(ratios), self.branches.depth
         steps = sorted({place.step for place in ratios})
-        found = measured(self.subject, self.journal, {name: ratios}, steps, depth)[name]
-        return Plan(ratios, sum(found.saved.values()), sum(found.loss.values()))
+        if not any(ratios.values()) and until is None:
+            return Plan(ratios, 0.0, 0.0)
+        name, depth = name_of(ratios, until), self.branches.depth
+        found = measured(self.subject, self.journal, {name: ratios}, steps, depth, until)[name]
+        saved = self._ended(until) + sum(found.saved.values())
+        return Plan(ratios, saved, sum(found.loss.values()), until)
+
+
+def _unguided(curves: Curves, until: int | None) -> Curves:
+    """Returns what places save where the blocks run half of the batch from a step on."""
+    return {
+        place: [replace(o, saved=o.saved / 2) for o in options]
+        if until is not None and place.step >= until
+        else options
+        for place, options in curves.items()
+    }
+
+
+def _guidance(
+    strengths: float | Sequence[float] | None, steps: int, logits: str | None, half: Any
+) -> Guidance | None:
+    """Returns how guided logits are made.
+
+    Raises:
+        ArgumentError: If it is unknown, or something else is asked for.
+    """
+    if strengths is None:
+        return None
+    if logits is None:
+        raise ArgumentError(
+            "guidance= compares guided logits: give logits=, the module path of what returns them"
+        )
+    if half is None:
+        raise ArgumentError(
+            'guidance= needs conditional="first" or "last": the half of the batch whose logits the '
+            "loop weights positively"
+        )
+    each: Sequence[Any] = strengths if isinstance(strengths, Sequence) else [strengths] * steps
+    numbers = all(isinstance(t, (int, float)) and math.isfinite(t) for t in each)
+    if not numbers or len(each) != steps:
+        raise ArgumentError(
+            f"guidance is the strength of each of the {steps} steps of the schedule, or a number "
+            f"for all; found {strengths!r}"
+        )
+    return Guidance(tuple(map(float, each)), half)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
@@ -285,6 +384,7 @@ def _about(subject: Subject) -> dict[str, Any]:
         "number of runs": len(subject.runs),
         "options": {name: str(value) for name, value in options.items()},
         "weights": weights.hexdigest(),
+        "guidance": subject.guidance and subject.guidance.strengths,
     }
 
 

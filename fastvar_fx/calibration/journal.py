@@ -53,8 +53,9 @@ class Journal:
             raise ArgumentError(
                 f"{path} holds no calibration; give another file, or delete it"
             ) from error
-        if before != self._about:
-            differs = [key for key in self._about if before.get(key) != self._about[key]]
+        both = before | self._about
+        differs = [key for key in both if before.get(key) != self._about.get(key)]
+        if differs:
             raise ArgumentError(
                 f"{path} holds a calibration with other {', '.join(differs)}; give another file, "
                 f"or delete it"

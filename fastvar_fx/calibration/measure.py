@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvar_fx.calibration.divide import DENSE, Curves, Option, Place, as_ratios
 from fastvar_fx.calibration.journal import Found, Journal
-from fastvar_fx.calibration.reference import Reference
+from fastvar_fx.calibration.reference import Guidance, Reference
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import find_blocks
 from fastvar_fx.errors import NothingPrunedError
@@ -39,6 +39,7 @@ class Subject:
         schedule: The scales, and which steps may prune.
         levels: The ratios that a branch may have, ascending, in (0, 1].
         logits: As for `Reference`.
+        guidance: As for `Reference`; with it, a plan may end guidance.
         options: Further arguments of `transform`.
         progress: Called with a few words before each run.
     """
@@ -48,14 +49,14 @@ class Subject:
     schedule: Schedule
     levels: Sequence[float]
     logits: str | None
+    guidance: Guidance | None
     options: Mapping[str, Any]
     progress: Progress
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps that may prune: from the first that the schedule prunes to the last drawn."""
-        last = self.schedule.steps - len(self.schedule.full_steps)
-        return tuple(range(self.schedule.pruned_steps[0], last))
+        return tuple(range(self.schedule.pruned_steps[0], self.drawn_steps))
 
     def transformed(self, *schedules: Schedule) -> Any:
         """Returns the model, transformed to run some schedules."""
@@ -66,13 +67,34 @@ class Subject:
         """The schedule with every drawn step dense."""
         return self.pruning(self.steps, [0.0] * len(self.steps))
 
-    def pruning(self, steps: Sequence[int], ratios: Sequence[Any]) -> Schedule:
+    @property
+    def drawn_steps(self) -> int:
+        """How many steps the loop draws."""
+        return self.schedule.steps - len(self.schedule.full_steps)
+
+    @property
+    def ends(self) -> range:
+        """The steps at which a plan may end guidance, if the schedule does not."""
+        free = self.guidance is not None and self.schedule.guidance_until is None
+        return range(1, self.drawn_steps if free else 1)
+
+    def pruning(
+        self, steps: Sequence[int], ratios: Sequence[Any], until: int | None = None
+    ) -> Schedule:
         """Returns the schedule with the ratios of its last drawn steps, others being dense.
 
         The cache step is the last one before these.
+
+        Args:
+            steps: The steps.
+            ratios: Their ratios.
+            until: The first step without guidance; None to leave guidance as it is.
         """
         full = self.schedule.full_steps
-        return replace(self.schedule, ratios=(*ratios, *[1.0] * len(full)), cache_step=steps[0] - 1)
+        pruned = replace(
+            self.schedule, ratios=(*ratios, *[1.0] * len(full)), cache_step=steps[0] - 1
+        )
+        return pruned if until is None else replace(pruned, guidance_until=until)
 
     @property
     def spans(self) -> list[tuple[int, ...]]:
@@ -114,7 +136,11 @@ def alone(subject: Subject, journal: Journal, branches: Branches, steps: Sequenc
 
 
 def in_context(
-    subject: Subject, journal: Journal, ratios: Mapping[Place, float], depth: int
+    subject: Subject,
+    journal: Journal,
+    ratios: Mapping[Place, float],
+    until: int | None,
+    depth: int,
 ) -> Curves:
     """Returns what a plan loses and saves more if a branch prunes by a level less or more.
 
@@ -124,7 +150,8 @@ def in_context(
     Args:
         subject: What is calibrated.
         journal: What was found before; what is missing is measured.
-        ratios: The plan.
+        ratios: The ratios of the plan.
+        until: Its first step without guidance; None to leave guidance as it is.
         depth: How many blocks there are.
     """
     levels = (0.0, *subject.levels)
@@ -138,9 +165,9 @@ def in_context(
             }
             if moved != ratios:
                 plans[f", layer {layer} {kind} {way}"] = moved
-    mine = name_of(ratios)
+    mine = name_of(ratios, until)
     named = {f"{mine}{name}": plan for name, plan in plans.items()}
-    found = measured(subject, journal, named, steps, depth)
+    found = measured(subject, journal, named, steps, depth, until)
     loss, saved = found[mine]
     curves: dict[Place, list[Option]] = {place: [Option(r, 0, 0)] for place, r in ratios.items()}
     for name, plan in named.items():
@@ -151,9 +178,10 @@ def in_context(
     return curves
 
 
-def name_of(ratios: Mapping[Place, float]) -> str:
-    """Returns a name for a plan, the same for the same ratios."""
-    return f"plan {sha256(repr(sorted(ratios.items())).encode()).hexdigest()[:8]}"
+def name_of(ratios: Mapping[Place, float], until: int | None) -> str:
+    """Returns a name for a plan, the same for the same ratios and the same end of guidance."""
+    ends = "" if until is None else f" without guidance from step {until}"
+    return f"plan {sha256(repr(sorted(ratios.items())).encode()).hexdigest()[:8]}{ends}"
 
 
 def _moved(levels: Sequence[float], ratio: float, by: int) -> float:
@@ -200,6 +228,7 @@ def measured(
     plans: Mapping[str, Mapping[Place, float]],
     steps: Sequence[int],
     depth: int,
+    until: int | None = None,
 ) -> dict[str, Found]:
     """Returns what plans lose and save, means over the runs; what is missing is measured.
 
@@ -209,13 +238,14 @@ def measured(
         plans: The ratios of their branches, by name; others are dense.
         steps: The steps that may prune in them.
         depth: How many blocks there are.
+        until: Their first step without guidance; None to leave guidance as it is.
     """
     runs = range(len(subject.runs))
     for number in runs:
         missing = [name for name in plans if _named(name, number) not in journal.found]
         if missing:
             schedules = {
-                name: subject.pruning(steps, as_ratios(plans[name], steps, depth))
+                name: subject.pruning(steps, as_ratios(plans[name], steps, depth), until)
                 for name in missing
             }
             _measure(subject, journal, schedules, number)
@@ -231,7 +261,9 @@ def _named(name: str, run: int) -> str:
 
 
 def _means(parts: Sequence[Mapping[int, float]], steps: Sequence[int]) -> dict[int, float]:
-    return {step: sum(part.get(step, 0) for part in parts) / len(parts) for step in steps}
+    """Returns the means of what is known by step; 0 at those of `steps` where nothing is."""
+    known = sorted({*steps, *(step for part in parts for step in part)})
+    return {step: sum(part.get(step, 0) for part in parts) / len(parts) for step in known}
 
 
 def _measure(
@@ -240,7 +272,7 @@ def _measure(
     """Measures schedules in one of the runs."""
     run, dense = subject.runs[number], subject.dense
     fast = subject.transformed(dense, *schedules.values())
-    reference = Reference(fast, subject.logits)
+    reference = Reference(fast, subject.logits, subject.guidance)
     use(fast, dense)
     with reference.recording():
         run(fast)

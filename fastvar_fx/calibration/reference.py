@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,40 @@ from fastvar_fx.engine.block import RUNTIME
 from fastvar_fx.engine.call import BlockCall
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import module_at
+from fastvar_fx.engine.plan import LiveRows
 from fastvar_fx.errors import ArgumentError, RunError
 
 Losses = dict[int, float]
-"""What pruning changes at each step: the sum over the tokens, the mean over the batch."""
+"""What a schedule changes at each step: the sum over the tokens, the mean over the batch."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a loop makes guided logits of those of both halves of a batch.
+
+    Attributes:
+        strengths: Of each step, t in `(1 + t) * conditional - t * unconditional`.
+        conditional: Which half of the batch is the conditional one.
+    """
+
+    strengths: Sequence[float]
+    conditional: LiveRows
+
+    def guided(self, logits: Tensor, step: int) -> Tensor:
+        """Returns the guided logits (B, L, V) of logits (2B, L, V), float32.
+
+        Raises:
+            RunError: If the batch has no two halves.
+        """
+        if len(logits) % 2:
+            raise RunError(
+                f"guidance= is for a batch of two halves, the same images with and without "
+                f"condition; found logits of a batch of {len(logits)} at step {step}"
+            )
+        conditional, other = logits.float().chunk(2)
+        if self.conditional == "last":
+            conditional, other = other, conditional
+        return conditional + self.strengths[step] * (conditional - other)
 
 
 class Reference:
@@ -33,18 +64,23 @@ class Reference:
         calls: How often the blocks are called at each step.
     """
 
-    def __init__(self, fast: nn.Module, logits: str | None) -> None:
+    def __init__(
+        self, fast: nn.Module, logits: str | None, guidance: Guidance | None = None
+    ) -> None:
         """Makes one without a generation.
 
         Args:
             fast: A transformed model.
             logits: Module path of what returns the logits (B, L, V); None to compare what the last
                 block returns.
+            guidance: How guided logits are made, which are then compared; None to compare both
+                halves of a batch alike.
 
         Raises:
             ArgumentError: If the model has no such module.
         """
         self._fast = fast
+        self._guidance = guidance
         blocks = [module_at(fast, name) for name in Engine.of(fast).plan.blocks]
         self._first = next(block for block in blocks if RUNTIME in vars(block))
         self._last = blocks[-1]
@@ -80,13 +116,16 @@ class Reference:
 
     @contextmanager
     def comparing(self) -> Iterator[Losses]:
-        """Within it, one pruned generation runs; its losses are there at the end.
+        """Within it, one generation runs; its losses are there at the end.
+
+        They are those of all steps from the first that prunes or has no guidance on.
 
         Raises:
             RunError: If it calls the blocks otherwise than the dense generation.
         """
         plan = Engine.of(self._fast).plan
-        losses: Losses = dict.fromkeys(plan.pruned_steps, 0.0)
+        first = min(plan.changed_steps, default=plan.drawn_steps)
+        losses: Losses = dict.fromkeys(range(first, plan.drawn_steps), 0.0)
         inputs, outputs = iter(self._inputs), iter(self._outputs)
         place = 0
 
@@ -107,8 +146,8 @@ class Reference:
             dense = next(outputs)
             if self._step in losses:
                 tokens = plan.schedule.tokens(self._step)
-                added = self._difference(dense[:, -tokens:], output[:, -tokens:])
-                losses[self._step] += added / self.calls[self._step]
+                maps = [self._compared(x[:, -tokens:], self._step) for x in (dense, output)]
+                losses[self._step] += self._difference(*maps) / self.calls[self._step]
 
         with self._hooked(enter, leave):
             yield losses
@@ -117,6 +156,9 @@ class Reference:
                 f"a run has {place} calls of a block, and the dense one had {len(self._inputs)}. A "
                 f"run for calibration draws the same batch each time"
             )
+
+    def _compared(self, output: Tensor, step: int) -> Tensor:
+        return self._guidance.guided(output, step) if self._guidance else output
 
     def _difference(self, dense: Tensor, pruned: Tensor) -> float:
         """Returns the sum over the tokens, the mean over the batch, of what differs.

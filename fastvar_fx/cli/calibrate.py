@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, cast
 
 import typer
 
@@ -12,6 +13,7 @@ from fastvar_fx.cli.options import (
     Asked,
     Batch,
     Blocks,
+    Conditional,
     MethodName,
     ModelName,
     OnFull,
@@ -22,7 +24,7 @@ from fastvar_fx.cli.options import (
     ScheduleFile,
     number_list,
 )
-from fastvar_fx.cli.terminal import headline, new_table, show, show_progress, sides_text
+from fastvar_fx.cli.terminal import headline, new_table, show, show_progress, sides_text, usage
 from fastvar_fx.page.html import written_whole
 from fastvar_fx.schedule import Schedule, span_text
 from passes.analyse.branches import KINDS
@@ -30,6 +32,9 @@ from passes.analyse.branches import KINDS
 _FIRST_SEED: Final = 1000
 """The first seed to draw from: another one than those of `evaluate`."""
 _LEVELS: Final = ",".join(map(str, LEVELS))
+
+_OWN: Final = "own"
+"""The guidance that a named model draws with."""
 
 SpeedUp = Annotated[
     float | None,
@@ -42,6 +47,15 @@ Levels = Annotated[str, typer.Option("--levels", help="Ratios that a branch may 
 Logits = Annotated[
     str | None,
     typer.Option("--logits", help="Module path of what returns the logits, such as head."),
+]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        help=f"Also find the step at which guidance is best ended. For a model of your own, the "
+        f"strength t of guidance in (1 + t) * conditional - t * unconditional logits: a number "
+        f"for all steps, or with commas one for each. For a named model: {_OWN}.",
+    ),
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Generations that are averaged.")]
 Out = Annotated[Path, typer.Option("--out", dir_okay=False, help="JSON file of the schedule.")]
@@ -64,6 +78,8 @@ def run_calibrate(
     method: MethodName = "fastvar",
     levels: Levels = _LEVELS,
     logits: Logits = None,
+    guidance: Guidance = None,
+    conditional: Conditional = None,
     seeds: Seeds = 2,
     blocks: Blocks = None,
     run: Run = None,
@@ -82,6 +98,7 @@ def run_calibrate(
         blocks=blocks,
         run=run,
         batch=batch,
+        conditional=conditional,
     )
     subject = asked.subject()
     with written_whole(out) as file, show_progress() as progress:
@@ -92,21 +109,41 @@ def run_calibrate(
             speedup=speedup,
             loss=loss,
             logits=logits or asked.head,
+            guidance=_strengths(asked, guidance, subject.model),
             levels=number_list("--levels", levels),
             file=keep,
             progress=progress,
             method=method,
             blocks=blocks,
             on_full=on_full.value,
+            conditional=subject.conditional,
         )
         file.write(found.to_json())
     show(headline(subject))
     show(_table(found))
+    if found.guidance_until is not None:
+        show(f"no guidance from step {found.guidance_until} on")
     show(f"written to {out}; --schedule {out} --method {method} uses it")
     if figure is not None:
         from fastvar_fx.calibration.figure import draw_plan  # it needs matplotlib
 
         draw_plan(found, f"{subject.name}, {method}", figure)
+
+
+def _strengths(asked: Asked, text: str | None, model: Any) -> float | Sequence[float] | None:
+    """Returns the strengths of guidance that are asked for."""
+    named = asked.run is None
+    if text is None:
+        return None
+    if named != (text == _OWN):
+        usage(
+            f"--guidance takes {_OWN} for a named model, and the strengths of a model of your own, "
+            f"such as 0,0.5,1,1.5; found {text!r} for {asked.model}"
+        )
+    if named:
+        return cast("Sequence[float]", model.guidance_strengths())
+    numbers = number_list("--guidance", text)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _table(schedule: Schedule) -> object:

@@ -239,7 +239,7 @@ def number_list(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        usage(f"{option} takes numbers in [0, 1] with commas, such as 0.5,0.75; found {text!r}")
+        usage(f"{option} takes numbers with commas, such as 0.5,0.75; found {text!r}")
 
 
 def class_list(text: str | None) -> list[int] | None:

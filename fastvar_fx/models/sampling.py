@@ -11,6 +11,7 @@ from torch import Tensor
 
 TOP_K: Final = 100
 TOP_P: Final = 0.95
+CFG: Final = 1.5
 """How the commands of the package sample from VAR."""
 
 

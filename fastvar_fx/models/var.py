@@ -34,7 +34,7 @@ from fastvar_fx.errors import ArgumentError, ModelError
 from fastvar_fx.models.cache import KVCache, kv_caching
 from fastvar_fx.models.configs import check_heads, check_sizes, configured, with_random_weights
 from fastvar_fx.models.layers import FFN, MAX_LOG_SCALE, AdaLNBeforeHead, SharedAdaLin
-from fastvar_fx.models.sampling import sample_top_k_top_p
+from fastvar_fx.models.sampling import CFG, sample_top_k_top_p
 from fastvar_fx.models.vqvae import PUBLISHED, VQVAE, Pyramid, VQVAEDecoder
 from fastvar_fx.schedule import VAR_256, VAR_512
 
@@ -376,7 +376,7 @@ class VAR(nn.Module):
         B: int,
         label: int | Tensor | None,
         g_seed: int | None = None,
-        cfg: float = 1.5,
+        cfg: float = CFG,
         top_k: int = 0,
         top_p: float = 0.0,
         on_step: OnStep | None = None,
@@ -413,7 +413,7 @@ class VAR(nn.Module):
         B: int,
         label: int | Tensor | None,
         g_seed: int | None = None,
-        cfg: float = 1.5,
+        cfg: float = CFG,
         top_k: int = 0,
         top_p: float = 0.0,
         on_step: OnStep | None = None,
@@ -448,6 +448,7 @@ class VAR(nn.Module):
         generator = None if g_seed is None else torch.Generator(device).manual_seed(g_seed)
         classes = self._classes(B, label, generator)  # (B,)
         copies = 2 if cfg > 0 else 1
+        strengths = self.guidance_strengths(cfg)
         rows = torch.cat((classes, torch.full_like(classes, self.num_classes)))[: copies * B]
         cond = self.class_emb(rows)  # (copies B, C)
         ada = self.shared_ada_lin(cond)
@@ -465,7 +466,7 @@ class VAR(nn.Module):
                     x = block(x, ada)
                 logits = self.get_logits(x, cond)  # (copies B, l, V)
                 if copies > 1:
-                    t = cfg * (step / last)
+                    t = strengths[step]
                     logits = (1 + t) * logits[:B] - t * logits[B:]  # (B, l, V)
                 if choose is None:
                     tokens = sample_top_k_top_p(logits, top_k, top_p, generator)  # (B, l)
@@ -579,6 +580,14 @@ class VAR(nn.Module):
                 f"{strange[0]}"
             )
         return torch.where(classes < 0, self.num_classes, classes)
+
+    def guidance_strengths(self, cfg: float = CFG) -> tuple[float, ...]:
+        """Returns the strength of guidance at each of the K steps, from 0 at the first to `cfg`.
+
+        With strength t, tokens are drawn from `(1 + t) * with class - t * without class` logits.
+        """
+        last = len(self.scales) - 1
+        return tuple(cfg * (step / max(last, 1)) for step in range(last + 1))
 
     def _check_sampling(self, B: int, cfg: float, top_k: int, top_p: float) -> None:
         """Checks batch size, guidance and truncation, and that the VQ-VAE is on the device."""

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_fx.engine.engine import Engine
 from fastvar_fx.errors import ModelError, did_you_mean
 from fastvar_fx.measuring.compare import Comparison, Spread
 from fastvar_fx.measuring.runs import Progress, Runs, alternate, no_progress
+from fastvar_fx.models.sampling import CFG
 from fastvar_fx.models.var import VAR
 from fastvar_fx.quality.metrics import (
     Interval,
@@ -32,6 +34,7 @@ from fastvar_fx.quality.metrics import (
 )
 from fastvar_fx.quality.subjects import Case, Generation
 from fastvar_fx.schedule import Schedule
+from fastvar_fx.transform import transform
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -40,8 +43,8 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
         "agreement": "share of the tokens of the pruned steps that equal those of the dense run",
         "spectrum": "distance of radial power spectra, rms over the rings, dB",
         "frechet": "Frechet distance of fixed texture features (not FID) to the held-out images",
-        "bits": "bits per token of given images, held-out ones and dense draws, teacher-forced "
-        "through the model's own loop",
+        "bits": "bits per token of given images, teacher-forced through the model's own loop: of "
+        "held-out ones without guidance, of dense draws with the guidance of the draws",
     }
 )
 """The metrics by name."""
@@ -205,16 +208,17 @@ class Evaluation:
 # --- measuring --------------------------------------------------------------------------------
 
 
-def token_bits(model: VAR, tokens: Sequence[Tensor], labels: Tensor) -> Tensor:
+def token_bits(model: VAR, tokens: Sequence[Tensor], labels: Tensor, cfg: float = 0.0) -> Tensor:
     """Returns the bits per token of given images at each step, float64 (N, K), means over the map.
 
     The tokens are given to the model's own inference loop, so a transformed model prunes as in
-    generation. There is no guidance.
+    generation.
 
     Args:
         model: Original or transformed.
         tokens: Token maps of N images, int64 (N, l) each.
         labels: Their classes, (N,); -1 for no class.
+        cfg: Strength of guidance at the last step; 0 for none.
 
     Example:
         >>> from fastvar_fx.models.var import build
@@ -232,7 +236,7 @@ def token_bits(model: VAR, tokens: Sequence[Tensor], labels: Tensor) -> Tensor:
         bits.append(nats.double().mean(1) / math.log(2))
         return given
 
-    model.infer_fhat(len(labels), labels, cfg=0.0, choose=force)
+    model.infer_fhat(len(labels), labels, cfg=cfg, choose=force)
     return torch.stack(bits, dim=1).cpu()
 
 
@@ -311,14 +315,21 @@ class Baseline:
             for step in range(drawn):
                 agreement = Interval.of([_agreement(d, p, [step]) for d, p in pairs]).mean
                 steps[step] = replace(steps[step], agreement=agreement)
-        has_bits = drawn == schedule.steps and schedule.guidance_until is None
-        for number, (given, dense) in enumerate(self.given if has_bits else ()):
-            bits = given.bits(fast, _PRUNED, self.progress)
+        for number, (given, dense) in enumerate(self.given if drawn == schedule.steps else ()):
+            scored = fast if given.cfg else self._guided(fast, schedule)
+            bits = given.bits(scored, _PRUNED, self.progress)
             scores.append(_bits_score(given.against, dense, bits, schedule))
             if number == 0:
                 means = zip(steps, dense.mean(0).tolist(), bits.mean(0).tolist(), strict=True)
                 steps = [replace(s, bits_dense=d, bits_pruned=p) for s, d, p in means]
         return Fidelity(tuple(scores), tuple(steps))
+
+    def _guided(self, fast: nn.Module, schedule: Schedule) -> nn.Module:
+        """Returns a transformed model that runs all rows: what is given has no guidance to end."""
+        if schedule.guidance_until is None:
+            return fast
+        whole, method = replace(schedule, guidance_until=None), Engine.of(fast).plan.method
+        return transform(self.case.model, whole, method=method, strict=False)
 
     def _scores(
         self, pairs: Sequence[tuple[Generation, Generation]], pruned_steps: Sequence[int]
@@ -382,11 +393,13 @@ class _Given:
         labels: Their classes, int64 (N,).
         tokens: Their token maps, int64 (N, l) each.
         against: Where they come from, `DENSE` or `HELD_OUT`.
+        cfg: Strength of the guidance with which they are scored; 0 for none.
     """
 
     labels: Tensor
     tokens: tuple[Tensor, ...]
     against: str
+    cfg: float
 
     def bits(self, model: Any, kind: str, progress: Progress) -> Tensor:
         """Returns the bits per token of each image and step, float64 (N, K).
@@ -397,7 +410,10 @@ class _Given:
         count = len(self.labels)
         batch = min(_SCORED, count)
         indices = (torch.arange(-(-count // batch) * batch) % count).view(-1, batch)
-        bits = [token_bits(model, [t[at] for t in self.tokens], self.labels[at]) for at in indices]
+        bits = [
+            token_bits(model, [t[at] for t in self.tokens], self.labels[at], self.cfg)
+            for at in indices
+        ]
         return torch.cat(bits)[:count]
 
 
@@ -406,10 +422,10 @@ def _given_tokens(case: Case, generations: Mapping[int, Generation]) -> list[_Gi
     drawn = [(g.labels, g.tokens) for g in generations.values()]
     known = [(labels, maps) for labels, maps in drawn if labels is not None and maps is not None]
     maps = tuple(torch.cat(tokens) for tokens in zip(*(maps for _, maps in known), strict=True))
-    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE)]
+    given = [_Given(torch.cat([labels for labels, _ in known]), maps, DENSE, CFG)]
     held_out = case.held_out
     if held_out is not None and held_out.tokens is not None:
-        given.insert(0, _Given(held_out.labels, held_out.tokens, HELD_OUT))
+        given.insert(0, _Given(held_out.labels, held_out.tokens, HELD_OUT, 0.0))
     return given
 
 
@@ -425,8 +441,6 @@ def _why_not(case: Case, drawn: Generation) -> dict[str, str]:
         reasons |= dict.fromkeys(("agreement", "bits"), "its loop does not return the tokens")
     elif case.schedule.full_steps:
         reasons["bits"] = "a skipped step gives its tokens no likelihood"
-    elif case.schedule.guidance_until is not None:
-        reasons["bits"] = "likelihoods are those without guidance; leave guidance_until out"
     return reasons
 
 

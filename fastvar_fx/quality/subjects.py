@@ -18,7 +18,7 @@ from fastvar_fx.methods import Method
 from fastvar_fx.models import demo_weights, load, var
 from fastvar_fx.models.hart import HART
 from fastvar_fx.models.infinity import Infinity
-from fastvar_fx.models.sampling import TOP_K, TOP_P, sample_top_k_top_p, spread_classes
+from fastvar_fx.models.sampling import CFG, TOP_K, TOP_P, sample_top_k_top_p, spread_classes
 from fastvar_fx.models.var import VAR
 from fastvar_fx.models.vqvae import VQVAE
 from fastvar_fx.schedule import Schedule
@@ -108,7 +108,7 @@ class Case:
 def draw_var(
     model: VAR, seed: int, classes: Sequence[int], on_step: var.OnStep | None = None
 ) -> Generation:
-    """Draws an image of each class, with classifier-free guidance of 1.5.
+    """Draws an image of each class, with classifier-free guidance of strength `CFG`.
 
     Args:
         model: Original or transformed.
@@ -127,7 +127,7 @@ def draw_var(
 
     labels = torch.tensor(classes)
     with torch.no_grad():
-        latents = model.infer_fhat(len(classes), labels, on_step=on_step, choose=choose)
+        latents = model.infer_fhat(len(classes), labels, on_step=on_step, cfg=CFG, choose=choose)
         images = model.vae.decode(latents).float().cpu()
     return Generation(latents.cpu(), images, tuple(t.cpu() for t in tokens), labels)
 

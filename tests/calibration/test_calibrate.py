@@ -20,7 +20,7 @@ from fastvar_fx.calibration import calibrate as calibration
 from fastvar_fx.calibration.figure import draw_plan
 from fastvar_fx.calibration.journal import Found, Journal
 from fastvar_fx.calibration.measure import saved_flops
-from fastvar_fx.calibration.reference import Reference
+from fastvar_fx.calibration.reference import Guidance, Reference
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.measuring.runs import Runs
 from fastvar_fx.models.var import VAR, build
@@ -105,6 +105,53 @@ def test_saved_flops_are_those_of_a_dense_generation_less_those_of_the_plan(net:
     assert counts[0] - counts[1] == sum(saved_flops(Engine.of(fast)).values())
 
 
+def test_losses_with_guidance_are_those_of_guided_logits(net: VAR) -> None:
+    dense, *others = (
+        Schedule(SCALES, (0.0, r), guidance_until=until)
+        for r, until in ((0.0, None), (0.75, None), (0.0, 4), (0.75, 4))
+    )
+    fast = fastvar_fx.transform(net, [dense, *others], conditional="first", strict=False)
+    reference = Reference(fast, "head", Guidance(net.guidance_strengths(), "first"))
+    fastvar_fx.use(fast, dense)
+    with reference.recording():
+        draw(fast)
+    found = []
+    for schedule in others:
+        fastvar_fx.use(fast, schedule)
+        with reference.comparing() as losses:
+            unseeded(fast)
+        assert list(losses) == [4]
+        found.append(losses[4])
+    pruned = fastvar_fx.transform(net, others[0])
+    guided = [by_hand(logits, 1.5) for logits in (last_logits(net), last_logits(pruned))]
+    conditional = [by_hand(logits, 0) for logits in (last_logits(net), last_logits(pruned))]
+    p, q = guided
+    want = [divergence(p, q), divergence(p, conditional[0]), divergence(p, conditional[1])]
+    assert found == pytest.approx(want, rel=1e-4)
+    assert min(want) > 1e-3
+
+
+def by_hand(logits: Tensor, t: float) -> Tensor:
+    return ((1 + t) * logits[:1] - t * logits[1:]).log_softmax(-1)
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    return float((p.exp() * (p - q)).sum() / math.log(2))
+
+
+def test_steps_that_attend_to_pruned_ones_lose_too(net: VAR) -> None:
+    dense, early = (Schedule(SCALES, (r, 0.0)) for r in (0.0, 0.75))
+    fast = fastvar_fx.transform(net, [dense, early], strict=False)
+    reference = Reference(fast, "head")
+    fastvar_fx.use(fast, dense)
+    with reference.recording():
+        draw(fast)
+    fastvar_fx.use(fast, early)
+    with reference.comparing() as losses:
+        draw(fast)
+    assert all(losses[step] > 1e-3 for step in (3, 4))
+
+
 # --- what is found --------------------------------------------------------------------------------
 
 
@@ -131,6 +178,58 @@ def test_a_plan_saves_what_is_asked_at_one_step(net: VAR, monkeypatch: pytest.Mo
     fast = fastvar_fx.transform(net, plan)
     draw(fast)
     assert 1.2 <= block_flops(net) / block_flops(fast) < 1.6
+
+
+@pytest.mark.slow
+def test_a_plan_ends_guidance_where_that_loses_less_than_pruning(net: VAR, tmp_path: Path) -> None:
+    """And prunes, or ends it earlier, for what this does not save."""
+    file = tmp_path / "measured.json"
+    find: Any = partial(
+        fastvar_fx.calibrate,
+        net,
+        draw,
+        Schedule(SCALES, (0.5,)),
+        levels=(0.75,),
+        logits="head",
+        conditional="first",
+        file=file,
+    )
+    weak = [0.0, 0.0, 0.0, 0.01, 0.01]
+    texts: list[str] = []
+    plan = find(speedup=1.3, guidance=weak, progress=texts.append)
+    assert plan.guidance_until is not None
+    assert not plan.pruned_steps
+    assert texts[-1].count("no guidance from step") == 1
+    assert "restores" not in texts[-1]
+    fast = fastvar_fx.transform(net, plan, conditional="first")
+    draw(fast)
+    assert block_flops(net) / block_flops(fast) >= 1.3
+    both = find(speedup=2.2, guidance=weak)
+    assert both.guidance_until is not None
+    assert both.pruned_steps == (4,)
+    fast = fastvar_fx.transform(net, both, conditional="first")
+    draw(fast)
+    assert block_flops(net) / block_flops(fast) >= 2.2
+    with pytest.raises(ScheduleError, match=r"cannot be met.* it is \d"):
+        find(speedup=50, guidance=weak)
+    with pytest.raises(ScheduleError, match="the least that a plan loses"):
+        find(loss=1e-12, guidance=weak)
+    with pytest.raises(ArgumentError, match="holds a calibration with other guidance; give"):
+        find(speedup=1.1)
+    strong = find(speedup=1.05, guidance=[1e3] * 5, file=None)
+    assert strong.guidance_until is None
+    given = Schedule(SCALES, (0.5,), guidance_until=4)
+    kept = fastvar_fx.calibrate(
+        net,
+        draw,
+        given,
+        speedup=1.5,
+        levels=(0.75,),
+        logits="head",
+        guidance=weak,
+        conditional="first",
+    )
+    assert kept.guidance_until == 4
 
 
 @pytest.mark.slow
@@ -167,7 +266,7 @@ def test_a_plan_saves_what_is_asked_and_goes_on_where_it_was(net: VAR, tmp_path:
     assert slower != plan
     with pytest.raises(ScheduleError, match=r"cannot be met.* it is \d"):
         find(speedup=50)
-    with pytest.raises(ScheduleError, match="the least that a branch loses"):
+    with pytest.raises(ScheduleError, match="the least that a plan loses"):
         find(loss=1e-9)
     with pytest.raises(ArgumentError, match="other levels, logits"):
         find(speedup=1.3, levels=(0.5,), logits=None)
@@ -179,12 +278,12 @@ def test_a_refusal_rounds_to_what_can_be_met() -> None:
     most, less = (
         calibration.Plan({}, saved=saved, loss=loss) for saved, loss in ((399.9, 9), (333, 1.234))
     )
-    budget = calibration.Budget(flops=1000, without=0, tokens=100, saving=900, loss=None)
+    budget = calibration.Budget(flops=[1000], without=0, tokens=100, saving=900, loss=None)
     assert "speed-up of 10 cannot be met: " in budget.refusal([less, most])
     assert "it is 1.66. Let more" in budget.refusal([less, most]), "1000 / 600.1"
     budget = replace(budget, saving=None, loss=1e-2)
     assert "at a loss of 0.0001 per token" in budget.refusal([most, less])
-    assert "that a branch loses is 0.0124. Give" in budget.refusal([most, less]), "0.01234"
+    assert "that a plan loses is 0.0124. Give" in budget.refusal([most, less]), "0.01234"
 
 
 def test_a_journal_is_read_back(tmp_path: Path) -> None:
@@ -222,9 +321,7 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(tmp_path: Path) -> None:
     assert plan.ratios == ((1.0,),)
     with pytest.raises(ScheduleError, match=f"a speed-up of .* cannot be met: .*, it is {met}"):
         find(speedup=float(met) + 0.01)
-    with pytest.raises(
-        ScheduleError, match=r"the least that a branch loses is .*higher"
-    ) as refused:
+    with pytest.raises(ScheduleError, match=r"the least that a plan loses is .*higher") as refused:
         find(loss=1e-9)
     *_, least = re.findall(r"\d+\.\d+", str(refused.value))
     assert find(loss=float(least)).ratios_at(2) == (0.0, 1.0)
@@ -247,6 +344,16 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
     for ratios in ((), (0.0,), (1.0,)):
         with pytest.raises(ScheduleError, match="prunes no step that is drawn"):
             find(Schedule(SCALES, ratios), speedup=2)
+    guided = partial(find, SCHEDULE, speedup=2, logits="head", conditional="first")
+    for strengths in ("1.5", math.nan, [0.5] * 4, [0.5] * 4 + ["1"]):
+        with pytest.raises(ArgumentError, match="guidance is the strength of each of the 5 steps"):
+            guided(guidance=strengths)
+    with pytest.raises(ArgumentError, match="give logits="):
+        guided(guidance=1.5, logits=None)
+    with pytest.raises(ArgumentError, match='needs conditional="first" or "last"'):
+        guided(guidance=1.5, conditional=None)
+    with pytest.raises(RunError, match=r"two halves, .* found logits of a batch of 3"):
+        Guidance((1.5,), "first").guided(torch.zeros(3, 4, 8), 0)
     with pytest.raises(ScheduleError, match="takes a fastvar_fx"):
         find("var-256", speedup=2)
     with pytest.raises(ScheduleError, match="ratios for 3 layers, but the model has 2"):

@@ -335,7 +335,8 @@ def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folde
         ("explain tinny", 1, "no model is named 'tinny'; did you mean tiny"),
         ("explain demo --preset var-256", 1, "--model random takes any"),
         ("explain --ratios 1.5", 1, "a pruning ratio lies in [0, 1]"),
-        ("explain --ratios half", 2, "--ratios takes numbers in [0, 1]"),
+        ("explain --ratios half", 2, "--ratios takes numbers with commas"),
+        ("calibrate --speedup 2 --guidance 1.5", 2, "--guidance takes own for a named model"),
         ("explain --preset var-256 --schedule schedule.json", 2, "exclude each other"),
         ("explain --schedule missing.json", 2, "does not exist"),
         ("explain --schedule own_models.py", 1, "a schedule is read from a JSON object"),
@@ -423,6 +424,11 @@ def test_calibrate_own_model(cli: Cli, folder: Path) -> None:
     assert "--schedule plan.json --method fastvar" in " ".join(out.split())
     with Image.open(folder / "plan.png") as picture:
         assert picture.width > 200
+    guided = ("--guidance", "1.5", "--conditional", "first", "--out", "guided.json")
+    code, out, err = cli("calibrate", *OWN, *options, *guided)
+    assert code == 0
+    plan_of_both = Schedule.from_json((folder / "guided.json").read_text())
+    assert f"no guidance from step {plan_of_both.guidance_until} on" in out
     again = cli("calibrate", *OWN, *options[2:], *files, "--speedup", "9")
     assert again.code == 1
     assert "a speed-up of 9 cannot be met" in again.message

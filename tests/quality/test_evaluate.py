@@ -15,6 +15,7 @@ from PIL import Image
 import fastvar_fx
 from fastvar_fx.cli import main
 from fastvar_fx.errors import ModelError, ScheduleError
+from fastvar_fx.models.sampling import CFG
 from fastvar_fx.models.var import VAR, build
 from fastvar_fx.quality.evaluate import (
     DENSE,
@@ -171,13 +172,34 @@ def test_a_skipped_step_has_no_tokens_and_no_likelihood(subject: Case) -> None:
     assert len(result.speed.steps) == 4
 
 
-def test_guidance_that_ends_early_leaves_out_the_likelihoods(subject: Case) -> None:
-    until = replace(subject.schedule, guidance_until=3)
-    result = evaluate(
-        replace(subject, schedule=until), metrics=("psnr", "bits"), seeds=1, repeats=0
-    )
-    assert "without guidance" in result.left_out["bits"]
-    assert result.fidelity.score("psnr", DENSE) is not None
+def test_the_end_of_guidance_shows_in_the_bits_of_dense_draws_only(subject: Case) -> None:
+    """The class-conditional likelihood of held-out images stays that of the pruning alone."""
+    ends = replace(subject.schedule, guidance_until=2)
+    pruned = Baseline.of(subject, ["bits"], [0]).compare(subject.pruned())
+    result = evaluate(replace(subject, schedule=ends), metrics=["bits"], seeds=1, repeats=0)
+    assert not result.left_out
+    found, want = (each.score("bits", HELD_OUT) for each in (result.fidelity, pruned))
+    assert found == want
+    found, want = (each.score("bits", DENSE) for each in (result.fidelity, pruned))
+    assert found is not None
+    assert want is not None
+    assert found.dense_values == want.dense_values
+    assert found.values != want.values
+
+
+def test_dense_draws_are_scored_with_the_guidance_of_the_draws(model: VAR, subject: Case) -> None:
+    drawn = subject.draw(model, 0)
+    assert drawn.tokens is not None
+    bits, logits = token_bits(model, drawn.tokens, drawn.labels, cfg=CFG), []  # type: ignore[arg-type]
+    hook = model.head.register_forward_hook(lambda *args: logits.append(args[-1]))
+    subject.draw(model, 0)
+    hook.remove()
+    for step, (both, ids) in enumerate(zip(logits, drawn.tokens, strict=True)):
+        t = CFG * step / (len(SIDES) - 1)
+        one, other = both.chunk(2)
+        log_p = ((1 + t) * one - t * other).log_softmax(-1)
+        nats = -log_p.gather(2, ids.unsqueeze(2)).mean((1, 2)).double()
+        torch.testing.assert_close(bits[:, step], nats / math.log(2), rtol=1e-4, atol=1e-4)
 
 
 def test_models_without_a_decoder_are_compared_by_their_latents() -> None:
