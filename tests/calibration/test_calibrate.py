@@ -216,7 +216,7 @@ def test_a_plan_ends_guidance_where_that_loses_less_than_pruning(net: VAR, tmp_p
         find(loss=1e-12, guidance=weak)
     with pytest.raises(ArgumentError, match="holds a calibration with other guidance; give"):
         find(speedup=1.1)
-    strong = find(speedup=1.05, guidance=[1e3] * 5, file=None)
+    strong = find(speedup=1.05, guidance=1.5, file=None)
     assert strong.guidance_until is None
     given = Schedule(SCALES, (0.5,), guidance_until=4)
     kept = fastvar_fx.calibrate(

@@ -424,7 +424,7 @@ def test_calibrate_own_model(cli: Cli, folder: Path) -> None:
     assert "--schedule plan.json --method fastvar" in " ".join(out.split())
     with Image.open(folder / "plan.png") as picture:
         assert picture.width > 200
-    guided = ("--guidance", "1.5", "--conditional", "first", "--out", "guided.json")
+    guided = ("--guidance", "0.01", "--conditional", "first", "--out", "guided.json")
     code, out, err = cli("calibrate", *OWN, *options, *guided)
     assert code == 0
     plan_of_both = Schedule.from_json((folder / "guided.json").read_text())
