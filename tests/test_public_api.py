@@ -173,6 +173,7 @@ calibrate: fastvar_fx.calibration.calibrate
     speedup: float | None = None
     loss: float | None = None
     logits: str | None = None
+    guidance: float | Sequence[float] | None = None
     levels: Sequence[float] = (0.5, 0.75, 0.9, 1.0)
     file: str | Path | None = None
     progress: Progress = fastvar_fx.measuring.runs.no_progress

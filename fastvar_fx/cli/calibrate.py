@@ -125,9 +125,17 @@ def run_calibrate(
         show(f"no guidance from step {found.guidance_until} on")
     show(f"written to {out}; --schedule {out} --method {method} uses it")
     if figure is not None:
-        from fastvar_fx.calibration.figure import draw_plan  # it needs matplotlib
+        _draw(found, f"{subject.name}, {method}", figure)
 
-        draw_plan(found, f"{subject.name}, {method}", figure)
+
+def _draw(plan: Schedule, title: str, path: Path) -> None:
+    if not plan.pruned_steps:
+        show(f"the plan prunes nothing: there are no ratios to draw, and {path} is not written")
+        return
+    from fastvar_fx.calibration.figure import draw_plan  # it needs matplotlib
+
+    until = plan.guidance_until
+    draw_plan(plan, title if until is None else f"{title}; no guidance from step {until} on", path)
 
 
 def _strengths(asked: Asked, text: str | None, model: Any) -> float | Sequence[float] | None:
