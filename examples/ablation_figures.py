@@ -21,7 +21,8 @@ from fastvar_fx.quality.subjects import Case, draw_var
 
 CAPTIONS = {
     "samples.png": "Images of the dense model, and of the pruned one by several methods, at the "
-    "same seeds: 50 % and 75 % of the tokens of the last two steps are dropped.",
+    "same seeds: 50 % and 75 % of the tokens of the last two steps are dropped. The last row has "
+    "the ratios and the end of guidance that were calibrated for about as many FLOPs.",
     "steps.png": "Images of the dense and the pruned model after each of the last steps, at the "
     "same seed. They are equal up to the cache step.",
     "spectra.png": "Radial power spectra of the dense model's image after each step, and of the "

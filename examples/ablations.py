@@ -544,37 +544,36 @@ def verdicts(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
 
 def at_equal_speed(section: Section, rows: dict[Setting, Row]) -> Iterator[str]:
     """Yields a line for each method of a curve: what it loses at the speed-up of the goal."""
-    lost = {
-        name: at_speed([rows[section.settings[label]] for label in labels])
-        for name, labels in section.curves.items()
-    }
-    for name, bits in lost.items():
-        if bits is None:
+    for name, labels in section.curves.items():
+        curve = [rows[section.settings[label]] for label in labels]
+        parts = []
+        for against in (HELD_OUT, DENSE):
+            lost = at_speed(curve, against)
+            if lost is None:
+                continue
+            bits, share = Interval.of(lost.lost), Interval.of(lost.share)
+            of = against if against == HELD_OUT else "dense draws"
+            parts.append(f"{bits.text(4)} bits per token of {of}, {share.text(2, '+')} %")
+        if parts:
+            yield f"- {name} at {GOAL:g}x loses {', and '.join(parts)}."
+        else:
             yield f"- {name} has no rows around a speed-up of {GOAL:g}x, or no bits."
-            continue
-        best = lost.get(GRID)
-        line = f"- {name} at {GOAL:g}x loses {Interval.of(bits.lost).text(4)} bits per token"
-        line += f" of held-out images, {Interval.of(bits.share).text(2, '+')} %"
-        if best is not None and name != GRID:
-            more = [a - b for a, b in zip(bits.lost, best.lost, strict=True)]
-            line += f"; {Interval.of(more).text(4, '+')} more than {GRID}"
-        yield f"{line}."
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Bits per token that pruning loses on each held-out image, and their share in percent."""
+    """Bits per token that a method loses on each image, and their share in percent."""
 
     lost: list[float]
     share: list[float]
 
 
-def at_speed(curve: Sequence[Row]) -> Lost | None:
+def at_speed(curve: Sequence[Row], against: str) -> Lost | None:
     """Returns what a method loses at the speed-up of the goal, by its rows on both sides of it.
 
     The dense model is a row with speed-up 1. None where all rows are on one side.
     """
-    scores = {row.speed.transformer.speedup: row.fidelity.score("bits", HELD_OUT) for row in curve}
+    scores = {row.speed.transformer.speedup: row.fidelity.score("bits", against) for row in curve}
     known = [(speed, score) for speed, score in scores.items() if score is not None]
     if not known:
         return None
@@ -711,7 +710,14 @@ def draw_figures(
         name: transform(model.model, Schedule(scales, PAPER), method=method)
         for name, method in COMPARED.items()
     }
-    figures.draw_samples(model, fast, out)
+    guided = {
+        f"and guidance, {setting.speedup:g}x": transform(
+            model.model, setting.schedule, conditional="first", method=setting.method
+        )
+        for setting in rows
+        if setting.speedup == GUIDED[-1]
+    }
+    figures.draw_samples(model, fast | guided, out)
     figures.draw_steps(model, fast["FastVAR"], out)
     figures.draw_spectra(model, fast, out)
     figures.draw_kept_tokens(model, out)

@@ -76,12 +76,12 @@ def test_methods_are_compared_at_equal_speed() -> None:
     """Between rows of 1.6x and 2x the bits at 1.8x are their mean, image by image."""
     dense = [2.0, 4.0]
     slow, fast = row_of(1.6, [2.1, 4.2], dense), row_of(2.0, [2.3, 4.2], dense)
-    lost = ablations.at_speed([fast, slow])
+    lost = ablations.at_speed([fast, slow], HELD_OUT)
     assert lost is not None
     assert lost.lost == pytest.approx([0.2, 0.2])
     assert lost.share == pytest.approx([10, 5])
-    assert ablations.at_speed([slow]) is None
-    alone = ablations.at_speed([fast])
+    assert ablations.at_speed([slow], HELD_OUT) is None
+    alone = ablations.at_speed([fast], HELD_OUT)
     assert alone is not None
     assert alone.lost == pytest.approx([0.8 * 0.3, 0.8 * 0.2]), "the dense model is 1x"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from fastvar_fx.measuring.runs import Progress, Runs
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import explain, trace, transform, use
 from passes.analyse.branches import Kind
-
-_SOME: Final = 0.5
-"""A ratio at which all prune that can; the number 1 would skip the steps."""
 
 Run = Callable[[Any], object]
 """Runs one generation of a model."""
@@ -52,6 +49,11 @@ class Subject:
     guidance: Guidance | None
     options: Mapping[str, Any]
     progress: Progress
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The module paths of the blocks."""
+        return tuple(find_blocks(self.model, self.options.get("blocks")))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -206,20 +208,21 @@ class Branches(NamedTuple):
 
     @classmethod
     def of(cls, subject: Subject) -> Branches:
-        """Finds them in a generation in which all that can does prune.
+        """Finds them in a generation in which all that can do prune, at a level below 1 if any.
 
         Raises:
             NothingPrunedError: If none can.
         """
         subject.progress("tracing")
         subject.transformed(subject.schedule)  # raises if it is for another model
-        steps = subject.steps
-        fast = subject.transformed(subject.pruning(steps, [_SOME] * len(steps)))
+        steps, depth = subject.steps, len(subject.blocks)
+        level = max((level for level in subject.levels if level < 1), default=1.0)
+        fast = subject.transformed(subject.pruning(steps, [(level,) * depth] * len(steps)))
         rows = trace(fast, subject.runs[0]).rows
         found = {(row.layer, cast("Kind", row.kind)) for row in rows if row.kept < row.tokens}
         if not found:
             raise NothingPrunedError(f"there is nothing to calibrate: {explain(fast)}")
-        return cls(sorted(found), len(Engine.of(fast).plan.blocks))
+        return cls(sorted(found), depth)
 
 
 def measured(
@@ -308,9 +311,8 @@ def saved_flops(engine: Engine) -> dict[int, int]:
 
 def total_flops(subject: Subject) -> list[int]:
     """Returns the FLOPs of the blocks at each step of a dense generation."""
-    blocks = tuple(find_blocks(subject.model, subject.options.get("blocks")))
     run = partial(subject.runs[0], subject.model)
-    counted = Runs(run, subject.model, blocks, subject.schedule)
+    counted = Runs(run, subject.model, subject.blocks, subject.schedule)
     with torch.no_grad():
         counted.count()
     return counted.flops

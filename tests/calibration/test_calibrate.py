@@ -358,6 +358,8 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
         find("var-256", speedup=2)
     with pytest.raises(ScheduleError, match="ratios for 3 layers, but the model has 2"):
         find(Schedule(SCALES, [(0.5, 0.5, 0.5)]), speedup=2)
+    with pytest.raises(NothingPrunedError, match="token_merging needs at least one kept token"):
+        find(Schedule(SCALES, (0.5,)), speedup=1.1, levels=(1.0,), method="tome")
     with pytest.raises(NothingPrunedError, match="never came to one"):
         find(Schedule((1, 2, 3, 4, 6, 8), (0.5,)), speedup=2)
     with pytest.raises(ArgumentError, match="has none at 'heads'"):
