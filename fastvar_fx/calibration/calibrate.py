@@ -121,10 +121,11 @@ def calibrate(  # noqa: PLR0913
     branches = Branches.of(subject)
     budget = Budget.of(subject, speedup, loss)
     search = _Search(subject, journal, branches, budget)
+    ends = search.ends()  # first: it is soon known whether guidance can end
     by_span = [alone(subject, journal, branches, steps) for steps in subject.spans]
-    best = search.best_of(by_span)
+    best = search.best_of(ends, by_span)
     if best is None or (loss is not None and not best.saved):
-        raise ScheduleError(search.refusal(by_span))
+        raise ScheduleError(search.refusal(ends, by_span))
     for _ in range(_REFINED if best.prunes else 0):
         curves = in_context(subject, journal, best.ratios, best.until, branches.depth)
         better = search.best(curves, best)
@@ -219,15 +220,12 @@ class Plan:
 
     def text(self, budget: Budget) -> str:
         """Returns a line on the plan."""
-        does = []
+        does = [f"is {budget.speedup(self.saved):.2f}x as fast by FLOPs"]
         if self.prunes:
             does.append(f"restores from step {min(place.step for place in self.ratios) - 1}")
         if self.until is not None:
             does.append(f"has no guidance from step {self.until} on")
-        return (
-            f"the plan is {budget.speedup(self.saved):.2f}x as fast by FLOPs, {', '.join(does)}, "
-            f"and loses {self.loss / budget.tokens:.4g} per token"
-        )
+        return f"the plan {', '.join(does)}, and loses {self.loss / budget.tokens:.4g} per token"
 
 
 @dataclass(frozen=True)
@@ -245,15 +243,16 @@ class _Search:
         ratios = as_ratios(plan.ratios, steps, self.branches.depth)
         return self.subject.pruning(steps, ratios, plan.until)
 
-    def best_of(self, by_span: Sequence[Curves]) -> Plan | None:
-        """Returns the best plan of all choices of the cache step and of the end of guidance.
+    def best_of(self, ends: Sequence[Plan], by_span: Sequence[Curves]) -> Plan | None:
+        """Returns the best plan of all choices of the end of guidance and of the cache step.
 
         Args:
+            ends: Plans that only end guidance, in order of what they lose.
             by_span: What each place may save and lose alone, for each choice of the cache step.
         """
         best: Plan | None = None
         most = math.inf if self.budget.loss is None else self.budget.loss
-        for end in self.ends():
+        for end in ends:
             if end.loss >= (best.loss if best and self.budget.loss is None else most):
                 break
             found = [self.best(_unguided(curves, end.until), end) for curves in by_span]
@@ -304,9 +303,8 @@ class _Search:
                 return plan
         return None
 
-    def refusal(self, by_span: Sequence[Curves]) -> str:
-        """Returns why no plan meets the budget, and what can be met."""
-        ends = self.ends()
+    def refusal(self, ends: Sequence[Plan], by_span: Sequence[Curves]) -> str:
+        """Returns why no plan meets the budget, and what can be met; see `best_of`."""
         if self.budget.saving is None:
             plans = [end for end in ends if end.saved]
             plans += [self._measured(divide(curves, saving=1.0), None) for curves in by_span]
