@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastvar_fx
+from fastvar_fx import Schedule
+from fastvar_fx.models.var import VAR, build
 from fastvar_fx.shipping.package import Package, compile_package, example_of
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +40,36 @@ def test_one_process_compiles_and_another_needs_no_compiler(tmp_path: Path) -> N
     names = sorted(file.name for file in (tmp_path / "toy").iterdir())
     assert names == ["000.pt2", "001.pt2", "002.pt2", "manifest.json"]
     assert "right" in run("load", tmp_path / "toy", CXX="/bin/false")
+
+
+def deep() -> VAR:
+    """Two pruned steps and two blocks: what a method carries from one to the next counts."""
+    model = build("tiny", scales=(1, 2, 3, 4), depth=2, width=32, heads=1)
+    for parameter in model.blocks.parameters():
+        parameter.data *= 2  # so that each block would select other tokens
+    return model
+
+
+def pruned(method: str) -> VAR:
+    return fastvar_fx.transform(deep(), Schedule((1, 2, 3, 4), (0.5, 0.75)), method=method)
+
+
+def draw(model: VAR) -> Tensor:
+    return model.infer_fhat(2, 1, g_seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["depthvar", "lazyvar"])
+def test_packages_carry_what_a_method_keeps_between_calls(method: str, tmp_path: Path) -> None:
+    fastvar_fx.export(pruned(method), tmp_path / method, draw)
+    fast = fastvar_fx.load(deep(), tmp_path / method)
+    compiled = fastvar_fx.compile(pruned(method))
+    for _ in range(2):
+        assert torch.equal(draw(fast), draw(compiled))
+    packages = fastvar_fx.explain(fast).packages
+    assert packages is not None
+    assert packages.failures == ()
+    assert not torch.allclose(draw(fast), draw(pruned("fastvar")))
 
 
 TABLE = torch.linspace(0, 1, 8)
