@@ -157,12 +157,10 @@ class Budget:
     @classmethod
     def of(cls, subject: Subject, speedup: float | None, loss: float | None) -> Budget:
         """Returns the budget of a calibration."""
-        schedule, without = subject.schedule, 0.0
-        flops = total_flops(subject)
-        for step, dense in enumerate(flops):
-            skipped = step in schedule.full_steps
-            without += dense if skipped else 0 if schedule.guided(step) else dense / 2
+        schedule = subject.schedule
+        flops, left = total_flops(subject)
         total = sum(flops)
+        without = float(total - left)
         drawn = [s for s in range(schedule.steps) if s not in schedule.full_steps]
         tokens = sum(map(schedule.tokens, drawn))
         saving = None if speedup is None else max(total - total / speedup - without, 0.0)

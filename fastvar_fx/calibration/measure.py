@@ -285,7 +285,11 @@ def _measure(
         with reference.comparing() as loss:
             run(fast)
         saved = saved_flops(Engine.of(fast))
-        total = {step: float(reference.calls[step] * n) for step, n in saved.items()}
+        total = {
+            step: float(reference.calls[step] * n)
+            for step, n in saved.items()
+            if step not in dense.full_steps  # drawn from the cache in the dense generation too
+        }
         journal.put(_named(name, number), Found(loss, total))
 
 
@@ -309,10 +313,24 @@ def saved_flops(engine: Engine) -> dict[int, int]:
     return saved
 
 
-def total_flops(subject: Subject) -> list[int]:
-    """Returns the FLOPs of the blocks at each step of a dense generation."""
-    run = partial(subject.runs[0], subject.model)
-    counted = Runs(run, subject.model, subject.blocks, subject.schedule)
+def total_flops(subject: Subject) -> tuple[list[int], int]:
+    """Returns the FLOPs of the blocks in a dense generation.
+
+    Returns:
+        Those of the model at each step, and those in all that are left where the schedule skips
+        steps or ends guidance.
+    """
+    fast = subject.transformed(subject.dense)
+    subject.runs[0](fast)  # tracing would be counted
+    drawn = Engine.of(fast).plan.drawn_steps
+    left = _flops(subject, fast, drawn)
+    return _flops(subject, subject.model, subject.schedule.steps), sum(left)
+
+
+def _flops(subject: Subject, model: Any, drawn: int) -> list[int]:
+    """Returns the FLOPs of the blocks at each step of a generation."""
+    run = partial(subject.runs[0], model)
+    counted = Runs(run, model, subject.blocks, subject.schedule, drawn)
     with torch.no_grad():
         counted.count()
     return counted.flops

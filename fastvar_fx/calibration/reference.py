@@ -36,16 +36,23 @@ class Guidance:
     strengths: Sequence[float]
     conditional: LiveRows
 
-    def guided(self, logits: Tensor, step: int) -> Tensor:
+    def guided(self, logits: Tensor, step: int, batch: int) -> Tensor:
         """Returns the guided logits (B, L, V) of logits (2B, L, V), float32.
 
+        Args:
+            logits: Those of both halves.
+            step: The step.
+            batch: The batch that the blocks got, 2B.
+
         Raises:
-            RunError: If the batch has no two halves.
+            RunError: If there are no logits of both halves.
         """
-        if len(logits) % 2:
+        if batch % 2 or len(logits) != batch:
             raise RunError(
                 f"guidance= is for a batch of two halves, the same images with and without "
-                f"condition; found logits of a batch of {len(logits)} at step {step}"
+                f"condition, and for a module that returns the logits of both at once; found "
+                f"logits of a batch of {len(logits)} at step {step}, and a batch of {batch} in the "
+                f"blocks"
             )
         conditional, other = logits.float().chunk(2)
         if self.conditional == "last":
@@ -97,6 +104,7 @@ class Reference:
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._step: int | None = None
+        self._batch = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -158,7 +166,8 @@ class Reference:
             )
 
     def _compared(self, output: Tensor, step: int) -> Tensor:
-        return self._guidance.guided(output, step) if self._guidance else output
+        guidance = self._guidance
+        return guidance.guided(output, step, self._batch) if guidance else output
 
     def _difference(self, dense: Tensor, pruned: Tensor) -> float:
         """Returns the sum over the tokens, the mean over the batch, of what differs.
@@ -179,7 +188,7 @@ class Reference:
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = BlockCall(vars(block)[RUNTIME].site, block, args, kwargs)
-            self._step = self._step_of(call)
+            self._step, self._batch = self._step_of(call), len(call.x)
             given = enter(call)
             if given is None:
                 return None

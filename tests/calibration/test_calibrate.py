@@ -180,6 +180,23 @@ def test_a_plan_saves_what_is_asked_at_one_step(net: VAR, monkeypatch: pytest.Mo
     assert 1.2 <= block_flops(net) / block_flops(fast) < 1.6
 
 
+def test_steps_that_are_drawn_from_the_cache_save_once(net: VAR) -> None:
+    texts: list[str] = []
+    plan = fastvar_fx.calibrate(
+        net,
+        draw,
+        Schedule(SCALES, (0.5, 1.0)),
+        speedup=2.2,
+        levels=(0.75,),
+        progress=texts.append,
+        on_full="cache",
+    )
+    fast = fastvar_fx.transform(net, plan, on_full="cache")
+    draw(fast)
+    (said,) = re.findall(r"is ([\d.-]+)x as fast", texts[-1])
+    assert float(said) == pytest.approx(block_flops(net) / block_flops(fast), abs=0.006)
+
+
 @pytest.mark.slow
 def test_a_plan_ends_guidance_where_that_loses_less_than_pruning(net: VAR, tmp_path: Path) -> None:
     """And prunes, or ends it earlier, for what this does not save."""
@@ -352,8 +369,9 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
         guided(guidance=1.5, logits=None)
     with pytest.raises(ArgumentError, match='needs conditional="first" or "last"'):
         guided(guidance=1.5, conditional=None)
-    with pytest.raises(RunError, match=r"two halves, .* found logits of a batch of 3"):
-        Guidance((1.5,), "first").guided(torch.zeros(3, 4, 8), 0)
+    for found, batch in ((3, 3), (2, 4)):
+        with pytest.raises(RunError, match=f"two halves, .* found logits of a batch of {found}"):
+            Guidance((1.5,), "first").guided(torch.zeros(found, 4, 8), 0, batch)
     with pytest.raises(ScheduleError, match="takes a fastvar_fx"):
         find("var-256", speedup=2)
     with pytest.raises(ScheduleError, match="ratios for 3 layers, but the model has 2"):
