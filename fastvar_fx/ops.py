@@ -131,7 +131,7 @@ def cached_token_restoration(
         scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
 
     Raises:
-        ArgumentError: If the shapes do not fit each other.
+        ArgumentError: If the shapes or the dtypes do not fit each other.
 
     Source: FastVAR, "cached token restoration"; interpolation is `area`.
 
@@ -154,7 +154,8 @@ def drift_corrected_restoration(
     The captured output is that of another step: of other conditioning, and with other earlier maps
     to attend to. The drift (B, 1, C) is what this changes on average, seen at the kept tokens: the
     mean over them of computed minus captured output. It is computed in float32 (float64 for
-    float64). Where no token is kept it is unknown, and nothing is added.
+    float64), under autocast with its products in the dtype of autocast. Where no token is kept it
+    is unknown, and nothing is added.
 
     Args:
         kept: The branch's output on the kept tokens (B, kept, C).
@@ -164,7 +165,7 @@ def drift_corrected_restoration(
         scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
 
     Raises:
-        ArgumentError: If the shapes do not fit each other.
+        ArgumentError: If the shapes or the dtypes do not fit each other.
 
     Source: not of the paper.
 
@@ -202,7 +203,7 @@ def locally_corrected_restoration(
         scale: (h, w) or (m, h, w) of this step; as many maps as in `cached_scale`.
 
     Raises:
-        ArgumentError: If the shapes do not fit each other.
+        ArgumentError: If the shapes or the dtypes do not fit each other.
 
     Source: not of the paper.
 
@@ -381,6 +382,10 @@ def _check_shapes(
             f"asked to restore from scale {cached_scale} of "
             f"{prod(cached_scale)} tokens; found {found}. Pass the scale of the cache step, and "
             f"tensors of one batch and width"
+        )
+    if kept.dtype != cached.dtype:
+        raise ArgumentError(
+            f"restoration needs kept and cached of one dtype; found {kept.dtype} and {cached.dtype}"
         )
     if as_maps(cached_scale)[0] != as_maps(scale)[0]:
         raise ArgumentError(

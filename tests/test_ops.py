@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvar_fx import ops, schedule
+from fastvar_fx.errors import ArgumentError
 from fastvar_fx.ops import (
     Restore,
     Scale,
@@ -434,6 +435,13 @@ def test_restoration_refuses_shapes_that_do_not_fit(
     for restore in (cached_token_restoration, *(corrected for corrected, _ in CORRECTIONS)):
         with pytest.raises(ValueError, match=message):
             restore(torch.zeros(kept), indices, torch.zeros(cached), *scales)
+
+
+def test_restoration_refuses_dtypes_that_differ() -> None:
+    kept, index = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64)
+    for restore in (cached_token_restoration, *(corrected for corrected, _ in CORRECTIONS)):
+        with pytest.raises(ArgumentError, match=r"one dtype; found torch.float32 and torch.bfloat"):
+            restore(kept, index, torch.zeros(1, 4, 3, dtype=torch.bfloat16), (2, 2), (4, 4))
 
 
 @pytest.mark.slow
