@@ -197,8 +197,10 @@ class Point(NamedTuple):
 def draw_tradeoff(curves: Mapping[str, Sequence[Point]], out: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes, first = figure.subplots(1, 2), next(iter(curves))
+    colors = [*colormaps["tab10"].colors, "navy"]  # type: ignore[attr-defined]
     for axis, what in zip(axes, ("held_out", "draws"), strict=True):
-        for (name, points), marker in zip(curves.items(), cycle("osD^vP*X<>"), strict=False):
+        axis.set_prop_cycle(color=colors)
+        for (name, points), marker in zip(curves.items(), cycle("osD^vP*X<>h"), strict=False):
             known = [(p, getattr(p, what)) for p in points if getattr(p, what) is not None]
             xs, ys = [p.speed for p, _ in known], [bits.mean for _, bits in known]
             axis.errorbar(xs, ys, [bits.half for _, bits in known], marker=marker, label=name)

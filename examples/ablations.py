@@ -710,14 +710,9 @@ def draw_figures(
         name: transform(model.model, Schedule(scales, PAPER), method=method)
         for name, method in COMPARED.items()
     }
-    guided = {
-        f"and guidance, {setting.speedup:g}x": transform(
-            model.model, setting.schedule, conditional="first", method=setting.method
-        )
-        for setting in rows
-        if setting.speedup == GUIDED[-1]
-    }
-    figures.draw_samples(model, fast | guided, out)
+    (plan,) = (setting for setting in rows if setting.speedup == GUIDED[-1])
+    calibrated = transform(model.model, plan.schedule, conditional="first", method=plan.method)
+    figures.draw_samples(model, fast | {"calibrated": calibrated}, out)
     figures.draw_steps(model, fast["FastVAR"], out)
     figures.draw_spectra(model, fast, out)
     figures.draw_kept_tokens(model, out)
@@ -740,7 +735,9 @@ def point(row: Row) -> figures.Point:
     speedup = row.speed.transformer.speedup
     scores = [row.fidelity.score("bits", against) for against in (HELD_OUT, DENSE)]
     held_out, draws = (score.difference if score is not None else None for score in scores)
-    return figures.Point(percent(*row.setting.ratios), speedup, held_out, draws)
+    by_flops = row.setting.speedup
+    label = percent(*row.setting.ratios) if by_flops is None else f"{by_flops:g}x by FLOPs"
+    return figures.Point(label, speedup, held_out, draws)
 
 
 if __name__ == "__main__":
