@@ -12,6 +12,7 @@ from passes.analyse.branches import FindBranches
 from passes.analyse.caches import FindCaches
 from passes.analyse.costs import CountFlops
 from passes.analyse.counts import CheckCounts
+from passes.analyse.later import FindNeededLater
 from passes.analyse.prunable import CheckPrunable
 from passes.analyse.rows import Half, RowDim, find_rows
 from passes.base import (
@@ -49,6 +50,7 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     Capture(),
     FindBranches(),
     VerifyTranslation(),
+    FindNeededLater(),
     CaptureOutputs(),  # the cache step only
     CheckPrunable(),  # this and the next two lines: pruned steps only
     CheckCounts(),

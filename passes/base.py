@@ -114,6 +114,7 @@ class Draft(StepProgram):
     Attributes:
         source: The graph that the branches were found in.
         found: Its residual branches.
+        needed_later: Why later steps need the keys of a branch whole, by index.
         expected: What each branch adds in the real call, by index.
         inputs_after: The inputs of `source` after the real call, which may have overwritten them.
         forms: The nodes that compute each pruned branch in the graph, by index.
@@ -122,6 +123,7 @@ class Draft(StepProgram):
 
     source: GraphModule = _UNSET
     found: tuple[Branch, ...] = ()
+    needed_later: Mapping[int, Refusal] = field(default_factory=dict)
     expected: Mapping[int, Tensor] = field(default_factory=dict)
     inputs_after: tuple[Any, ...] = ()
     forms: Mapping[int, Sequence[Node]] = field(default_factory=dict)

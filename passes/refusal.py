@@ -61,7 +61,7 @@ CODES: Final = {
     ),
     "FVX020": Code("the compiler failed on the block", "report it with the logged traceback"),
     "FVX021": Code(
-        "a later step has a value for every key, pruned or not",
+        "a later step needs every key, pruned or not",
         "none needed: it prunes at the last step, whose keys no later step reads",
     ),
     "FVX022": Code(

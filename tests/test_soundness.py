@@ -397,6 +397,58 @@ def test_keys_that_a_mask_of_a_later_step_counts_are_not_pruned(cut: bool) -> No
     assert refusal == "FVX021"
 
 
+@pytest.mark.parametrize("place", ["slice", "arange", "given", "counted"])
+def test_keys_are_not_pruned_while_the_length_of_their_cache_is_a_position(place: str) -> None:
+    """Positions that the loop or a counter says are right whatever is pruned."""
+
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(30, WIDTH))
+            self.keys: Tensor | None = None
+            self.count = 0
+
+        def positions(self, tokens: int, given: int) -> Tensor:
+            past = 0 if self.keys is None else self.keys.shape[2]
+            past = {"given": given, "counted": self.count}.get(place, past)
+            if place == "arange":
+                return self.table[torch.arange(past, past + tokens, device=self.table.device)]
+            return self.table[past : past + tokens]
+
+        def forward(self, x: Tensor, past: int) -> Tensor:
+            at = self.positions(x.shape[1], past)
+            self.count += x.shape[1]
+            q, k, v = self.qkv(x + at).chunk(3, -1)
+            new = torch.stack((k, v))
+            self.keys = new if self.keys is None else torch.cat((self.keys, new), 2)
+            x = x + F.scaled_dot_product_attention(q, *self.keys)
+            out: Tensor = x + self.fc(x)
+            return out
+
+    class Placed(Net):
+        def draw(self) -> list[int]:
+            past, keys = 0, []
+            for h, w in ((1, 1), *SCALES):
+                x = torch.randn(2, h * w, WIDTH, dtype=torch.float64, device=DEVICE)
+                for block in self.blocks:
+                    x = block(x, past)
+                past += h * w
+                keys.append(first(self).keys.shape[2])
+            return keys
+
+    fast = fastvar_fx.transform(
+        Placed(Block).eval(), Schedule(((1, 1), *SCALES), (0.5, 0.5)), strict=False
+    )
+    whole = place in ("slice", "arange")
+    assert fast.draw() == ([1, 5, 14, 14 + 8] if whole else [1, 5, 5 + 5, 10 + 8])
+    report = fastvar_fx.explain(fast)
+    kept = {(row.step, row.kind): row.kept for row in report.rows}
+    assert kept[3, "attention"] == 8
+    found = {row.refusal for row in report.refusals if row.refusal is not None}
+    assert {refusal.code for refusal in found} == ({"FVX021"} if whole else set())
+    assert all("where the cache ends" in refusal.reason for refusal in found)
+
+
 def test_programs_hold_for_the_numpy_scalars_they_were_made_for_only() -> None:
     class Block(Attention):
         def __init__(self) -> None:

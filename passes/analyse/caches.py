@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.analyse.branches import KINDS, Kind
-from passes.analyse.prunable import needed_later
 from passes.base import Context, Draft
 from passes.graph import CATS, bind, joined, memory_owner, op_name, outputs_of, written
-from passes.trace.calls import Rows
+from passes.trace.calls import Call, Rows
+from passes.trace.capture import BlockProgram
+from passes.trace.state import Path
 
 SIZE: Final = torch.ops.aten.sym_size.int
 
@@ -96,16 +97,13 @@ class FindCaches:
         later = context.later
         if later is None:
             return draft
-        paths = list(enumerate(draft.inputs))
-        stored = [write.place for write in draft.captured.writes]
-        rewritten = [i for i, path in paths if any(path[: len(s)] == s for s in stored)]
-        given = [i for i, p in paths if p[0][1] != "module" and p != context.call.stream]
-        found = find_growing(draft.graph_module, rewritten, given)
+        places = places_of_caches(context.call, draft.inputs, draft.captured)
+        found = find_growing(draft.graph_module, *places)
         earlier = draft.at_earlier_sizes
-        if earlier is not None and find_growing(earlier, rewritten, given) != found:
+        if earlier is not None and find_growing(earlier, *places) != found:
             found = [Copied(cache.input, "the number of its new entries varies") for cache in found]
         # A branch that prunes at the last step only has all its tokens cached before.
-        prunable = (b for b in draft.prunable(KINDS) if needed_later(b) is None)
+        prunable = (b for b in draft.prunable(KINDS) if b.index not in draft.needed_later)
         rows = dict(later.pruned)
         kept = {node: rows[branch.kind] for branch in prunable for node in branch.region}
         outputs = outputs_of(draft.source.graph)
@@ -115,6 +113,16 @@ class FindCaches:
 
         caches = (replace(c, spare=spare(c)) if isinstance(c, Growth) else c for c in found)
         return replace(draft, caches=tuple(caches))
+
+
+def places_of_caches(
+    call: Call, inputs: Sequence[Path], captured: BlockProgram
+) -> tuple[list[int], list[int]]:
+    """Returns which inputs may be caches: `rewritten` and `given` of `find_growing`."""
+    stored = [write.place for write in captured.writes]
+    rewritten = [i for i, path in enumerate(inputs) if any(path[: len(s)] == s for s in stored)]
+    given = [i for i, p in enumerate(inputs) if p[0][1] != "module" and p != call.stream]
+    return rewritten, given
 
 
 def find_growing(
