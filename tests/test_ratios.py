@@ -100,6 +100,7 @@ def test_zeros_for_each_layer_are_bit_identical() -> None:
     assert torch.equal(draw(fast), draw(model))
 
 
+@pytest.mark.slow
 def test_one_selection_needs_one_count() -> None:
     kinds = Schedule(SCALES, [{"attention": 0.5, "ffn": 0.75}])
     layers = Schedule(SCALES, [(0.5, 0.75, 0.0)])

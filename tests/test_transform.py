@@ -41,7 +41,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name])
 
 
-@zoo.examples(30, quick=12, long=60)
+@zoo.examples(30, quick=9, long=60)
 @given(zoo.cases(some_layers=True))
 def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
@@ -58,7 +58,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     assert_untouched(model, before)
 
 
-@zoo.examples(12, quick=6, long=25)
+@zoo.examples(12, quick=4, long=25)
 @given(zoo.cases())
 def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     model = case.model(torch.float32)

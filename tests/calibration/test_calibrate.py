@@ -180,6 +180,7 @@ def test_a_plan_saves_what_is_asked_at_one_step(net: VAR, monkeypatch: pytest.Mo
     assert 1.2 <= block_flops(net) / block_flops(fast) < 1.6
 
 
+@pytest.mark.slow
 def test_steps_that_are_drawn_from_the_cache_save_once(net: VAR) -> None:
     texts: list[str] = []
     plan = fastvar_fx.calibrate(

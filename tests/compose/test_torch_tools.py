@@ -52,6 +52,7 @@ def test_pruning_masks() -> None:
     assert_prunes(fast, around(fast))
 
 
+@pytest.mark.slow
 def test_parametrizations() -> None:
     model = Toy()
     parametrizations.weight_norm(model.blocks[0].ffn.up)

@@ -276,6 +276,7 @@ def test_what_cannot_be_compiled_as_asked_is_told_at_once() -> None:
         fastvar_fx.compile(transformed(1, FEW), colour="red")
 
 
+@pytest.mark.slow
 def test_inductors_front_end_agrees() -> None:
     fast = transformed(2, FEW)
     want = generate(fast, 0)
@@ -350,6 +351,7 @@ def test_a_forward_that_dynamo_cannot_take_is_compiled_as_traced() -> None:
     torch.testing.assert_close(fast(0), plain(0))
 
 
+@pytest.mark.slow
 def test_a_block_that_is_edited_is_traced_again() -> None:
     schedule = Schedule((1, 2, 3, 4), (0.5,))
     plain = fastvar_fx.transform(Offsets().eval(), schedule)

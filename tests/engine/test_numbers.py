@@ -136,6 +136,7 @@ def test_a_float_that_decides_has_a_program_for_each_way() -> None:
     assert programs(fast) == [2] * 2 * STEPS
 
 
+@pytest.mark.slow
 @zoo.examples(10, quick=4)
 @given(st.lists(st.floats(-4, 4, width=64), min_size=2, max_size=4), st.sampled_from([*PLACES]))
 def test_any_values(values: list[float], place: str) -> None:
@@ -211,6 +212,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_programs_of_a_strength_compile_no_more() -> None:
     torch.manual_seed(0)

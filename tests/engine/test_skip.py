@@ -339,6 +339,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_blocks_skip() -> None:
     fast = fastvar_fx.transform(model_of(Accumulates), Schedule(SIDES, (0.5, 1, 1), layers=(1,)))

@@ -164,6 +164,7 @@ def test_without_time_the_first_row_is_run_once() -> None:
     assert result.left_out == (PRUNED, PEER)
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

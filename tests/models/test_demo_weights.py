@@ -84,6 +84,7 @@ def test_it_is_ready_to_use(trained: VAR) -> None:
 # --------------------------------------------------------------------------------- teacher forcing
 
 
+@pytest.mark.slow
 def test_cached_steps_equal_the_pass_on_an_images_tokens(
     trained: VAR, held_out: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

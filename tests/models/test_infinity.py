@@ -463,6 +463,7 @@ def test_half_precision(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference(got, want) < 0.1
 
 
+@pytest.mark.slow
 def test_prompts_in_a_row(model: Infinity) -> None:
     schedule = Schedule(SCALES, RATIOS[:1])
     fast = fastvar_fx.transform(model, schedule)

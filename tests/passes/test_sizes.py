@@ -153,6 +153,7 @@ def first_of_each(block: Block, attended: Tensor, text: Tensor) -> Tensor:
     return attended + attended.new_tensor([float(text.shape[1])]).sum()
 
 
+@pytest.mark.slow
 def test_a_length_that_becomes_a_constant_is_traced_each_time() -> None:
     torch.manual_seed(0)
     model = Model(twist=first_of_each).eval()
@@ -174,6 +175,7 @@ def test_another_batch_and_another_length_at_once() -> None:
     assert program_counts(fast) == [2] * 3
 
 
+@pytest.mark.slow
 def test_a_branch_refused_at_the_earlier_sizes_keeps_sizes_fixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -151,6 +151,7 @@ def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     assert 0 < found["agreement", DENSE].mean < 1
 
 
+@pytest.mark.slow
 def test_other_methods_are_evaluated(subject: Case) -> None:
     baseline = Baseline.of(subject, ["bits"], [0])
     scores = []
@@ -269,6 +270,7 @@ def test_cases_that_cannot_be_built(tmp_path: Path) -> None:
         case("demo", fastvar_fx.Schedule((1, 2), (0.5,)))
 
 
+@pytest.mark.slow
 def test_the_command_prints_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, subject: Case
 ) -> None:

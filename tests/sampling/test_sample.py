@@ -519,6 +519,7 @@ needs_distributed = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_distributed
 def test_two_processes_one_of_them_killed_draw_what_one_draws() -> None:
     options = ("--draw", "tests.sampling.own:draw_and_die", "--count", 22, "--batch", 4, "--npz")
