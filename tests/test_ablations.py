@@ -154,14 +154,17 @@ def test_calibrated_schedules_are_found_once_and_compared_with_those_they_are_li
 ) -> None:
     monkeypatch.setattr(ablations, "CALIBRATED", ("fastvar",))
     monkeypatch.setattr(ablations, "GENERATIONS", 1)
+    monkeypatch.setattr(ablations, "GUIDED", (1.5,))
     model = ablations.tiny()
-    (plan,) = ablations.found_plans(model, tmp_path)
+    plan, guided = ablations.found_plans(model, tmp_path)
     assert plan.like == ablations.Setting(model.schedule)
     assert plan.name == "fastvar 0.5 0.75 from 3, calibrated"
     fast, like = (ablations.flop_speedup(model, setting) for setting in (plan, plan.like))
     assert like <= fast <= 1.1 * like
     begun = (tmp_path / "fastvar.measured.json").stat().st_mtime_ns
-    assert ablations.found_plans(model, tmp_path) == [plan]
+    assert ablations.found_plans(model, tmp_path) == [plan, guided]
     assert (tmp_path / "fastvar.measured.json").stat().st_mtime_ns == begun
+    assert guided.name == "drift-corrected-grid and guidance, calibrated, 1.5x"
+    assert ablations.flop_speedup(model, guided) >= 1.5
     section = ablations.calibration([plan])
     assert list(section.settings.values()) == [plan.like, plan]
