@@ -25,6 +25,12 @@ def outputs_of(graph: Graph) -> list[Node]:
     return list(values)
 
 
+def computing(graph: Graph) -> list[Node]:
+    """Returns the calls that compute tensors, and the constants; no sizes and other numbers."""
+    nodes = (node for node in graph.nodes if node.op in ("call_function", "get_attr"))
+    return [node for node in nodes if not isinstance(node.meta.get("val"), (int, float, complex))]
+
+
 def placeholder_of(program: Any, path: Any) -> Node | None:
     """Returns the placeholder of the input at `path`, or None if the graph does not read it.
 

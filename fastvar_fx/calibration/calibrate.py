@@ -67,7 +67,7 @@ def calibrate(  # noqa: PLR0913
 
     The number of generations is that of the runs, times branches, levels, and choices of the cache
     step, which is the one before the steps that may prune, or a later one, so that fewer prune;
-    and twice the branches for each improvement. To end guidance takes a few for each step.
+    and twice the branches for each improvement. Guidance adds a few for each step.
 
     Args:
         model: The dense model, as for `transform`.
@@ -157,12 +157,10 @@ class Budget:
     @classmethod
     def of(cls, subject: Subject, speedup: float | None, loss: float | None) -> Budget:
         """Returns the budget of a calibration."""
-        schedule = subject.schedule
         flops, left = total_flops(subject)
         total = sum(flops)
         without = float(total - left)
-        drawn = [s for s in range(schedule.steps) if s not in schedule.full_steps]
-        tokens = sum(map(schedule.tokens, drawn))
+        tokens = sum(map(subject.schedule.tokens, range(subject.drawn_steps)))
         saving = None if speedup is None else max(total - total / speedup - without, 0.0)
         return cls(flops, without, tokens, saving, None if loss is None else loss * tokens)
 
@@ -259,15 +257,20 @@ class _Search:
         return best
 
     def ends(self) -> list[Plan]:
-        """Returns plans that only end guidance, or do nothing; in order of what they lose."""
-        steps, ends = self.subject.steps, self.subject.ends
-        plans = [Plan({}, 0.0, 0.0)]
+        """Returns plans that only end guidance, or do nothing; in order of what they lose.
+
+        The conditional half runs as it does with guidance, so that a step without guidance loses
+        the same whichever was the first: the earliest end is measured for all.
+        """
+        nothing, ends = Plan({}, 0.0, 0.0), self.subject.ends
+        if not ends:
+            return [nothing]
+        name, steps, depth = name_of({}, ends[0]), self.subject.steps, self.branches.depth
+        found = measured(self.subject, self.journal, {name: {}}, steps, depth, ends[0])[name]
+        plans = [nothing]
         for until in ends:
-            name = name_of({}, until)
-            found = measured(
-                self.subject, self.journal, {name: {}}, steps, self.branches.depth, until
-            )
-            plans.append(Plan({}, self._ended(until), sum(found[name].loss.values()), until))
+            loss = sum(lost for step, lost in found.loss.items() if step >= until)
+            plans.append(Plan({}, self._ended(until), loss, until))
         return sorted(plans, key=lambda plan: plan.loss)
 
     def _ended(self, until: int | None) -> float:

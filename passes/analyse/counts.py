@@ -16,14 +16,14 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from passes.analyse.axes import Axes, AxesError, dim_size, has_tokens, regroup, shape_of
 from passes.analyse.branches import Branch
 from passes.analyse.prunable import gathered
 from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft
-from passes.graph import bind, op_name, plain, reach
+from passes.graph import bind, computing, op_name, plain, reach
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
@@ -122,7 +122,7 @@ def _compared(
         RefusedError: If the block does not run on them.
     """
     other = capture(call)
-    ops, others = _ops(draft.source), _ops(other.graph_module)
+    ops, others = computing(draft.source.graph), computing(other.graph_module.graph)
     if [node.target for node in ops] != [node.target for node in others]:
         return None
     if what != _KEPT and other.inputs != draft.captured.inputs:
@@ -215,12 +215,6 @@ def _origin(side: Node, axes: Axes) -> tuple[Node, Axes]:
             break
         side = source
     return side, axes
-
-
-def _ops(graph_module: GraphModule) -> list[Node]:
-    """Returns the calls that compute tensors, and the constants."""
-    nodes = (node for node in graph_module.graph.nodes if node.op in ("call_function", "get_attr"))
-    return [node for node in nodes if not isinstance(node.meta.get("val"), _NUMBERS)]
 
 
 def _differences(branch: Branch, twins: Twins, kept: int, what: str) -> Iterator[Refusal]:

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from passes.analyse.branches import Branch
 from passes.analyse.caches import Growth, find_growing, places_of_caches
 from passes.analyse.prunable import gathered
 from passes.base import Context, Draft
-from passes.graph import bind, plain, reach
+from passes.graph import bind, computing, plain, reach
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
 from passes.trace.symbols import NOTHING_VARIES
-
-_MADE: Final = ("call_function", "get_attr")
 
 
 class FindNeededLater:
@@ -33,7 +31,9 @@ class FindNeededLater:
     name = "find_needed_later"
 
     def run(self, context: Context, draft: Draft) -> Draft:
-        """Returns the draft with these refusals."""
+        """Returns the draft with these refusals; there are none at the last step."""
+        if context.step is not None and context.step.last:
+            return draft
         caching = [b for b in draft.found if b.refusal is None and _caches(b)]
         by_key = {b.index: _value_per_key(b) for b in caching}
         found = {index: refusal for index, refusal in by_key.items() if refusal is not None}
@@ -83,14 +83,14 @@ def _placed_by_caches(call: Call, draft: Draft) -> Refusal | None:
     placeholders = draft.source.graph.find_nodes(op="placeholder")
     grown = {c.input: c.dim for c in growths if isinstance(c, Growth)}
     sizes = {i: int(placeholders[i].meta["val"].shape[dim]) for i, dim in grown.items()}
-    if not sizes or not all(sizes.values()) or not _reads(draft.source, set(sizes.values())):
+    if not sizes or not all(sizes.values()) or not _reads(draft.source.graph, set(sizes.values())):
         return None
     cut = {paths[i]: {grown[i]: size - 1} for i, size in sizes.items()}
     try:
         other = capture(replace(call, varying=NOTHING_VARIES, cut=cut)).graph_module
     except RefusedError:  # the caches are not all that has an entry per key
         return None
-    nodes, others = (_made(graph_module) for graph_module in (draft.source, other))
+    nodes, others = computing(draft.source.graph), computing(other.graph)
     if [node.target for node in nodes] != [node.target for node in others]:
         return None
     varying = [placeholders[i] for i, path in enumerate(paths) if i in grown or path == call.stream]
@@ -105,19 +105,15 @@ def _placed_by_caches(call: Call, draft: Draft) -> Refusal | None:
     return None
 
 
-def _reads(graph_module: GraphModule, sizes: set[int]) -> bool:
+def _reads(graph: Graph, sizes: set[int]) -> bool:
     """Whether some call has the number of a cache's entries among its arguments."""
-    return any(not sizes.isdisjoint(_whole_numbers(node)) for node in _made(graph_module))
+    return any(not sizes.isdisjoint(_whole_numbers(node)) for node in computing(graph))
 
 
-def _made(graph_module: GraphModule) -> list[Node]:
-    """Returns the calls that compute tensors, and the constants."""
-    nodes = (node for node in graph_module.graph.nodes if node.op in _MADE)
-    return [node for node in nodes if isinstance(node.meta.get("val"), Tensor)]
-
-
-def _shape(node: Node) -> list[int]:
-    return list(node.meta["val"].shape)
+def _shape(node: Node) -> list[int] | None:
+    """Returns the shape of what a call computes; None for several tensors."""
+    value = node.meta["val"]
+    return list(value.shape) if isinstance(value, Tensor) else None
 
 
 def _whole_numbers(node: Node) -> list[int]:

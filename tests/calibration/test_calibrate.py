@@ -53,16 +53,22 @@ def last_logits(model: Any) -> Tensor:
     return seen[-1].double()
 
 
+def recorded(fast: VAR, dense: Schedule, guidance: Guidance | None = None) -> Reference:
+    """Returns a reference of the dense generation from seed 0."""
+    reference = Reference(fast, "head", guidance)
+    fastvar_fx.use(fast, dense)
+    with reference.recording():
+        draw(fast)
+    return reference
+
+
 # --- what is measured -----------------------------------------------------------------------------
 
 
 def test_losses_are_divergences_of_the_logits_in_bits(net: VAR) -> None:
     dense, last = (Schedule(SCALES, [r]) for r in (0.0, 0.75))
     fast = fastvar_fx.transform(net, [dense, last], strict=False)
-    reference = Reference(fast, "head")
-    fastvar_fx.use(fast, dense)
-    with reference.recording():
-        draw(fast)
+    reference = recorded(fast, dense)
     fastvar_fx.use(fast, last)
     with reference.comparing() as losses:
         unseeded(fast)
@@ -110,11 +116,9 @@ def test_losses_with_guidance_are_those_of_guided_logits(net: VAR) -> None:
         Schedule(SCALES, (0.0, r), guidance_until=until)
         for r, until in ((0.0, None), (0.75, None), (0.0, 4), (0.75, 4))
     )
-    fast = fastvar_fx.transform(net, [dense, *others], conditional="first", strict=False)
-    reference = Reference(fast, "head", Guidance(net.guidance_strengths(), "first"))
-    fastvar_fx.use(fast, dense)
-    with reference.recording():
-        draw(fast)
+    early = Schedule(SCALES, (0.0, 0.0), guidance_until=1)
+    fast = fastvar_fx.transform(net, [dense, *others, early], conditional="first", strict=False)
+    reference = recorded(fast, dense, Guidance(net.guidance_strengths(), "first"))
     found = []
     for schedule in others:
         fastvar_fx.use(fast, schedule)
@@ -129,6 +133,11 @@ def test_losses_with_guidance_are_those_of_guided_logits(net: VAR) -> None:
     want = [divergence(p, q), divergence(p, conditional[0]), divergence(p, conditional[1])]
     assert found == pytest.approx(want, rel=1e-4)
     assert min(want) > 1e-3
+    fastvar_fx.use(fast, early)
+    with reference.comparing() as losses:
+        unseeded(fast)
+    assert list(losses) == [1, 2, 3, 4]
+    assert losses[4] == pytest.approx(found[1], rel=1e-4), "whichever step was the first"
 
 
 def by_hand(logits: Tensor, t: float) -> Tensor:
@@ -142,10 +151,7 @@ def divergence(p: Tensor, q: Tensor) -> float:
 def test_steps_that_attend_to_pruned_ones_lose_too(net: VAR) -> None:
     dense, early = (Schedule(SCALES, (r, 0.0)) for r in (0.0, 0.75))
     fast = fastvar_fx.transform(net, [dense, early], strict=False)
-    reference = Reference(fast, "head")
-    fastvar_fx.use(fast, dense)
-    with reference.recording():
-        draw(fast)
+    reference = recorded(fast, dense)
     fastvar_fx.use(fast, early)
     with reference.comparing() as losses:
         draw(fast)
