@@ -3,15 +3,14 @@
     python examples/ablations.py --out ablations          # the packaged model
     python examples/ablations.py --out ablations --quick  # a tiny one, random weights, to try it
 
-Writes a report, `report.md`, and its figures. Methods are compared with all seeds and held-out
-images, the paper's own ablations, whose differences are large, with a quarter of them. The scores
-of each row are kept in folders `rows-...` beside the report: a run that was stopped goes on with
-the first row that is missing. `--share 1/2` and `--share 2/2` measure half of the rows each, at the
-same time, and write no report; a run without `--share` then times the rows and writes it. Before
-that, calibrated schedules are found and kept in the folder `plans`; `--plans` does this alone, and
-has to run before `--share`. Every row is compared with the dense model at the same seeds, and with
-held-out images; timed runs alternate between all rows. Only the paper's claims in the report are
-fixed text. Needs matplotlib (the extra "cli").
+Writes a report, `report.md`, and its figures. The scores of each row are kept in a folder
+`rows-SEEDS-IMAGES` beside the report: a run that was stopped goes on with the first row that is
+missing. `--share 1/2` and `--share 2/2` measure half of the rows each, at the same time, and write
+no report; a run without `--share` then times the rows and writes it. Before that, calibrated
+schedules are found and kept in the folder `plans`; `--plans` does this alone, and has to run before
+`--share`. Every row is compared with the dense model at the same seeds, and with held-out images;
+timed runs alternate between all rows. Only the paper's claims in the report are fixed text. Needs
+matplotlib (the extra "cli").
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from fastvar_fx.quality.evaluate import (
     speed_of,
 )
 from fastvar_fx.quality.metrics import Interval
-from fastvar_fx.quality.subjects import DEMO, Case, Generation, HeldOut, case, draw_var
+from fastvar_fx.quality.subjects import DEMO, Case, Generation, case, draw_var
 
 PAPER = (0.5, 0.75)
 """Ratios of the last two steps where another part is varied."""
@@ -120,7 +119,6 @@ class Section:
         settings: By the label of their row.
         better: Pairs of labels; the paper claims that the first loses less than the second.
         curves: Labels of the rows of each method, slowest first; compared at equal speed.
-        part: The part of all seeds and held-out images that it is measured with, 1 / `part`.
     """
 
     title: str
@@ -128,7 +126,6 @@ class Section:
     settings: dict[str, Setting]
     better: tuple[tuple[str, str], ...] = ()
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    part: int = 1
 
 
 class Tried:
@@ -157,7 +154,7 @@ def sections(scales: Sequence[Scale], plans: Sequence[Setting] = ()) -> tuple[Se
     if plans:
         compared.insert(1, calibration([plan for plan in plans if plan.like is not None]))
     papers = (ratio, scale, cache_step, extreme, selection, restoration)
-    return (*compared, *(replace(section(tried), part=4) for section in papers))
+    return (*compared, *(section(tried) for section in papers))
 
 
 def ratio(tried: Tried) -> Section:
@@ -314,31 +311,6 @@ def sides(scale: Scale) -> str:
 
 
 # ------------------------------------------------------------------------------------- measurements
-
-
-@dataclass(frozen=True)
-class Part:
-    """What sections are measured with: a part 1 / `of` of all seeds and held-out images."""
-
-    of: int
-    seeds: int
-    held_out: int
-
-    def __str__(self) -> str:
-        return f"{self.seeds} seeds and {self.held_out} held-out images"
-
-    @classmethod
-    def one(cls, of: int, seeds: int, held_out: int) -> Part:
-        return cls(of, -(-seeds // of), -(-held_out // of))
-
-    def taken(self, model: Case) -> Case:
-        """Returns the case with as many held-out images."""
-        known = model.held_out
-        if known is None or known.tokens is None:
-            return model
-        few = slice(self.held_out)
-        tokens = tuple(token_map[few] for token_map in known.tokens)
-        return replace(model, held_out=HeldOut(known.images[few], known.labels[few], tokens))
 
 
 @dataclass(frozen=True)
@@ -602,14 +574,18 @@ def word(difference: Interval) -> str:
 
 
 def report(
-    model: Case, rows: Mapping[Part, dict[Setting, Row]], made: Iterable[Section], repeats: int
+    model: Case,
+    rows: dict[Setting, Row],
+    made: Iterable[Section],
+    options: argparse.Namespace,
 ) -> str:
     scales = ", ".join(sides(scale) for scale in model.schedule.scales)
     about = (
-        f"Token maps {scales}. Unless a row says otherwise, {percent(*PAPER)} of the tokens of the "
-        f"last two steps are dropped. ±: 95 % confidence interval of the mean by Student's t over "
-        f"seeds; for bits over images. FLOPs and time are those of the transformer blocks, batches "
-        f"of {BATCH}, median of {repeats} runs that alternate between all rows; {environment()}. "
+        f"Token maps {scales}. {options.seeds} seeds and {options.held_out} held-out images. "
+        f"Unless a row says otherwise, {percent(*PAPER)} of the tokens of the last two steps are "
+        f"dropped. ±: 95 % confidence interval of the mean by Student's t over seeds; for bits "
+        f"over images. FLOPs and time are those of the transformer blocks, batches of {BATCH}, "
+        f"median of {options.repeats} runs that alternate between all rows; {environment()}. "
         f"Agreement with the paper is judged by paired differences: same held-out images, same "
         f"seeds."
     )
@@ -617,17 +593,10 @@ def report(
     lines = [f"# The effect of each part of FastVAR: {model.name}", "", *note, about, ""]
     for name, metric in METRICS.items():
         lines.append(f"- {name}: {metric}.")
-    parts = {part.of: part for part in rows}
     for section in made:
-        part = parts[section.part]
-        lines += [
-            "",
-            f"## {section.title}",
-            "",
-            f"Paper: {section.claim} Measured here with {part}.",
-        ]
-        lines += ["", *table(section, rows[part]), "", *verdicts(section, rows[part])]
-        lines += at_equal_speed(section, rows[part])
+        lines += ["", f"## {section.title}", "", f"Paper: {section.claim}"]
+        lines += ["", *table(section, rows), "", *verdicts(section, rows)]
+        lines += at_equal_speed(section, rows)
     lines += ["", "## Figures", ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in figures.CAPTIONS.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -659,6 +628,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, random weights")
     options = parser.parse_args()
     torch.manual_seed(0)  # for the selection at random
+    options.held_out = 0 if options.quick else options.held_out
     model = tiny() if options.quick else case(DEMO, held_out=options.held_out)
     model = replace(model, draw=in_turn)
     folder = options.out / "plans"
@@ -669,23 +639,16 @@ def main() -> None:
         return
     made = sections(model.schedule.scales, plans)
     number, of = options.share or (1, 1)
-    fidelity: dict[Part, dict[Setting, Fidelity]] = {}
-    for size in sorted({section.part for section in made}):
-        part = Part.one(size, options.seeds, 0 if options.quick else options.held_out)
-        settings = list(settings_of(section for section in made if section.part == size))
-        rows_folder = options.out / f"rows-{part.seeds}-{part.held_out}"
-        some = settings[number - 1 :: of]
-        fidelity[part] = measure(part.taken(model), some, part.seeds, rows_folder)
+    settings = list(settings_of(made))
+    rows_folder = options.out / f"rows-{options.seeds}-{options.held_out}"
+    fidelity = measure(model, settings[number - 1 :: of], options.seeds, rows_folder)
     if options.share:
         return
-    speeds = time_settings(model, settings_of(made), options.repeats)
-    rows = {
-        part: {setting: Row(setting, scores, speeds[setting]) for setting, scores in found.items()}
-        for part, found in fidelity.items()
-    }
-    text = report(model, rows, made, options.repeats)
+    speeds = time_settings(model, settings, options.repeats)
+    rows = {setting: Row(setting, found, speeds[setting]) for setting, found in fidelity.items()}
+    text = report(model, rows, made, options)
     (options.out / "report.md").write_text(text, encoding="utf-8")
-    draw_figures(model, rows[next(iter(rows))], made, options.out)
+    draw_figures(model, rows, made, options.out)
     print(f"wrote {options.out / 'report.md'} and {len(figures.CAPTIONS)} figures")
 
 
@@ -702,9 +665,7 @@ def share(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def draw_figures(
-    model: Case, rows: dict[Setting, Row], parts: Iterable[Section], out: Path
-) -> None:
+def draw_figures(model: Case, rows: dict[Setting, Row], made: Iterable[Section], out: Path) -> None:
     scales = model.schedule.scales
     fast = {
         name: transform(model.model, Schedule(scales, PAPER), method=method)
@@ -724,7 +685,7 @@ def draw_figures(
         for name, method in (("FastVAR", FASTVAR), ("ToMe", TOME))
     }
     figures.draw_runtime(scales, speeds, out)
-    for section in parts:
+    for section in made:
         if section.curves:
             curves = {
                 name: [point(rows[section.settings[label]]) for label in labels]

@@ -29,20 +29,9 @@ def net(depth: int = 3) -> VAR:
     return build("tiny", scales=SCALES, depth=depth, width=64, heads=2, vocab_size=64)
 
 
-@zoo.examples(4)
+@zoo.examples(12, quick=4, long=24)
 @given(zoo.cases(), st.data())
 def test_equals_the_method_written_by_hand(case: zoo.Case, data: st.DataObject) -> None:
-    check_by_hand(case, data)
-
-
-@pytest.mark.slow
-@zoo.examples(12, quick=8, long=24)
-@given(zoo.cases(), st.data())
-def test_equals_the_method_written_by_hand_often(case: zoo.Case, data: st.DataObject) -> None:
-    check_by_hand(case, data)
-
-
-def check_by_hand(case: zoo.Case, data: st.DataObject) -> None:
     ratio = st.sampled_from([0.0, 0.3, 0.5, 0.75, 1.0])
     by_kind = st.fixed_dictionaries(dict.fromkeys(KINDS, ratio))
     layers = st.lists(by_kind, min_size=case.depth, max_size=case.depth)

@@ -41,7 +41,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name])
 
 
-@zoo.examples(30, quick=9, long=60)
+@zoo.examples(18, quick=7, long=60)
 @given(zoo.cases(some_layers=True))
 def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
@@ -58,7 +58,7 @@ def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     assert_untouched(model, before)
 
 
-@zoo.examples(12, quick=4, long=25)
+@zoo.examples(8, quick=4, long=25)
 @given(zoo.cases())
 def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     model = case.model(torch.float32)
@@ -70,7 +70,7 @@ def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     torch.testing.assert_close(pruned[:, :start], dense[:, :start], rtol=0, atol=1e-6)
 
 
-@zoo.examples(20)
+@zoo.examples(12, quick=5, long=20)
 @given(zoo.cases())
 def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
     model = case.model(torch.float32)
@@ -80,7 +80,7 @@ def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
 
 
 @pytest.mark.slow
-@zoo.examples(15)
+@zoo.examples(10, quick=4, long=20)
 @given(zoo.cases())
 def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
     fast = fastvar_fx.transform(case.model(), schedule_of(case), on_full="cache")
@@ -90,7 +90,7 @@ def test_samples_do_not_depend_on_their_batch(case: zoo.Case) -> None:
         torch.testing.assert_close(alone[0], together[sample], rtol=0, atol=1e-9)
 
 
-@zoo.examples(15)
+@zoo.examples(10, quick=4, long=20)
 @given(zoo.cases())
 def test_keeping_all_tokens_in_any_order_changes_nothing(case: zoo.Case) -> None:
     """A side input that is not gathered by position would show here."""

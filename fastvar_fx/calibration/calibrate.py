@@ -349,7 +349,7 @@ def _guidance(
         return None
     if logits is None:
         raise ArgumentError(
-            "guidance= compares guided logits: give logits=, the module path of what returns them"
+            "guidance compares guided logits: give logits, the module path of what returns them"
         )
     if half is None:
         raise ArgumentError(
@@ -409,7 +409,7 @@ def _check(schedule: Schedule, runs: Sequence[Any], levels: Sequence[float]) -> 
 
 def _check_budget(speedup: float | None, loss: float | None) -> None:
     if (speedup is None) == (loss is None):
-        raise ArgumentError(f"give either speedup= or loss=; found {speedup} and {loss}")
+        raise ArgumentError(f"give either a speed-up or a loss; found {speedup} and {loss}")
     asked, above = (speedup, 1) if loss is None else (loss, 0)
     if not isinstance(asked, (int, float)) or not asked > above:
         raise ArgumentError(f"speedup is above 1 and loss above 0; found {asked!r}")

@@ -49,7 +49,7 @@ class Guidance:
         """
         if batch % 2 or len(logits) != batch:
             raise RunError(
-                f"guidance= is for a batch of two halves, the same images with and without "
+                f"guidance is for a batch of two halves, the same images with and without "
                 f"condition, and for a module that returns the logits of both at once; found "
                 f"logits of a batch of {len(logits)} at step {step}, and a batch of {batch} in the "
                 f"blocks"

@@ -39,7 +39,7 @@ Html = Annotated[
 
 
 def run_explain(
-    model: ModelName = "tiny",
+    model: ModelName = "demo",
     preset: PresetName = None,
     schedule: ScheduleFile = None,
     ratios: Ratios = None,

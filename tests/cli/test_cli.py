@@ -135,8 +135,8 @@ def test_presets_as_json(cli: Cli) -> None:
 # --- explain ----------------------------------------------------------------------------------
 
 
-def test_explain_the_default_model(cli: Cli) -> None:
-    code, out, _ = cli("explain", "--batch", "1", "--json")
+def test_explain_a_named_model(cli: Cli) -> None:
+    code, out, _ = cli("explain", "tiny", "--batch", "1", "--json")
     assert code == 0
     data = json.loads(out)
     assert data["cache_step"] == 7
@@ -145,7 +145,7 @@ def test_explain_the_default_model(cli: Cli) -> None:
 
 
 def test_explain_another_method(cli: Cli) -> None:
-    code, out, _ = cli("explain", "--batch", "1", "--method", "drift-corrected", "--json")
+    code, out, _ = cli("explain", "tiny", "--batch", "1", "--method", "drift-corrected", "--json")
     assert code == 0
     assert {r["kept"] for r in json.loads(out)["rows"] if r["step"] == 9} == {64}
     code, _, err = cli("explain", "--method", "drift-correct")

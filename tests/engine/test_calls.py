@@ -667,7 +667,7 @@ def turns(draw: Any) -> Any:
 
 
 @pytest.mark.hypothesis
-@zoo.examples(600, quick=100, long=2000)
+@zoo.examples(400, quick=100, long=2000)
 @given(turns=turns(), form=st.sampled_from(["dict", "tuple"]))
 def test_loops_with_caches_that_do_anything(turns: list[tuple[int, str]], form: str) -> None:
     fast, net = WARM[form]

@@ -26,7 +26,7 @@ def transformed() -> VAR:
 
 
 def draw(model: VAR, seeds: Sequence[int], classes: Sequence[int]) -> Tensor:
-    """Draws; the file `batches` lists the seeds of each batch.
+    """Draws; the file `batches` lists the seeds of each batch, `process` is the last that drew.
 
     The seed FAIL fails, and BREAK also does from then on with every other. WAIT waits for the file
     `go`.
@@ -34,6 +34,7 @@ def draw(model: VAR, seeds: Sequence[int], classes: Sequence[int]) -> Tensor:
     folder = Path(os.environ["FOLDER"])
     with (folder / "batches").open("a") as log:
         log.write(json.dumps([*seeds]) + "\n")
+    (folder / "process").write_text(str(os.getpid()))
     if BREAK in seeds:
         _broken.add(model)
     if FAIL in seeds or model in _broken:
