@@ -341,7 +341,7 @@ def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folde
         ("explain --schedule missing.json", 2, "does not exist"),
         ("explain --schedule own_models.py", 1, "a schedule is read from a JSON object"),
         ("explain --batch 0", 2, "--batch"),
-        ("explain --run own_models:run", 2, "tiny has its own generation loop"),
+        ("explain --run own_models:run", 2, "demo has its own generation loop"),
         ("explain own_models:tiny --preset var-256", 2, "needs --run package.module:function"),
         ("explain own_models:tiny --run own_models:run", 2, "needs --preset NAME or --schedule"),
         (
