@@ -199,7 +199,7 @@ class Watch:
             f"a block got {length} tokens {repeats} times in a row, as in a loop whose sequence "
             f"holds all maps from the beginning; the schedule has steps of {self._expected} "
             f"tokens. Pass step_of= to transform, which says the step of a call, and "
-            f"Schedule(..., prefix=True)"
+            f"Schedule(..., prefix=True). If the blocks take (L, B, C), let them take (B, L, C)"
         )
 
     def _raise(self) -> NoReturn:
