@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 CATS: Final = {"aten::cat", "aten::concat", "aten::concatenate"}
+_NUMBERS: Final = (int, float, complex)
+_SMALL: Final = 64
 
 
 def copy_graph(source: Graph) -> tuple[Graph, dict[Node, Node]]:
@@ -28,7 +31,12 @@ def outputs_of(graph: Graph) -> list[Node]:
 def computing(graph: Graph) -> list[Node]:
     """Returns the calls that compute tensors, and the constants; no sizes and other numbers."""
     nodes = (node for node in graph.nodes if node.op in ("call_function", "get_attr"))
-    return [node for node in nodes if not isinstance(node.meta.get("val"), (int, float, complex))]
+    return [node for node in nodes if not is_number(node)]
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node is a size or another number, and no tensor."""
+    return isinstance(node.meta.get("val"), _NUMBERS)
 
 
 def placeholder_of(program: Any, path: Any) -> Node | None:
@@ -84,6 +92,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, Node) and isinstance(value.meta.get("val"), (int, float)):
         return value.meta["val"]
     return value
+
+
+def numbers_of(node: Node, edited: Collection[str] = ()) -> list[Any]:
+    """Returns the numbers of a call that are no sizes or places; or a small constant.
+
+    Args:
+        node: A call, or a constant.
+        edited: Arguments that are left out.
+    """
+    if node.op == "get_attr":
+        constant = getattr(node.graph.owning_module, str(node.target))
+        small = isinstance(constant, Tensor) and constant.numel() <= _SMALL
+        return [constant.tolist()] if small else []
+    schema = getattr(node.target, "_schema", None)
+    kinds = {each.name: str(each.type) for each in schema.arguments} if schema else {}
+    bound = {name: plain(value) for name, value in bind(node).items() if name not in edited}
+    numbers = {name: value for name, value in bound.items() if isinstance(value, _NUMBERS)}
+    return [value for name, value in numbers.items() if "int" not in kinds.get(name, "")]
 
 
 def draws_numbers(node: Node) -> bool:

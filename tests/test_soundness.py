@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -397,56 +398,138 @@ def test_keys_that_a_mask_of_a_later_step_counts_are_not_pruned(cut: bool) -> No
     assert refusal == "FVX021"
 
 
-@pytest.mark.parametrize("place", ["slice", "arange", "given", "counted"])
-def test_keys_are_not_pruned_while_the_length_of_their_cache_is_a_position(place: str) -> None:
-    """Positions that the loop or a counter says are right whatever is pruned."""
+def counting(
+    positions: Any = None, *, said: str = "held", bias: Any = None, chunks: bool = False
+) -> type[Attention]:
+    """Returns a block whose positions, or whose bias of keys, depend on how many keys it has.
+
+    Args:
+        positions: Makes them from a table, the number of tokens before, and that of the map.
+        said: What says how many were before: the keys "held", the loop ("given") or a counter.
+        bias: Makes it from the number of all keys.
+        chunks: Whether the keys of each step stay apart.
+    """
 
     class Block(Attention):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.randn(30, WIDTH))
-            self.keys: Tensor | None = None
+            self.table = nn.Parameter(torch.randn(40, WIDTH))
+            self.keys: list[Tensor] = []
             self.count = 0
 
-        def positions(self, tokens: int, given: int) -> Tensor:
-            past = 0 if self.keys is None else self.keys.shape[2]
-            past = {"given": given, "counted": self.count}.get(place, past)
-            if place == "arange":
-                return self.table[torch.arange(past, past + tokens, device=self.table.device)]
-            return self.table[past : past + tokens]
-
         def forward(self, x: Tensor, past: int) -> Tensor:
-            at = self.positions(x.shape[1], past)
-            self.count += x.shape[1]
+            tokens, held = x.shape[1], sum(keys.shape[2] for keys in self.keys)
+            before = {"held": held, "given": past, "counted": self.count}[said]
+            self.count += tokens
+            at = 0 if positions is None else positions(self.table, before, tokens)
             q, k, v = self.qkv(x + at).chunk(3, -1)
-            new = torch.stack((k, v))
-            self.keys = new if self.keys is None else torch.cat((self.keys, new), 2)
-            x = x + F.scaled_dot_product_attention(q, *self.keys)
+            self.keys.append(torch.stack((k, v)))
+            keys = torch.cat(self.keys, 2)
+            if not chunks:
+                self.keys = [keys]
+            mask = None if bias is None else bias(keys.shape[2]).to(x).expand(tokens, -1)
+            x = x + F.scaled_dot_product_attention(q, *keys, attn_mask=mask)
             out: Tensor = x + self.fc(x)
             return out
 
-    class Placed(Net):
-        def draw(self) -> list[int]:
-            past, keys = 0, []
-            for h, w in ((1, 1), *SCALES):
-                x = torch.randn(2, h * w, WIDTH, dtype=torch.float64, device=DEVICE)
-                for block in self.blocks:
-                    x = block(x, past)
-                past += h * w
-                keys.append(first(self).keys.shape[2])
-            return keys
+    return Block
 
-    fast = fastvar_fx.transform(
-        Placed(Block).eval(), Schedule(((1, 1), *SCALES), (0.5, 0.5)), strict=False
-    )
-    whole = place in ("slice", "arange")
+
+class Counted(Net):
+    """Its loop says the place of each map."""
+
+    def draw(self) -> list[int]:
+        """Returns how many keys the first block has after each step."""
+        past, keys = 0, []
+        for h, w in ((1, 1), *SCALES):
+            x = torch.randn(2, h * w, WIDTH, dtype=torch.float64, device=DEVICE)
+            for block in self.blocks:
+                x = block(x, past)
+            past += h * w
+            keys.append(sum(each.shape[2] for each in first(self).keys))
+        return keys
+
+
+def check_counted(block: type[Attention], *, whole: bool) -> None:
+    """Checks that keys are kept whole before the last step, or pruned there too."""
+    torch.manual_seed(0)
+    schedule = Schedule(((1, 1), *SCALES), (0.5, 0.5))
+    fast = fastvar_fx.transform(Counted(block).eval(), schedule, strict=False)
     assert fast.draw() == ([1, 5, 14, 14 + 8] if whole else [1, 5, 5 + 5, 10 + 8])
     report = fastvar_fx.explain(fast)
-    kept = {(row.step, row.kind): row.kept for row in report.rows}
-    assert kept[3, "attention"] == 8
+    assert {row.kept for row in report.rows if (row.step, row.kind) == (3, "attention")} == {8}
     found = {row.refusal for row in report.refusals if row.refusal is not None}
     assert {refusal.code for refusal in found} == ({"FVX021"} if whole else set())
-    assert all("where the cache ends" in refusal.reason for refusal in found)
+    assert all("where its cache is shorter" in refusal.reason for refusal in found)
+
+
+def numbers(table: Tensor, *ends: int) -> Tensor:
+    return torch.arange(*ends, device=table.device)
+
+
+@pytest.mark.parametrize("chunks", [False, True], ids=["one tensor", "a chunk per step"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        lambda table, past, tokens: table[past : past + tokens],
+        lambda table, past, tokens: table[numbers(table, past, past + tokens)],
+        lambda table, past, tokens: table[numbers(table, past + 1, past + 1 + tokens)],
+        lambda table, past, tokens: table[numbers(table, past + tokens)[-tokens:]],
+        lambda table, past, tokens: table[: past + tokens].flip(0)[:tokens].flip(0),
+        lambda table, past, tokens: table[past + tokens - 1],
+        lambda table, past, tokens: table[math.isqrt(past)],
+        lambda table, past, tokens: table[0] * (past / 9),
+        lambda table, past, tokens: table[numbers(table, tokens) + torch.tensor(past)],
+        lambda table, past, tokens: (
+            table[0] * torch.linspace(past, past + tokens, tokens).to(table)[:, None]
+        ),
+    ],
+    ids=[
+        "slice",
+        "arange",
+        "one-based",
+        "tail",
+        "flip",
+        "last",
+        "level",
+        "ratio",
+        "tensor",
+        "line",
+    ],
+)
+def test_keys_are_not_pruned_while_their_number_is_a_position(positions: Any, chunks: bool) -> None:
+    check_counted(counting(positions, chunks=chunks), whole=True)
+
+
+def test_positions_that_depend_on_the_number_of_keys_in_python_keep_keys() -> None:
+    def positions(table: Tensor, past: int, tokens: int) -> Tensor:
+        return table[0].sin() if past > 3 else table[0].cos()
+
+    check_counted(counting(positions), whole=True)
+
+
+@pytest.mark.parametrize("said", ["given", "counted"])
+def test_positions_that_the_loop_or_a_counter_says_are_right_whatever_is_pruned(said: str) -> None:
+    def positions(table: Tensor, past: int, tokens: int) -> Tensor:
+        return table[past : past + tokens]
+
+    check_counted(counting(positions, said=said), whole=False)
+
+
+@pytest.mark.parametrize(
+    ("bias", "whole"),
+    [
+        (lambda keys: -0.1 * torch.arange(keys).flip(0), True),
+        (lambda keys: torch.where(torch.arange(keys) < keys - 12, -5.0, 0.0), True),
+        (lambda keys: torch.zeros(keys), False),
+        (lambda keys: 2.0 * (torch.arange(keys) < 1), False),
+    ],
+    ids=["recency", "newest", "zeros", "first"],
+)
+def test_keys_are_pruned_where_their_bias_does_not_depend_on_how_many_follow(
+    bias: Any, whole: bool
+) -> None:
+    check_counted(counting(bias=bias), whole=whole)
 
 
 def test_programs_hold_for_the_numpy_scalars_they_were_made_for_only() -> None:

@@ -147,6 +147,40 @@ def find_growing(
     return [found[place] for place in sorted(found)]
 
 
+def ends_of_caches(graph_module: GraphModule, call: Call, captured: BlockProgram) -> dict[int, int]:
+    """Returns the inputs that hold the newest keys, by position, and the dim that has them.
+
+    The block joins them with its new ones, and keeps what it joined or the new ones beside them.
+    """
+    graph = graph_module.graph
+    rewritten, given = places_of_caches(call, captured.inputs, captured)
+    appended = [write.place for write in captured.writes if isinstance(write.place[-1][1], int)]
+    lists = [(place[:-1], len(place) - 1) for place in appended]
+    chunks = [i for i, p in enumerate(captured.inputs) if any(p[:n] == at for at, n in lists)]
+    caches = {*rewritten, *given, *chunks}
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    kept = {memory_owner(n) for out in outputs_of(graph) for n in (out, *out.all_input_nodes)}
+    found = {}
+    for cat in [node for node in graph.nodes if op_name(node) in CATS]:
+        operands = [_uncast(operand) for operand in joined(cat)]
+        past = [places[o] for o in operands if places.get(o) in caches]
+        new = {memory_owner(o) for o in operands if o not in places}
+        if past and new and not kept.isdisjoint({cat, *new}):
+            found[past[-1]] = bind(cat)["dim"] % cat.meta["val"].dim()
+    return found
+
+
+def _uncast(node: Node) -> Node:
+    """Follows a tensor back through casts and copies."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        (source,) = node.all_input_nodes
+        before, after = source.meta.get("val"), node.meta["val"]
+        if not isinstance(before, Tensor) or before.shape != after.shape:
+            break
+        node = source
+    return node
+
+
 def new_buffer(past: Tensor, growth: Growth) -> Tensor:
     """Returns a buffer of the final length that starts with the entries of `past`."""
     shape = list(past.shape)

@@ -9,11 +9,11 @@ the shapes that the axis rules predict.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 from torch.fx import Node
@@ -23,7 +23,7 @@ from passes.analyse.branches import Branch
 from passes.analyse.prunable import gathered
 from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft
-from passes.graph import bind, computing, op_name, plain, reach
+from passes.graph import bind, computing, numbers_of, op_name, reach
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
 from passes.trace.capture import capture
@@ -33,8 +33,6 @@ from passes.user_frames import where
 
 log = logging.getLogger(__name__)
 
-_NUMBERS: Final = (int, float, complex)
-_SMALL: Final = 64
 _KEPT: Final = "the kept tokens"
 _EXPANDS: Final = {"aten::expand", "aten::broadcast_to"}
 _VIEWS: Final = {
@@ -227,7 +225,7 @@ def _differences(branch: Branch, twins: Twins, kept: int, what: str) -> Iterator
         edits = branch.edits.get(node, {})
         for source in (node, *_common_sides(node, branch, twins)):
             edited = {name for name, _ in edits} if source is node else set()
-            values, others = (_values(n, edited) for n in (source, twins[source]))
+            values, others = (numbers_of(n, edited) for n in (source, twins[source]))
             for value, other in zip_longest(values, others):
                 if value != other:
                     reason = f"{value} would be {other} for {what}"
@@ -255,16 +253,3 @@ def _common_sides(node: Node, branch: Branch, twins: Twins) -> Iterator[Node]:
             if isinstance(side, Node) and side not in branch.axes and (name, index) not in edits:
                 computed = reach([side], lambda n: n.all_input_nodes)
                 yield from (n for n in computed if n in twins and n not in branch.axes)
-
-
-def _values(node: Node, edited: Collection[str]) -> list[Any]:
-    """Returns the numbers of a call that are no sizes or places; or a small constant."""
-    if node.op == "get_attr":
-        constant = getattr(node.graph.owning_module, str(node.target))
-        small = isinstance(constant, Tensor) and constant.numel() <= _SMALL
-        return [constant.tolist()] if small else []
-    schema = getattr(node.target, "_schema", None)
-    kinds = {each.name: str(each.type) for each in schema.arguments} if schema else {}
-    bound = {name: plain(value) for name, value in bind(node).items() if name not in edited}
-    numbers = {name: value for name, value in bound.items() if isinstance(value, _NUMBERS)}
-    return [value for name, value in numbers.items() if "int" not in kinds.get(name, "")]

@@ -6,22 +6,33 @@ step only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from passes.analyse.branches import Branch
-from passes.analyse.caches import Growth, find_growing, places_of_caches
+from passes.analyse.caches import ends_of_caches
 from passes.analyse.prunable import gathered
 from passes.base import Context, Draft
-from passes.graph import bind, computing, plain, reach
+from passes.graph import (
+    computing,
+    draws_numbers,
+    inputs_within,
+    is_number,
+    numbers_of,
+    plain,
+    reach,
+    written,
+)
 from passes.refusal import Refusal, RefusedError
 from passes.trace.calls import Call
-from passes.trace.capture import capture
+from passes.trace.capture import BlockProgram, capture
+from passes.trace.state import Path, get
 from passes.trace.symbols import NOTHING_VARIES
 
 
@@ -38,7 +49,7 @@ class FindNeededLater:
         by_key = {b.index: _value_per_key(b) for b in caching}
         found = {index: refusal for index, refusal in by_key.items() if refusal is not None}
         if len(found) < len(caching):
-            placed = _placed_by_caches(context.call, draft)
+            placed = _counts_keys(context.call, draft)
             if placed is not None:
                 found = {b.index: placed for b in caching} | found
         return replace(draft, needed_later=found)
@@ -72,64 +83,159 @@ def _is_given(node: Node) -> bool:
     return node.op != "call_function" or any(map(_is_given, node.all_input_nodes))
 
 
-def _placed_by_caches(call: Call, draft: Draft) -> Refusal | None:
-    """Refuses a block that takes values, such as positions, from the place where its cache ends.
+@dataclass(frozen=True)
+class Cut:
+    """A cache that is taken to be shorter.
 
-    It is captured again with each cache shorter by an entry. What is computed of neither caches nor
-    tokens, and keeps its shape, has to come from the same place as before.
+    Attributes:
+        path: Where it is read.
+        dim: The dim that grows.
+        size: How many entries it has.
+        dropped: How many of the last ones are left out.
     """
-    paths = draft.captured.inputs
-    growths = find_growing(draft.source, *places_of_caches(call, paths, draft.captured))
-    placeholders = draft.source.graph.find_nodes(op="placeholder")
-    grown = {c.input: c.dim for c in growths if isinstance(c, Growth)}
-    sizes = {i: int(placeholders[i].meta["val"].shape[dim]) for i, dim in grown.items()}
-    if not sizes or not all(sizes.values()) or not _reads(draft.source.graph, set(sizes.values())):
+
+    path: Path
+    dim: int
+    size: int
+    dropped: int
+
+    def of(self, cache: Tensor) -> Tensor:
+        """Returns what is left of it."""
+        return cache.narrow(self.dim, 0, self.size - self.dropped)
+
+
+def _counts_keys(call: Call, draft: Draft) -> Refusal | None:
+    """Refuses a block that computes values, such as positions, from how long its caches are.
+
+    It is captured again without the last entries of its caches, as if tokens had been dropped. What
+    it computes from neither caches nor tokens has to be the same, but for these entries.
+    """
+    cuts = {cut.path: cut for cut in _cuts(call, draft)}
+    if not cuts:
         return None
-    cut = {paths[i]: {grown[i]: size - 1} for i, size in sizes.items()}
+    shorter = {path: {cut.dim: cut.size - cut.dropped} for path, cut in cuts.items()}
     try:
-        other = capture(replace(call, varying=NOTHING_VARIES, cut=cut)).graph_module
+        other = capture(replace(call, varying=NOTHING_VARIES, cut=shorter))
     except RefusedError:  # the caches are not all that has an entry per key
         return None
-    nodes, others = computing(draft.source.graph), computing(other.graph)
-    if [node.target for node in nodes] != [node.target for node in others]:
+    whole = replace(draft.captured, graph_module=draft.source)
+    node = _first_difference(call, whole, other, cuts)
+    reason = "where its cache is shorter, as after tokens were dropped, it computes other values"
+    return None if node is None else Refusal.at(node, "FVX021", reason)
+
+
+def _cuts(call: Call, draft: Draft) -> Iterator[Cut]:
+    """Yields the caches without half as many entries as the map has tokens; two are left."""
+    paths = draft.captured.inputs
+    tokens = get(call.roots(), call.stream).shape[1]
+    placeholders = draft.source.graph.find_nodes(op="placeholder")
+    for place, dim in ends_of_caches(draft.source, call, draft.captured).items():
+        size = int(placeholders[place].meta["val"].shape[dim])
+        if size > 2:
+            yield Cut(paths[place], dim, size, min(max(1, tokens // 2), size - 2))
+
+
+def _first_difference(
+    call: Call, whole: BlockProgram, other: BlockProgram, cuts: Mapping[Path, Cut]
+) -> Node | None:
+    """Returns the first op that differs in what it computes from neither caches nor tokens."""
+    nodes, others = (_nodes(program.graph_module.graph) for program in (whole, other))
+    for node, twin in zip(nodes, others, strict=False):
+        if node.target != twin.target and node.op != "placeholder":
+            return node
+    if len(nodes) != len(others) or whole.inputs != other.inputs:
+        return nodes[-1]
+    twins = dict(zip(nodes, others, strict=True))
+    given = _given(whole, {call.stream, *cuts})
+    for node, twin in twins.items():
+        if node not in given and numbers_of(node) != numbers_of(twin):
+            return node
+    ends = _ends(twins, given)
+    if not ends:
         return None
-    varying = [placeholders[i] for i, path in enumerate(paths) if i in grown or path == call.stream]
-    for node, twin in zip(nodes, others, strict=True):
-        alike = _shape(node) == _shape(twin)
-        if alike and _whole_numbers(node) != _whole_numbers(twin) and not _of(node, varying):
-            reason = (
-                "it takes values from where the cache ends, which is too early where keys were "
-                "dropped"
-            )
-            return Refusal.at(node, "FVX021", reason)
-    return None
+    values = _run(whole, inputs_within(ends, given), call, {})
+    of_given = {twins[node] for node in given}
+    other_values = _run(other, inputs_within(map(twins.__getitem__, ends), of_given), call, cuts)
+    pairs = ((node, values[node], other_values[twins[node]]) for node in ends)
+    return next((n for n, full, cut in pairs if not _agree(full, cut, cuts.values())), None)
 
 
-def _reads(graph: Graph, sizes: set[int]) -> bool:
-    """Whether some call has the number of a cache's entries among its arguments."""
-    return any(not sizes.isdisjoint(_whole_numbers(node)) for node in computing(graph))
+def _nodes(graph: Graph) -> list[Node]:
+    return [*graph.find_nodes(op="placeholder"), *computing(graph)]
 
 
-def _shape(node: Node) -> list[int] | None:
-    """Returns the shape of what a call computes; None for several tensors."""
-    value = node.meta["val"]
-    return list(value.shape) if isinstance(value, Tensor) else None
+def _given(program: BlockProgram, varying: Collection[Path]) -> set[Node]:
+    """Returns the nodes that no input of some paths and no random number enters.
+
+    The size of such an input may.
+    """
+    graph = program.graph_module.graph
+    inputs = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+    sources = [node for node, path in inputs if path in varying]
+    sources += [node for node in graph.nodes if draws_numbers(node)]
+    entered = reach(sources, lambda node: [user for user in node.users if not is_number(user)])
+    return set(graph.nodes) - {*entered, graph.output_node()}
 
 
-def _whole_numbers(node: Node) -> list[int]:
-    """Returns the whole numbers among a call's arguments."""
-    values = bind(node).values() if node.op == "call_function" else ()
-    return list(_flat(plain(list(values))))
+def _ends(twins: Mapping[Node, Node], given: set[Node]) -> list[Node]:
+    """Returns what may be computed otherwise in the twins and meets other values, or is kept."""
+    image = {twin: node for node, twin in twins.items()}
+    changed = [n for n, twin in twins.items() if n in given and not _same_call(n, twin, image)]
+    affected = set(reach(changed, lambda node: [u for u in node.users if u in given]))
+    return [n for n in twins if n in affected and not given.issuperset(n.users)]
 
 
-def _flat(value: Any) -> Iterator[int]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield value
+def _same_call(node: Node, twin: Node, image: Mapping[Node, Node]) -> bool:
+    if node.op == "get_attr":
+        one, two = (getattr(n.graph.owning_module, str(n.target)) for n in (node, twin))
+        return not isinstance(one, Tensor) or torch.equal(one, two)
+    args = map_arg((node.args, node.kwargs), plain)
+    twins = map_arg((twin.args, twin.kwargs), lambda n: image.get(n, plain(n)))
+    return bool(args == twins)
 
 
-def _of(node: Node, sources: Collection[Node]) -> bool:
-    """Whether a value is computed of some inputs."""
-    return any(n in sources for n in reach([node], lambda n: n.all_input_nodes))
+def _run(
+    program: BlockProgram, wanted: set[Node], call: Call, cuts: Mapping[Path, Cut]
+) -> dict[Node, Any]:
+    """Returns the values of some nodes, and of what they are computed from."""
+    graph_module, roots = program.graph_module, call.roots()
+    paths = dict(zip(graph_module.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+    writes = any(map(written, wanted))
+    values: dict[Node, Any] = {}
+    with torch.no_grad():
+        for node in (node for node in graph_module.graph.nodes if node in wanted):
+            if node.op == "placeholder":
+                path = paths[node]
+                value = call.taken(path, get(roots, path))
+                value = cuts[path].of(value) if path in cuts else value
+                values[node] = value.clone() if writes and isinstance(value, Tensor) else value
+            elif node.op == "get_attr":
+                values[node] = getattr(graph_module, str(node.target))
+            elif is_number(node):
+                values[node] = node.meta["val"]
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+    return values
+
+
+def _agree(full: Any, cut: Any, cuts: Iterable[Cut]) -> bool:
+    """Whether a value is the same but for the entries of keys that are left out."""
+    if not isinstance(full, Tensor):
+        return bool(full == cut)
+    if full.shape == cut.shape:
+        return torch.equal(full, cut)
+    left = (_without(full, cut, size.size - size.dropped) for size in cuts)
+    return any(each is not None and torch.equal(each, cut) for each in left)
+
+
+def _without(full: Tensor, cut: Tensor, place: int) -> Tensor | None:
+    """Returns a value without the entries from `place` on that another one has fewer of."""
+    if full.dim() != cut.dim():
+        return None
+    for dim, (size, left) in enumerate(zip(full.shape, cut.shape, strict=True)):
+        if left < size and place <= left:
+            after = place + size - left
+            parts = (full.narrow(dim, 0, place), full.narrow(dim, after, size - after))
+            full = torch.cat(parts, dim)
+    return full if full.shape == cut.shape else None
