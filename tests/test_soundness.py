@@ -428,7 +428,7 @@ def counting(
             if not chunks:
                 self.keys = [keys]
             mask = None if bias is None else bias(keys.shape[2]).to(x).expand(tokens, -1)
-            x = x + F.scaled_dot_product_attention(q, *keys, attn_mask=mask)
+            x = x + F.scaled_dot_product_attention(q, keys[0], keys[1], attn_mask=mask)
             out: Tensor = x + self.fc(x)
             return out
 
