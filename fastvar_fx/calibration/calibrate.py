@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -171,7 +172,8 @@ class Budget:
     def speedup(self, saved: float) -> float:
         """Returns the speed-up at which a plan saves so many FLOPs."""
         total = sum(self.flops)
-        return total / (total - self.without - saved)
+        left = total - self.without - saved
+        return total / left if left > 0 else math.inf
 
     def refusal(self, plans: Sequence[Plan]) -> str:
         """Returns why the budget cannot be met, and what can.
@@ -387,7 +389,7 @@ def _about(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _check(schedule: Schedule, runs: Sequence[Any], levels: Sequence[float]) -> None:
+def _check(schedule: Schedule, runs: Sequence[Any], levels: Any) -> None:
     if not isinstance(schedule, Schedule):
         raise ScheduleError(
             f"calibrate takes a fastvar_fx.Schedule with the scales that the loop draws; found "
@@ -398,8 +400,13 @@ def _check(schedule: Schedule, runs: Sequence[Any], levels: Sequence[float]) -> 
             f"run is a function that runs one generation of the model that it gets, or a list of "
             f"such functions; found {runs}"
         )
-    if not levels or not all(0 < level <= 1 for level in levels):
-        raise ArgumentError(f"levels are pruning ratios in (0, 1]; found {tuple(levels)}")
+    numbers = isinstance(levels, Collection) and all(
+        isinstance(level, Real) and 0 < float(level) <= 1 for level in levels
+    )
+    if not numbers or not len(levels):
+        raise ArgumentError(
+            f"levels is a list of pruning ratios in (0, 1], such as {LEVELS}; found {levels!r}"
+        )
     if not set(schedule.pruned_steps) - set(schedule.full_steps):
         raise ScheduleError(
             f"the schedule prunes no step that is drawn, ratios {schedule.ratios}: give the steps "
@@ -411,5 +418,5 @@ def _check_budget(speedup: float | None, loss: float | None) -> None:
     if (speedup is None) == (loss is None):
         raise ArgumentError(f"give either a speed-up or a loss; found {speedup} and {loss}")
     asked, above = (speedup, 1) if loss is None else (loss, 0)
-    if not isinstance(asked, (int, float)) or not asked > above:
-        raise ArgumentError(f"speedup is above 1 and loss above 0; found {asked!r}")
+    if not isinstance(asked, (int, float)) or not asked > above or speedup == math.inf:
+        raise ArgumentError(f"speedup is above 1 and finite, and loss above 0; found {asked!r}")

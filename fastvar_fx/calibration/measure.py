@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +14,10 @@ from torch import nn
 
 from fastvar_fx.calibration.divide import DENSE, Curves, Option, Place, as_ratios
 from fastvar_fx.calibration.journal import Found, Journal
-from fastvar_fx.calibration.reference import Guidance, Reference
+from fastvar_fx.calibration.reference import Guidance, Losses, Reference
 from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import find_blocks
-from fastvar_fx.errors import NothingPrunedError
+from fastvar_fx.errors import NothingPrunedError, RunError
 from fastvar_fx.measuring.runs import Progress, Runs
 from fastvar_fx.schedule import Schedule
 from fastvar_fx.transform import explain, trace, transform, use
@@ -284,6 +285,7 @@ def _measure(
         use(fast, schedule)
         with reference.comparing() as loss:
             run(fast)
+        _check_finite(loss, _named(name, number))
         saved = saved_flops(Engine.of(fast))
         total = {
             step: float(reference.calls[step] * n)
@@ -291,6 +293,18 @@ def _measure(
             if step not in dense.full_steps  # drawn from the cache in the dense generation too
         }
         journal.put(_named(name, number), Found(loss, total))
+
+
+def _check_finite(loss: Losses, name: str) -> None:
+    """Raises a `RunError` if a loss is infinite or NaN."""
+    for step, lost in loss.items():
+        if not math.isfinite(lost):
+            raise RunError(
+                f"the loss of {name} at step {step} is {lost}: what is compared there, dense or "
+                f"pruned, holds NaN or infinities. Logits may be -inf only where they are so in "
+                f"both: mask the same ones each time, with guidance those of both halves; and run "
+                f"a model that overflows in float16 in bfloat16 or float32"
+            )
 
 
 def saved_flops(engine: Engine) -> dict[int, int]:

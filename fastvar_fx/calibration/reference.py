@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from fastvar_fx.engine.engine import Engine
 from fastvar_fx.engine.find_blocks import module_at
 from fastvar_fx.engine.plan import LiveRows
 from fastvar_fx.errors import ArgumentError, RunError
+
+_NOISE: Final = 1e-5
+"""What two runs of a dense step may differ by, per token: far more than by rounding."""
 
 Losses = dict[int, float]
 """What a schedule changes at each step: the sum over the tokens, the mean over the batch."""
@@ -57,7 +60,11 @@ class Guidance:
         conditional, other = logits.float().chunk(2)
         if self.conditional == "last":
             conditional, other = other, conditional
-        return conditional + self.strengths[step] * (conditional - other)
+        strength = self.strengths[step]
+        if not strength:
+            return conditional
+        guided = conditional + strength * (conditional - other)
+        return guided.where(conditional != other, conditional)  # -inf in both halves stays
 
 
 class Reference:
@@ -129,7 +136,8 @@ class Reference:
         They are those of all steps from the first that prunes or has no guidance on.
 
         Raises:
-            RunError: If it calls the blocks otherwise than the dense generation.
+            RunError: If it calls the blocks otherwise than the dense generation, or under other
+                conditions.
         """
         plan = Engine.of(self._fast).plan
         first = min(plan.changed_steps, default=plan.drawn_steps)
@@ -151,11 +159,13 @@ class Reference:
             return given
 
         def leave(output: Tensor) -> None:
-            dense = next(outputs)
-            if self._step in losses:
-                tokens = plan.schedule.tokens(self._step)
-                maps = [self._compared(x[:, -tokens:], self._step) for x in (dense, output)]
-                losses[self._step] += self._difference(*maps) / self.calls[self._step]
+            dense, step = next(outputs), self._step
+            if step in losses:
+                tokens = plan.schedule.tokens(step)
+                maps = [self._compared(x[:, -tokens:], step) for x in (dense, output)]
+                losses[step] += self._difference(*maps) / self.calls[step]
+            elif step is not None and step < first:
+                self._check_same(dense, output, step)
 
         with self._hooked(enter, leave):
             yield losses
@@ -163,6 +173,16 @@ class Reference:
             raise RunError(
                 f"a run has {place} calls of a block, and the dense one had {len(self._inputs)}. A "
                 f"run for calibration draws the same batch each time"
+            )
+
+    def _check_same(self, dense: Tensor, output: Tensor, step: int) -> None:
+        """Raises a `RunError` if what comes out of a step differs that nothing changes."""
+        per_token = self._difference(dense, output) / dense.shape[1]
+        if per_token > _NOISE:
+            raise RunError(
+                f"step {step} differs from that of the dense generation by {per_token:.3g} per "
+                f"token, and nothing prunes before. A run for calibration has the same classes, "
+                f"prompts and settings each time: give one run for each choice of them"
             )
 
     def _compared(self, output: Tensor, step: int) -> Tensor:
@@ -180,7 +200,9 @@ class Reference:
             moved = (after - before).square().sum(2) / before.square().sum(2)
             return float(moved.sum() / len(dense))
         log_p, log_q = (F.log_softmax(x.float(), dim=-1) for x in (dense, pruned))
-        return float((log_p.exp() * (log_p - log_q)).sum() / len(dense) / math.log(2))
+        p = log_p.exp()
+        nats = (p * (log_p - log_q)).where(p != 0, 0)  # what has no probability loses none
+        return float(nats.sum() / len(dense) / math.log(2))
 
     @contextmanager
     def _hooked(self, enter: Any, leave: Any) -> Iterator[None]:

@@ -101,7 +101,7 @@ def run_calibrate(
         conditional=conditional,
     )
     subject = asked.subject()
-    with written_whole(out) as file, show_progress() as progress:
+    with written_whole(out, "a schedule") as file, show_progress() as progress:
         found = calibrate(
             subject.model,
             asked.generations(subject, range(_FIRST_SEED, _FIRST_SEED + seeds)),

@@ -29,10 +29,14 @@ def html(page: Page) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
+def written_whole(path: Path, what: str = "a page") -> Iterator[TextIO]:
     """Opens a file that takes the place of the one at `path` when all of it is written.
 
     If the block raises, the file at `path` stays as it was.
+
+    Args:
+        path: The file.
+        what: What is written, for the error.
 
     Raises:
         OSError: If `path` is a folder or cannot be written, before the block runs.
@@ -45,7 +49,7 @@ def written_whole(path: Path) -> Iterator[TextIO]:
         file = part.open("x", encoding="utf-8")
     except OSError as error:
         raise OSError(
-            f"asked to write a page to {path}, which cannot be written: {error.strerror}; give "
+            f"asked to write {what} to {path}, which cannot be written: {error.strerror}; give "
             f"another file, in a folder that exists"
         ) from error
     try:

@@ -97,6 +97,8 @@ def test_what_the_loop_draws_does_not_matter(net: VAR) -> None:
     assert all(found[0].values())
     with pytest.raises(RunError, match="same batch"), reference.comparing():
         fast.infer_fhat(2, 3, g_seed=0)
+    with pytest.raises(RunError, match=r"step 0 differs .* same classes"), reference.comparing():
+        fast.infer_fhat(1, 4, g_seed=1)
 
 
 def test_saved_flops_are_those_of_a_dense_generation_less_those_of_the_plan(net: VAR) -> None:
@@ -146,6 +148,49 @@ def by_hand(logits: Tensor, t: float) -> Tensor:
 
 def divergence(p: Tensor, q: Tensor) -> float:
     return float((p.exp() * (p - q)).sum() / math.log(2))
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance((0.0, 0.4, 0.8, 1.2, 1.6), "first")])
+def test_tokens_that_nothing_may_draw_lose_nothing(net: VAR, guidance: Guidance | None) -> None:
+    """Those of a restricted vocabulary, whose logits are -inf."""
+    dense = Schedule(SCALES, (0.0, 0.0))
+    fast = fastvar_fx.transform(net, [dense, SCHEDULE], strict=False)
+    found = []
+    for low in (-1e4, -math.inf):
+        hook = fast.head.register_forward_hook(lambda *args, low=low: masked(args[-1], low))
+        reference = Reference(fast, "head", guidance)
+        fastvar_fx.use(fast, dense)
+        with reference.recording():
+            forced(fast)
+        fastvar_fx.use(fast, SCHEDULE)
+        with reference.comparing() as losses:
+            forced(fast)
+        found.append(losses)
+        hook.remove()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert min(found[0].values()) > 1e-3
+
+
+def masked(logits: Tensor, low: float) -> Tensor:
+    return logits.masked_fill(torch.arange(logits.shape[2]) >= 10, low)
+
+
+def forced(model: Any) -> None:
+    """Draws the first token everywhere, whatever the logits are."""
+    model.infer_fhat(1, 3, choose=lambda _, logits: logits[..., 0].long() * 0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    """Such as where logits are -inf but for the highest ones, which pruning changes."""
+    small = build("tiny", scales=(1, 2, 3), depth=1, width=32, heads=1, vocab_size=64)
+
+    def highest(_module: object, _args: object, logits: Tensor) -> Tensor:
+        return logits.masked_fill(logits < logits.topk(4).values[..., -1:], -math.inf)
+
+    small.head.register_forward_hook(highest)
+    schedule = Schedule((1, 2, 3), (0.5,))
+    with pytest.raises(RunError, match=r"loss of layer 0 attention .*, run 1 at step 2 is inf"):
+        fastvar_fx.calibrate(small, forced, schedule, loss=0.5, logits="head", levels=(0.5,))
 
 
 def test_steps_that_attend_to_pruned_ones_lose_too(net: VAR) -> None:
@@ -305,6 +350,7 @@ def test_a_refusal_rounds_to_what_can_be_met() -> None:
     budget = calibration.Budget(flops=[1000], without=0, tokens=100, saving=900, loss=None)
     assert "speed-up of 10 cannot be met: " in budget.refusal([less, most])
     assert "it is 1.66. Let more" in budget.refusal([less, most]), "1000 / 600.1"
+    assert "a speed-up of inf cannot be met" in replace(budget, saving=1000).refusal([most])
     budget = replace(budget, saving=None, loss=1e-2)
     assert "at a loss of 0.0001 per token" in budget.refusal([most, less])
     assert "that a plan loses is 0.0124. Give" in budget.refusal([most, less]), "0.01234"
@@ -354,16 +400,16 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(tmp_path: Path) -> None:
 def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
     find: Any = partial(fastvar_fx.calibrate, net, draw)
     for arguments in ({}, {"speedup": 2, "loss": 1}, {"speedup": 1}, {"loss": 0}):
-        with pytest.raises(ArgumentError, match="speedup"):
+        with pytest.raises(ArgumentError, match=r"speed-?up"):
             find(SCHEDULE, **arguments)
-    for asked in ("2", math.nan):
+    for asked in ("2", math.nan, math.inf):
         with pytest.raises(ArgumentError, match=f"speedup is above 1.*found {asked!r}"):
             find(SCHEDULE, speedup=asked)
     for runs in ([], "draw", [draw, 3]):
         with pytest.raises(ArgumentError, match="run is a function that runs one generation"):
             fastvar_fx.calibrate(net, runs, SCHEDULE, speedup=2)  # type: ignore[arg-type]
-    for levels in ((), (0.0, 0.5), (1.5,)):
-        with pytest.raises(ArgumentError, match="levels"):
+    for levels in ((), (0.0, 0.5), (1.5,), 0.5, None, ("a",), "1", (math.nan,)):
+        with pytest.raises(ArgumentError, match="levels is a list of pruning ratios in"):
             find(SCHEDULE, speedup=2, levels=levels)
     for ratios in ((), (0.0,), (1.0,)):
         with pytest.raises(ScheduleError, match="prunes no step that is drawn"):
@@ -372,7 +418,7 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
     for strengths in ("1.5", math.nan, [0.5] * 4, [0.5] * 4 + ["1"]):
         with pytest.raises(ArgumentError, match="guidance is the strength of each of the 5 steps"):
             guided(guidance=strengths)
-    with pytest.raises(ArgumentError, match="give logits="):
+    with pytest.raises(ArgumentError, match="give logits, the module path"):
         guided(guidance=1.5, logits=None)
     with pytest.raises(ArgumentError, match='needs conditional="first" or "last"'):
         guided(guidance=1.5, conditional=None)

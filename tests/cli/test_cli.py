@@ -337,6 +337,7 @@ def test_demo_prints_tables_for_a_model_of_the_current_directory(cli: Cli, folde
         ("explain --ratios 1.5", 1, "a pruning ratio lies in [0, 1]"),
         ("explain --ratios half", 2, "--ratios takes numbers with commas"),
         ("calibrate --speedup 2 --guidance 1.5", 2, "--guidance takes own for a named model"),
+        ("calibrate --speedup 2 --out none/s.json", 1, "asked to write a schedule to none/s.json"),
         ("explain --preset var-256 --schedule schedule.json", 2, "exclude each other"),
         ("explain --schedule missing.json", 2, "does not exist"),
         ("explain --schedule own_models.py", 1, "a schedule is read from a JSON object"),
