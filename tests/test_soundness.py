@@ -479,6 +479,7 @@ def numbers(table: Tensor, *ends: int) -> Tensor:
         lambda table, past, tokens: table[past + tokens - 1],
         lambda table, past, tokens: table[math.isqrt(past)],
         lambda table, past, tokens: table[0] * (past / 9),
+        lambda table, past, tokens: past / 9,
         lambda table, past, tokens: table[numbers(table, tokens) + torch.tensor(past)],
         lambda table, past, tokens: (
             table[0] * torch.linspace(past, past + tokens, tokens).to(table)[:, None]
@@ -493,6 +494,7 @@ def numbers(table: Tensor, *ends: int) -> Tensor:
         "last",
         "level",
         "ratio",
+        "number",
         "tensor",
         "line",
     ],
