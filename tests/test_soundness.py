@@ -467,7 +467,6 @@ def numbers(table: Tensor, *ends: int) -> Tensor:
     return torch.arange(*ends, device=table.device)
 
 
-@pytest.mark.parametrize("chunks", [False, True], ids=["one tensor", "a chunk per step"])
 @pytest.mark.parametrize(
     "positions",
     [
@@ -499,8 +498,8 @@ def numbers(table: Tensor, *ends: int) -> Tensor:
         "line",
     ],
 )
-def test_keys_are_not_pruned_while_their_number_is_a_position(positions: Any, chunks: bool) -> None:
-    check_counted(counting(positions, chunks=chunks), whole=True)
+def test_keys_are_not_pruned_while_their_number_is_a_position(positions: Any) -> None:
+    check_counted(counting(positions), whole=True)
 
 
 def test_positions_that_depend_on_the_number_of_keys_in_python_keep_keys() -> None:
@@ -508,6 +507,13 @@ def test_positions_that_depend_on_the_number_of_keys_in_python_keep_keys() -> No
         return table[0].sin() if past > 3 else table[0].cos()
 
     check_counted(counting(positions), whole=True)
+
+
+def test_keys_that_are_kept_in_chunks_are_not_pruned_while_their_number_is_a_position() -> None:
+    def positions(table: Tensor, past: int, tokens: int) -> Tensor:
+        return table[past : past + tokens]
+
+    check_counted(counting(positions, chunks=True), whole=True)
 
 
 @pytest.mark.parametrize("said", ["given", "counted"])
