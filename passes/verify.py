@@ -314,7 +314,7 @@ def check_translation(made: Sequence[Tensor], expected: Sequence[Tensor]) -> Ref
         if a.shape != b.shape or a.dtype != b.dtype:
             text = f"output {place} is {_meta(a)}, the block returns {_meta(b)}"
             return Refusal("FVX002", text, advice=_FAST_PATH if a.dtype != b.dtype else "")
-        error = _largest_difference(a, b)
+        error = largest_difference(a, b)
         if not error <= _tolerance([b.dtype], _TRANSLATION, 4):
             text = f"output {place} differs by {error:.1e} (relative) at {_place(a, b)}"
             return Refusal("FVX002", text)
@@ -346,7 +346,7 @@ def difference(
     dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
     limit = _tolerance(dtypes, _PERMUTATION, 16)
     for a, b in zip(made, expected, strict=True):
-        error = _largest_difference(a, b)
+        error = largest_difference(a, b)
         if not error <= limit:
             text = f"{where} it differs by {error:.1e} (relative) at {_place(a, b)}"
             return Refusal("FVX017", text, advice=declared_advice(graph_module.graph.nodes))
@@ -365,7 +365,7 @@ def _epsilon(dtype: torch.dtype) -> float:
     return 2**-7 if dtype is torch.int8 else torch.finfo(dtype).eps
 
 
-def _largest_difference(a: Tensor, b: Tensor) -> float:
+def largest_difference(a: Tensor, b: Tensor) -> float:
     """Returns the largest difference relative to the largest value of b."""
     if not b.numel():
         return 0.0

@@ -169,7 +169,7 @@ class Generation:
             self._check_structure(call, step)
             self._loop.watch.changed(self._length(call, step))
         tokens = (plan.schedule.tokens(step), call.tokens)
-        call.unguided = Unguided(step, plan.half(batch), tokens)
+        call.unguided = Unguided(step, plan.half(batch), tokens, call.x.shape[2])
         if call.site.layer == 0:
             check_halves(call, call.unguided, plan.around(step, call.tokens))
         self._loop.unguided = call.unguided

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,10 +276,10 @@ class Head(nn.Module):
 class Net(nn.Module):
     """A loop that guides, or does not; the conditional half may come last."""
 
-    def __init__(self, block: type[Block] = Block) -> None:
+    def __init__(self, block: type[Block] = Block, head: type[Head] = Head) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks, self.head = nn.ModuleList(block() for _ in range(2)), Head()
+        self.blocks, self.head = nn.ModuleList(block() for _ in range(2)), head()
         self.double().eval()
 
     def step(
@@ -358,6 +359,99 @@ def test_packed_texts(last: bool) -> None:
         text = (tokens[: bounds[-1]], torch.tensor(bounds, dtype=torch.int32))
         want = run(edited, last=last, until=3, text=text)
         assert_same(run(fast, last=last, text=text), want, 1e-10)
+
+
+Change = Callable[[Tensor, int], Tensor]
+"""(x, how many samples it has) -> x in another layout."""
+Layout = tuple[Change, Change]
+"""From (B, L, C) to a layout, and back."""
+
+LAYOUTS: dict[str, Layout] = {
+    "B L C": (lambda x, _: x, lambda x, _: x),
+    "B C L": (lambda x, _: x.mT, lambda x, _: x.mT),
+    "B C h w": (
+        lambda x, _: x.mT.reshape(len(x), WIDTH, math.isqrt(x.shape[1]), -1),
+        lambda x, _: x.flatten(2).mT,
+    ),
+    "B h w C": (
+        lambda x, _: x.reshape(len(x), math.isqrt(x.shape[1]), -1, WIDTH),
+        lambda x, _: x.flatten(1, 2),
+    ),
+    "L B C": (lambda x, _: x.transpose(0, 1), lambda x, _: x.transpose(0, 1)),
+    "BL C": (lambda x, _: x.flatten(0, 1), lambda x, n: x.view(n, -1, WIDTH)),
+    "LB C": (
+        lambda x, _: x.transpose(0, 1).flatten(0, 1),
+        lambda x, n: x.view(-1, n, WIDTH).transpose(0, 1),
+    ),
+    "BLC": (lambda x, _: x.flatten(), lambda x, n: x.view(n, -1, WIDTH)),
+}
+
+
+def laid_out(layout: Layout, *, given: bool = True, before: bool = False) -> Net:
+    """Returns a loop whose head returns another layout.
+
+    Args:
+        layout: The layout.
+        given: Whether the head gets the condition as an argument, and not in an attribute.
+        before: Whether the head gets the layout, too.
+    """
+    there, back = layout
+
+    class Other(Head):
+        condition: Tensor
+
+        def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+            cond = self.condition if cond is None else cond
+            x = back(x, len(cond)) if before else x
+            return there(super().forward(x, cond) + self.ada(cond)[:, None], len(cond))
+
+    class Loop(Net):
+        def step(self, x: Tensor, cond: Tensor, past: list[list[Tensor]], *_: Any) -> Tensor:
+            for block, own in zip(self.blocks, past, strict=True):
+                x = block(x, cond, own)
+            self.head.condition = cond
+            x = there(x, len(cond)) if before else x
+            return back(self.head(x, cond) if given else self.head(x), len(cond))
+
+    return Loop(head=Other)
+
+
+def check_head(net: Net, batch: int = 2, *, last: bool = False) -> None:
+    want = run(net, batch=batch, last=last, until=3)
+    half: Any = "last" if last else "first"
+    fast = fastvar_fx.transform(net, Schedule(SIDES, (), guidance_until=3), conditional=half)
+    for _ in range(2):
+        assert_same(run(fast, batch=batch, last=last), want, 1e-10)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "B L C"])
+def test_heads_of_any_layout(layout: str) -> None:
+    check_head(laid_out(LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", ["B L C", "B C L", "B h w C", "L B C", "BL C"])
+def test_heads_for_as_many_rows_as_tokens(layout: str) -> None:
+    check_head(laid_out(LAYOUTS[layout]), batch=8, last=True)
+
+
+@pytest.mark.parametrize("layout", ["B C h w", "L B C", "LB C"])
+def test_heads_that_get_another_layout_or_hold_the_condition(layout: str) -> None:
+    check_head(laid_out(LAYOUTS[layout], before=True))
+    check_head(laid_out(LAYOUTS[layout], given=False))
+
+
+def test_a_head_without_a_condition_that_has_as_many_tokens_as_rows() -> None:
+    net = laid_out(LAYOUTS["L B C"])
+    nn.init.zeros_(net.head.ada.weight)
+    check_head(net, batch=8)
+
+
+def test_a_head_whose_rows_are_unknown_is_an_error() -> None:
+    mean: Layout = (lambda x, _: x.mean(0), lambda x, n: x.expand(n, *x.shape))
+    ends = Schedule(SIDES, (), guidance_until=3)
+    fast = fastvar_fx.transform(laid_out(mean), ends, conditional="first")
+    with pytest.raises(RunError, match=r"head returns \(16, 8\) at step 3, which has no guidance"):
+        run(fast)
 
 
 def ending(block: type[Block] = Block, ratios: tuple[float, ...] = ()) -> Net:
