@@ -116,6 +116,12 @@ def counts_flops(node: Node) -> bool:
     return op_name(node) in _PRODUCTS or is_attention(node)
 
 
+def is_like_stream(value: Node, stream: Node) -> bool:
+    """Whether a value has the shape (B, L, C) with the samples and tokens of the stream."""
+    shape, of_stream = _shape(value) or (), _shape(stream) or ()
+    return len(shape) == 3 and shape[:2] == of_stream[:2]
+
+
 def find_branches(program: BlockProgram, stream: Path) -> list[Branch]:
     """Finds the residual branches of a block program.
 
@@ -139,6 +145,7 @@ class _Trunk:
     """The trunk of a block, and the nodes between it and its residual adds.
 
     Attributes:
+        stream: Its (B, L, C) input.
         inside: The stream and all that is computed from it.
         values: The values of the trunk.
         adds: Its (add, branch output) pairs from the input on.
@@ -151,6 +158,7 @@ class _Trunk:
     """
 
     def __init__(self, graph: Graph, stream: Node, results: int) -> None:
+        self.stream = stream
         self.inside = {stream}
         self._light = {stream}  # computed from the stream without one
         self._heavy: set[Node] = set()  # holds a matrix product or an attention since the trunk
@@ -324,7 +332,7 @@ def _left_out(trunk: _Trunk, index: int, value: Node) -> Branch:
 def _entries(region: tuple[Node, ...], trunk: _Trunk) -> tuple[Node, ...]:
     entries = {arg for node in region for arg in node.all_input_nodes if arg in trunk.values}
     for entry in entries:
-        if len(_shape(entry) or ()) != 3:
+        if not is_like_stream(entry, trunk.stream):
             refuse("FVX003", f"it reads the trunk as {_shape(entry)}, not as (B, L, C)", entry)
     return tuple(node for node in region[0].graph.nodes if node in entries)
 
@@ -380,7 +388,8 @@ def _dims(axes: Axes | list[Axes] | None) -> Axes:
 
 
 def _check_output(out: Node, axes: AxesByNode) -> None:
-    found, expected = _dims(axes[out]), stream_axes(_shape(out) or ())
+    found, shape = _dims(axes[out]), _shape(out) or ()
+    expected = stream_axes(shape) if len(shape) == 3 else ()
     if found[:2] != expected[:2] or has_tokens(found[2]) or has_batch(found[2]):
         refuse("FVX011", "its output is not laid out as (B, L, C) like the stream", out)
 

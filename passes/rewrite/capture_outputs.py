@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.analyse.branches import Branch
+from passes.analyse.branches import Branch, is_like_stream
 from passes.base import Context, Draft
-from passes.graph import copy_graph, memory_owner, outputs_of, written
+from passes.graph import copy_graph, memory_owner, outputs_of, placeholder_of, written
 
 
 class CaptureOutputs:
@@ -19,10 +19,16 @@ class CaptureOutputs:
     name = "capture_outputs"
 
     def run(self, context: Context, draft: Draft) -> Draft:
-        """Returns the draft whose graph ends with the outputs of its branches."""
+        """Returns the draft whose graph ends with the outputs of its branches.
+
+        Branches that add in another layout stay dense, and CTR could not read what they add.
+        """
         if context.step is not None:
             return draft
-        wanted = [branch for branch in draft.added if branch.kind in context.kinds]
+        stream = placeholder_of(draft, context.call.stream)
+        assert stream is not None
+        alike = (branch for branch in draft.added if is_like_stream(branch.out, stream))
+        wanted = [branch for branch in alike if branch.kind in context.kinds]
         graph_module = capture_outputs(draft.graph_module, wanted)
         features = tuple(branch.index for branch in wanted)
         return replace(draft, graph_module=graph_module, features=features)
