@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +26,6 @@ from fastvar_fx.calibration.measure import (
 from fastvar_fx.calibration.reference import Guidance
 from fastvar_fx.errors import ArgumentError, ScheduleError
 from fastvar_fx.measuring.runs import Progress, no_progress
-from fastvar_fx.methods import method_of
 from fastvar_fx.schedule import Schedule
 
 LEVELS: Final = (0.5, 0.75, 0.9, 1.0)
@@ -88,7 +86,8 @@ def calibrate(  # noqa: PLR0913
         levels: The ratios that a branch may have besides 0, in (0, 1]. Few levels make few
             programs. A method that needs kept tokens, such as "tome", takes none of 1.
         file: A JSON file that keeps what was measured: an interrupted calibration goes on where it
-            was, and one with another `speedup` measures only its plan.
+            was, and one with another `speedup` measures only its plan. It has to be for the same
+            arguments, and the runs have to draw the same logits, bit for bit, dense and pruned.
         progress: Called with a few words before each generation.
         **options: Passed on to `transform`, such as `method`.
 
@@ -99,7 +98,8 @@ def calibrate(  # noqa: PLR0913
         ScheduleError: If the schedule prunes no step, is for another model, or the speed-up or the
             loss cannot be met; the error names one that can.
         NothingPrunedError: If no branch can be pruned, or the run met none of the pruned steps.
-        RunError: If the run is not the same each time, or has no guidance where it is given.
+        RunError: If the run is not the same each time, a loss is not finite, or the run has no
+            guidance where it is given.
 
     Example:
         >>> plan = calibrate(var, draw, Schedule.preset("var-512"), speedup=2)  # doctest: +SKIP
@@ -118,8 +118,9 @@ def calibrate(  # noqa: PLR0913
         options=options,
         progress=progress,
     )
-    journal = Journal(Path(file) if file is not None else None, _about(subject))
+    journal = Journal(Path(file) if file is not None else None, _asked(subject))
     branches = Branches.of(subject)
+    _identify(subject, branches, journal)
     budget = Budget.of(subject, speedup, loss)
     search = _Search(subject, journal, branches, budget)
     ends = search.ends()  # first: it is soon known whether guidance can end
@@ -368,25 +369,23 @@ def _guidance(
     return Guidance(tuple(map(float, each)), half)
 
 
-def _about(subject: Subject) -> dict[str, Any]:
-    """Returns what the measurements depend on, as plain data."""
-    options = dict(subject.options)
-    method = method_of(options.pop("method", "fastvar"))
-    rules = [f"{rule.__module__}.{rule.__qualname__}" for rule in (method.select, method.restore)]
-    weights = sha256()
-    for tensor in subject.model.parameters():
-        ends = tensor.detach().flatten()[[0, -1]] if tensor.numel() else tensor
-        weights.update(ends.float().cpu().numpy().tobytes())
+def _asked(subject: Subject) -> dict[str, Any]:
+    """Returns what is known of the measurements before a generation runs, as plain data."""
     return {
         "schedule": subject.schedule.to_json(),
-        "method": [*rules, method.once],
         "levels": subject.levels,
         "logits": subject.logits,
-        "number of runs": len(subject.runs),
-        "options": {name: str(value) for name, value in options.items()},
-        "weights": weights.hexdigest(),
-        "guidance": subject.guidance and subject.guidance.strengths,
+        "guidance": subject.guidance and asdict(subject.guidance),
     }
+
+
+def _identify(subject: Subject, branches: Branches, journal: Journal) -> None:
+    """Adds to a journal what comes out, dense and pruned, which all else that counts changes."""
+    if journal.is_kept:
+        changes = "batch, seeds, prompts, weights, dtype or number of threads"
+        journal.belongs_to({f"dense generations ({changes})": subject.dense_fingerprints()})
+        changes = "method or options of transform"
+        journal.belongs_to({f"pruned generations ({changes})": branches.fingerprint})
 
 
 def _check(schedule: Schedule, runs: Sequence[Any], levels: Any) -> None:

@@ -36,16 +36,20 @@ class Journal:
             ArgumentError: If the file holds something else, or has no folder.
         """
         self._path = path
-        self._about = json.loads(json.dumps(about))
+        self._about: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None
         self.found: dict[str, Found] = {}
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
             raise ArgumentError(f"{path} {what}; give a file that can be written")
-        if path is None or not path.exists():
-            return
+        if path is not None and path.exists():
+            self._read(path)
+        self.belongs_to(about)
+
+    def _read(self, path: Path) -> None:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            before = dict(data["about"])
+            self._before = dict(data["about"])
             self.found = {
                 name: Found(*map(_by_step, parts)) for name, parts in data["found"].items()
             }
@@ -53,13 +57,27 @@ class Journal:
             raise ArgumentError(
                 f"{path} holds no calibration; give another file, or delete it"
             ) from error
-        both = before | self._about
-        differs = [key for key in both if before.get(key) != self._about.get(key)]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is found goes into a file."""
+        return self._path is not None
+
+    def belongs_to(self, about: Mapping[str, Any]) -> None:
+        """Adds what the findings depend on, as plain data.
+
+        Raises:
+            ArgumentError: If the file holds a calibration with something else.
+        """
+        added = json.loads(json.dumps(about))
+        before = added if self._before is None else self._before
+        differs = [key for key in added if before.get(key) != added[key]]
         if differs:
             raise ArgumentError(
-                f"{path} holds a calibration with other {', '.join(differs)}; give another file, "
-                f"or delete it"
+                f"{self._path} holds a calibration with other {', '.join(differs)}; give another "
+                f"file, or delete it"
             )
+        self._about |= added
 
     def put(self, name: str, found: Found) -> None:
         """Adds what was found, and writes the file whole or not at all."""

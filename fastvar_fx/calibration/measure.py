@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -14,9 +15,15 @@ from torch import nn
 
 from fastvar_fx.calibration.divide import DENSE, Curves, Option, Place, as_ratios
 from fastvar_fx.calibration.journal import Found, Journal
-from fastvar_fx.calibration.reference import Guidance, Losses, Reference
+from fastvar_fx.calibration.reference import (
+    Guidance,
+    Losses,
+    Reference,
+    fingerprint,
+    watched_module,
+)
 from fastvar_fx.engine.engine import Engine
-from fastvar_fx.engine.find_blocks import find_blocks
+from fastvar_fx.engine.find_blocks import find_blocks, module_at
 from fastvar_fx.errors import NothingPrunedError, RunError
 from fastvar_fx.measuring.runs import Progress, Runs
 from fastvar_fx.schedule import Schedule
@@ -64,6 +71,21 @@ class Subject:
     def transformed(self, *schedules: Schedule) -> Any:
         """Returns the model, transformed to run some schedules."""
         return transform(self.model, schedules, strict=False, **self.options)
+
+    def fingerprint(self, model: nn.Module) -> AbstractContextManager[Callable[[], str]]:
+        """Returns a context for a generation of the model or a transform; see `fingerprint`."""
+        last = module_at(model, self.blocks[-1])
+        return fingerprint(watched_module(model, self.logits, last))
+
+    def dense_fingerprints(self) -> list[str]:
+        """Returns the fingerprint of each run of the dense model."""
+        found = []
+        for number, run in enumerate(self.runs, 1):
+            self.progress(f"dense, run {number}")
+            with self.fingerprint(self.model) as digest:
+                run(self.model)
+            found.append(digest())
+        return found
 
     @property
     def dense(self) -> Schedule:
@@ -202,10 +224,12 @@ class Branches(NamedTuple):
     Attributes:
         found: Each as its layer and kind.
         depth: How many blocks there are.
+        fingerprint: That of the generation in which all of them prune.
     """
 
     found: Sequence[tuple[int, Kind]]
     depth: int
+    fingerprint: str
 
     @classmethod
     def of(cls, subject: Subject) -> Branches:
@@ -219,11 +243,12 @@ class Branches(NamedTuple):
         steps, depth = subject.steps, len(subject.blocks)
         level = max((level for level in subject.levels if level < 1), default=1.0)
         fast = subject.transformed(subject.pruning(steps, [(level,) * depth] * len(steps)))
-        rows = trace(fast, subject.runs[0]).rows
+        with subject.fingerprint(fast) as digest:
+            rows = trace(fast, subject.runs[0]).rows
         found = {(row.layer, cast("Kind", row.kind)) for row in rows if row.kept < row.tokens}
         if not found:
             raise NothingPrunedError(f"there is nothing to calibrate: {explain(fast)}")
-        return cls(sorted(found), depth)
+        return cls(sorted(found), depth, digest())
 
 
 def measured(

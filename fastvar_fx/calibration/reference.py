@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import torch
@@ -67,6 +68,53 @@ class Guidance:
         return guided.where(conditional != other, conditional)  # -inf in both halves stays
 
 
+def watched_module(model: nn.Module, logits: str | None, last: nn.Module) -> nn.Module:
+    """Returns the module that is compared: the one at the path `logits`, else the last block.
+
+    Raises:
+        ArgumentError: If the model has no such module.
+    """
+    if logits is None:
+        return last
+    try:
+        return model.get_submodule(logits)
+    except AttributeError as error:
+        raise ArgumentError(
+            f"logits is the module path of what returns the logits, such as head; "
+            f"{type(model).__name__} has none at {logits!r}"
+        ) from error
+
+
+@contextmanager
+def watching(module: nn.Module, seen: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within it, `seen` gets what a module returns, (B, L, V), at each call."""
+
+    def after(_module: nn.Module, _args: object, output: object) -> None:
+        maps = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.dim() == 3]
+        if not maps:
+            raise ArgumentError("logits is the path of a module that returns logits (B, L, V)")
+        seen(maps[0])
+
+    hook = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def fingerprint(module: nn.Module) -> Iterator[Callable[[], str]]:
+    """Within it, a generation runs; its result returns a hash of what a module returned."""
+    found = sha256()
+
+    def add(output: Tensor) -> None:
+        found.update(repr(tuple(output.shape)).encode())
+        found.update(output.cpu().double().numpy().tobytes())
+
+    with watching(module, add), torch.no_grad():
+        yield found.hexdigest
+
+
 class Reference:
     """A dense generation: what its blocks got at each step, and what came out.
 
@@ -97,16 +145,8 @@ class Reference:
         self._guidance = guidance
         blocks = [module_at(fast, name) for name in Engine.of(fast).plan.blocks]
         self._first = next(block for block in blocks if RUNTIME in vars(block))
-        self._last = blocks[-1]
-        self._head: nn.Module | None = None
-        if logits is not None:
-            try:
-                self._head = fast.get_submodule(logits)
-            except AttributeError as error:
-                raise ArgumentError(
-                    f"logits is the module path of what returns the logits, such as head; "
-                    f"{type(fast).__name__} has none at {logits!r}"
-                ) from error
+        self._watched = watched_module(fast, logits, blocks[-1])
+        self._of_logits = logits is not None
         self.calls: dict[int, int] = {}
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
@@ -195,7 +235,7 @@ class Reference:
         Of logits it is the divergence of their distributions in bits, else the squared relative
         difference.
         """
-        if self._head is None:
+        if not self._of_logits:
             before, after = dense.float(), pruned.float()
             moved = (after - before).square().sum(2) / before.square().sum(2)
             return float(moved.sum() / len(dense))
@@ -219,20 +259,12 @@ class Reference:
                 return args, {**kwargs, key: given}
             return (*args[:key], given, *args[key + 1 :]), kwargs
 
-        def after(_module: nn.Module, _args: object, output: object) -> None:
-            maps = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.dim() == 3]
-            if not maps:
-                raise ArgumentError("logits is the path of a module that returns logits (B, L, V)")
-            leave(maps[0])
-
-        with ExitStack() as hooks, torch.no_grad():
-            watched = self._head or self._last
-            for hook in (
-                self._first.register_forward_pre_hook(before, with_kwargs=True),
-                watched.register_forward_hook(after),
-            ):
-                hooks.callback(hook.remove)
-            yield
+        with watching(self._watched, leave), torch.no_grad():
+            hook = self._first.register_forward_pre_hook(before, with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
 
     def _step_of(self, call: BlockCall) -> int | None:
         """Returns the step of a call; None if it is none."""

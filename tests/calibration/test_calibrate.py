@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,13 @@ from fastvar_fx import ArgumentError, NothingPrunedError, RunError, Schedule, Sc
 from fastvar_fx.calibration import calibrate as calibration
 from fastvar_fx.calibration.figure import draw_plan
 from fastvar_fx.calibration.journal import Found, Journal
-from fastvar_fx.calibration.measure import saved_flops
+from fastvar_fx.calibration.measure import Branches, Subject, saved_flops
 from fastvar_fx.calibration.reference import Guidance, Reference
 from fastvar_fx.engine.engine import Engine
-from fastvar_fx.measuring.runs import Runs
+from fastvar_fx.measuring.runs import Runs, no_progress
+from fastvar_fx.methods import Method, interpolated
 from fastvar_fx.models.var import VAR, build
+from fastvar_fx.ops import take_tokens
 from fastvar_fx.schedule import ByKind
 from passes.analyse.rules.attention import FLOP_FORMULAS
 
@@ -315,7 +319,13 @@ def test_a_plan_saves_what_is_asked_and_goes_on_where_it_was(net: VAR, tmp_path:
             raise StopError
 
     find = partial(
-        fastvar_fx.calibrate, net, run, SCHEDULE, levels=(0.75,), logits="head", file=file
+        fastvar_fx.calibrate,
+        net,
+        run=run,
+        schedule=SCHEDULE,
+        levels=(0.75,),
+        logits="head",
+        file=file,
     )
     with pytest.raises(StopError):
         find(speedup=1.3, progress=stop)
@@ -337,8 +347,13 @@ def test_a_plan_saves_what_is_asked_and_goes_on_where_it_was(net: VAR, tmp_path:
         find(speedup=50)
     with pytest.raises(ScheduleError, match="the least that a plan loses"):
         find(loss=1e-9)
-    with pytest.raises(ArgumentError, match="other levels, logits"):
+    with pytest.raises(ArgumentError, match="other levels, logits; give"):
         find(speedup=1.3, levels=(0.5,), logits=None)
+    with pytest.raises(ArgumentError, match=r"other pruned generations \(method or .*; give"):
+        find(speedup=1.3, method="drift-corrected")
+    for others in ([draw, draw], partial(draw, seed=1), lambda model: model.infer_fhat(2, 3)):
+        with pytest.raises(ArgumentError, match=r"other dense generations \(batch, .*; give"):
+            find(speedup=1.3, run=others)
     draw_plan(plan, "a plan", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
@@ -365,6 +380,46 @@ def test_a_journal_is_read_back(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["measured.json"]
     with pytest.raises(ArgumentError, match="holds a calibration with other logits; give another"):
         Journal(file, about | {"logits": "head"})
+    journal = Journal(file, about)
+    with pytest.raises(ArgumentError, match="holds a calibration with other runs; give another"):
+        journal.belongs_to({"runs": "1"})
+
+
+def test_fingerprints_differ_with_whatever_changes_what_comes_out(net: VAR) -> None:
+    runs = [
+        *(draw, draw, lambda model: draw(model, seed=1)),
+        lambda model: model.infer_fhat(1, 4, g_seed=0),
+        lambda model: model.infer_fhat(2, 3, g_seed=0),
+    ]
+    subject = subject_of(net, runs)
+    first, *others = subject.dense_fingerprints()
+    assert [each == first for each in others] == [True, False, False, False]
+    changed = deepcopy(net)
+    assert subject_of(changed, [draw]).dense_fingerprints() == [first]
+    with torch.no_grad():
+        changed.head.weight[5:7] *= 1.01
+    assert subject_of(changed, [draw]).dense_fingerprints() != [first]
+    methods = [by("bilinear"), by("bilinear"), by("nearest")]
+    methods.append(replace(methods[0], take=lambda x, index: 2 * take_tokens(x, index)))
+    prints = [Branches.of(subject_of(net, [draw], method=m)).fingerprint for m in methods]
+    assert [each == prints[0] for each in prints] == [True, True, False, False]
+
+
+def subject_of(model: VAR, runs: Any, **options: Any) -> Subject:
+    return Subject(
+        model=model,
+        runs=runs,
+        schedule=Schedule(SCALES, (0.5,)),
+        levels=(0.5,),
+        logits="head",
+        guidance=None,
+        options=options,
+        progress=no_progress,
+    )
+
+
+def by(mode: Any) -> Method:
+    return Method(restore=interpolated(mode))
 
 
 @pytest.mark.slow
@@ -449,6 +504,10 @@ def test_what_cannot_be_calibrated(net: VAR, tmp_path: Path) -> None:
             Journal(other, {})
     with pytest.raises(ArgumentError, match="holds no calibration"):
         find(SCHEDULE, speedup=2, file=other)
+    about = {"schedule": SCHEDULE.to_json(), "levels": [0.5], "logits": "head", "guidance": None}
+    other.write_text(json.dumps({"about": about, "found": {}}))
+    with pytest.raises(ArgumentError, match=r"with other dense generations \(batch"):
+        find(SCHEDULE, speedup=2, file=other, levels=(0.5,), logits="head")
 
 
 def block_flops(model: Any) -> int:
