@@ -13,19 +13,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Final
+from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.analyse.axes import Axes, AxesError, dim_size, has_tokens, regroup, shape_of
-from passes.analyse.branches import Branch
+from passes.analyse.axes import (
+    Axes,
+    AxesError,
+    dim_size,
+    has_tokens,
+    regroup,
+    shape_of,
+    stream_axes,
+)
+from passes.analyse.branches import Branch, is_like_stream
 from passes.analyse.prunable import gathered
 from passes.analyse.rules.site import declared_advice
 from passes.base import Context, Draft
 from passes.graph import bind, computing, numbers_of, op_name, reach
 from passes.refusal import Refusal, RefusedError
-from passes.trace.calls import Call
+from passes.trace.calls import CUT, Call
 from passes.trace.capture import capture
 from passes.trace.state import Path, get
 from passes.trace.symbols import NOTHING_VARIES
@@ -39,8 +48,34 @@ _VIEWS: Final = {
     "aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::flatten",
 }  # fmt: skip
 
+_FORMED: Final = {"aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as"}
+"""Ops that read the values of their first operand alone."""
+
 Cut = Mapping[Path, Mapping[int, int]]
 """The sizes of some dims of inputs, by the path of the input and the dim."""
+
+
+class _Cuts(NamedTuple):
+    """What is shorter where a block runs on the kept tokens.
+
+    Attributes:
+        certain: The inputs of which the axes tell it.
+        guessed: Those that only have a dim as long as the token map, and from which a branch, or
+            what is added to the stream, computes what it reads per token.
+        lines: Where the stream meets what is not an input of the block.
+        known: Whether each such value of the wanted branches has either. One that has none is cut
+            from a table at places that the loop says.
+    """
+
+    certain: Cut
+    guessed: Cut
+    lines: frozenset[str]
+    known: bool
+
+    def of(self, call: Call) -> Call:
+        """Returns the call with all of it."""
+        return replace(call, cut={**self.certain, **self.guessed}, cut_lines=self.lines)
+
 
 Twins = Mapping[Node, Node]
 """The node of the graph of the kept tokens that runs the same op, by node."""
@@ -77,31 +112,44 @@ def _refused(
     """
     if not kept:
         return {}
-    certain, guessed, known = _cuts(call, draft, wanted, kept)
-    call = replace(call, varying=NOTHING_VARIES, cut={**certain, **guessed})
+    cuts = _cuts(call, draft, wanted, kept)
+    refused = _checked(call, draft, wanted, captured, cuts)
+    if refused is None:
+        # It runs other ops on fewer tokens, and fails on them if the stream meets all of a table.
+        whole = _cuts(call, draft, wanted, kept, of_stream=False)
+        if whole != cuts:
+            refused = _checked(call, draft, wanted, captured, whole)
+    if refused is None:
+        log.debug("%s stays unchecked on %d tokens", call.module, kept)
+    return refused or {}
+
+
+def _checked(
+    call: Call, draft: Draft, wanted: list[Branch], captured: int, cuts: _Cuts
+) -> dict[int, Refusal] | None:
+    """Returns why branches are refused, with these cuts; None if it is unknown."""
+    kept = cuts.certain[call.stream][1]
+    call = replace(cuts.of(call), varying=NOTHING_VARIES)
     try:
         refused = _compared(call, draft, wanted, kept)
     except RefusedError as error:
         refused = None
-        if known:
+        if cuts.known:
             failed = _failures(error.refusal, draft, wanted, kept)
             other = _on_captured(call, draft, wanted, captured)
             refused = failed if other is None else {b: failed.get(b, other[b]) for b in other}
-    if refused is None:
-        log.debug("%s stays unchecked on %d tokens", call.module, kept)
-    if refused and guessed:
+    if refused and cuts.guessed:
         with suppress(RefusedError):  # what runs with the guessed inputs whole is right too
-            uncut = _compared(replace(call, cut=certain), draft, wanted, kept)
-            refused = {b: why for b, why in refused.items() if uncut is None or b in uncut}
-    return refused or {}
+            uncut = _compared(replace(call, cut=cuts.certain), draft, wanted, kept)
+            refused = refused if uncut is None else {b: uncut[b] for b in refused if b in uncut}
+    return refused
 
 
 def _on_captured(
     call: Call, draft: Draft, wanted: list[Branch], captured: int
 ) -> dict[int, Refusal] | None:
     """Returns what branches do otherwise on as many tokens as were captured; None if unknown."""
-    certain, guessed, _ = _cuts(call, draft, wanted, captured)
-    call = replace(call, cut={**certain, **guessed})
+    call = _cuts(call, draft, wanted, captured).of(call)
     if captured == get(call.roots(), call.stream).shape[1]:
         return None
     with suppress(RefusedError):
@@ -121,6 +169,7 @@ def _compared(
     """
     other = capture(call)
     ops, others = computing(draft.source.graph), computing(other.graph_module.graph)
+    others = [node for node in others if node.target is not CUT or not call.cut_lines]
     if [node.target for node in ops] != [node.target for node in others]:
         return None
     if what != _KEPT and other.inputs != draft.captured.inputs:
@@ -145,25 +194,25 @@ def _failed(line: str, draft: Draft, wanted: list[Branch]) -> list[Branch]:
     return [b for b in found if b in wanted] if found else wanted
 
 
-def _cuts(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> tuple[Cut, Cut, bool]:
-    """Returns the sizes, on the kept tokens, of the inputs that have an entry per token.
+def _cuts(
+    call: Call, draft: Draft, wanted: list[Branch], kept: int, *, of_stream: bool = True
+) -> _Cuts:
+    """Returns the sizes, on the kept tokens, of what has an entry per token.
 
-    The block runs as a whole, and so these are the inputs of all its branches.
-
-    Returns:
-        Those that the axes tell; those that only have a dim as long as the token map, and from
-        which a branch computes what it reads per token; and whether each such value of the wanted
-        branches has either.
-        One that has none is cut from a table at places that the loop says.
+    The block runs as a whole, and so these are the inputs of all its branches, and, if asked for,
+    of the stream between them.
     """
     placeholders = draft.source.graph.find_nodes(op="placeholder")
     paths = dict(zip(placeholders, draft.captured.inputs, strict=True))
     certain: dict[Path, dict[int, int]] = {call.stream: {1: kept}}
     guessed: dict[Path, dict[int, int]] = {}
+    lines = set()
     tokens = get(call.roots(), call.stream).shape[1]
     known = True
-    met = ((b, side, axes) for b in draft.found for _, side, axes in gathered(b))
-    for branch, side, axes in met:
+    stream = placeholders[draft.captured.inputs.index(call.stream)]
+    by_stream = _met_by_stream(draft, stream) if of_stream else ()
+    by_branches = ((b, *each) for b in draft.found for each in gathered(b))
+    for branch, node, side, axes in (*by_stream, *by_branches):
         source, dims = _origin(side, _aligned(axes, side))
         if source in paths:
             sizes = {d: dim_size(dim, kept) for d, dim in enumerate(dims) if has_tokens(dim)}
@@ -172,8 +221,35 @@ def _cuts(call: Call, draft: Draft, wanted: list[Branch], kept: int) -> tuple[Cu
         shapes = {n: list(n.meta["val"].shape) for n in _inputs_of(source) if n in paths}
         found = {n: shape.index(tokens) for n, shape in shapes.items() if shape.count(tokens) == 1}
         guessed |= {paths[node]: {dim: kept} for node, dim in found.items()}
+        if branch is None:
+            lines.add(where(node))
         known = known and bool(found or not shapes or branch not in wanted)
-    return certain, {path: sizes for path, sizes in guessed.items() if path not in certain}, known
+    guessed = {path: sizes for path, sizes in guessed.items() if path not in certain}
+    return _Cuts(certain, guessed, frozenset(lines), known)
+
+
+def _met_by_stream(draft: Draft, stream: Node) -> Iterator[tuple[None, Node, Node, Axes]]:
+    """Yields where the stream meets something per token between branches, and the axes it meets."""
+    within = {node for branch in draft.found for node in branch.region}
+    inside = set(reach([stream], _readers))
+    for node in draft.source.graph.nodes:
+        if node in inside - within and _joins_by_token(node) and is_like_stream(node, stream):
+            axes = stream_axes(node.meta["val"].shape)
+            for side in node.all_input_nodes:
+                if side not in inside and isinstance(side.meta["val"], Tensor):
+                    if any(map(has_tokens, _aligned(axes, side))):
+                        yield None, node, side, axes
+
+
+def _readers(node: Node) -> list[Node]:
+    """Returns the calls that read the values of another one, and not its form alone."""
+    return [n for n in node.users if op_name(n) not in _FORMED or n.args[0] is node]
+
+
+def _joins_by_token(node: Node) -> bool:
+    """Whether a call joins the values of several operands for each token."""
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or (op_name(node) == "aten::cat" and bind(node)["dim"] in (2, -1))
 
 
 def _inputs_of(side: Node) -> Iterator[Node]:

@@ -11,7 +11,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,7 +29,7 @@ from passes.trace.outcome import Outcome, Recipe, Write
 from passes.trace.recipes import PACKED, SCRIPTED, SHARDED, recipe_for_error
 from passes.trace.state import Path, Roots, Snapshot, get, is_sharded, rewrapped, roots, show
 from passes.trace.symbols import NOTHING_VARIES, Conditions, Symbols, Varying
-from passes.user_frames import error_line, first_line, innermost_user_frame
+from passes.user_frames import error_line, first_line, innermost_user_frame, line_of
 
 Forward = Callable[..., Any]
 
@@ -73,6 +73,7 @@ class Call:
         stream: Path of its (B, L, C) input from the roots; not needed for the capture alone.
         varying: The sizes that its program leaves open.
         cut: Inputs that are taken to be shorter on stand-ins, with their sizes by dim.
+        cut_lines: The user's lines at which what meets the stream is taken to be as short as it is.
         rows: Inputs of which the call gets some entries alone.
     """
 
@@ -83,6 +84,7 @@ class Call:
     stream: Path = ()
     varying: Varying = NOTHING_VARIES
     cut: Mapping[Path, Mapping[int, int]] = field(default_factory=dict)
+    cut_lines: Collection[str] = ()
     rows: Mapping[Path, Rows] = field(default_factory=dict)
 
     def taken(self, path: Path, value: Any) -> Any:
@@ -274,11 +276,18 @@ class FakeCall:
 
     def run(self, *_: Any) -> list[Tensor]:
         """Runs the call; the fakes it is given are those already in place."""
-        with _UserCalls(self.note, self._used), CanonicalOps():
+        with _UserCalls(self.note, self._used), CanonicalOps(), self._cutting():
             result = self._forward(*self._origin["args"], **self._origin["kwargs"])
         outcome = Outcome(self.snapshot, result, self._fake)
         self._recipes = outcome.result, outcome.writes
         return [*outcome.results, *outcome.written]
+
+    def _cutting(self) -> AbstractContextManager[Any]:
+        call = self._call
+        if not call.cut_lines:
+            return contextlib.nullcontext()
+        tokens = get(call.roots(), call.stream).shape[1]
+        return _Cutting(call.cut_lines, tokens, call.cut[call.stream][1])
 
     def facts(self) -> Facts:
         """Returns what the call showed, after it ran."""
@@ -322,6 +331,37 @@ class _UserCalls(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self._note(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         return result
+
+
+CUT: Final = torch.ops.aten.narrow_copy.default
+"""The op that takes the first entries of what meets a shorter stream, see `Call.cut_lines`."""
+
+
+class _Cutting(TorchFunctionMode):
+    """Where some of the user's lines join the stream, of fewer tokens, and a map of all, cuts that.
+
+    Ops that run on maps of one length are left as they are.
+    """
+
+    def __init__(self, lines: Collection[str], tokens: int, kept: int) -> None:
+        super().__init__()
+        self._lines, self._tokens, self._kept = lines, tokens, kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lengths = set(map(_tokens_of, pytree.tree_leaves((args, kwargs))))
+        if lengths >= {self._tokens, self._kept}:
+            if line_of(innermost_user_frame()) in self._lines:
+                args, kwargs = pytree.tree_map_only(Tensor, self._cut, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _cut(self, value: Tensor) -> Tensor:
+        whole = _tokens_of(value) == self._tokens
+        return CUT(value, -2, 0, self._kept) if whole else value
+
+
+def _tokens_of(value: Any) -> int | None:
+    """Returns how many tokens a value of shape (B, L, C) or (L, C) has."""
+    return value.shape[-2] if isinstance(value, Tensor) and value.dim() in (2, 3) else None
 
 
 @contextlib.contextmanager

@@ -252,6 +252,90 @@ def test_numbers_of_the_token_count_are_found_beside_positions_of_a_square_map(n
     assert codes == {"FVX022" if name == "feed" else "FVX023"}
 
 
+class Placed(Block):
+    """Positions that are added to the stream, outside all branches."""
+
+    where = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ParameterList(torch.randn(side * side, C) for side in SCALES)
+        self.base = nn.Parameter(torch.randn(1, C, 2, 2))
+        self.wide = nn.Linear(2 * C, C)
+
+    def placed(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        side = shared["side"]
+        if self.where == "interpolated":
+            table = F.interpolate(self.base, size=(side, side), mode="bilinear").flatten(2).mT
+            return x + table
+        if self.where == "joined":
+            joined: Tensor = self.wide(torch.cat([x, shared["table"]], -1))
+            return joined
+        tables = {"list": self.tables[side - 1], "argument": shared["table"]}
+        out: Tensor = x + tables.get(self.where, shared["holder"].table)
+        return out
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        return super().forward(self.placed(x, shared), shared)
+
+
+def placed(layer: int, block: Any, x: Tensor, shared: dict[str, Any]) -> dict[str, Any]:
+    """What a loop hands to a block with positions."""
+    table = torch.linspace(-1, 1, x[0].numel()).view(1, *x.shape[1:]).expand(x.shape)
+    return shared | {"side": math.isqrt(x.shape[1]), "table": table, "holder": Holder(table)}
+
+
+class Holder:
+    def __init__(self, table: Tensor) -> None:
+        self.table = table[0]
+
+
+def placed_by_hand(model: Model, dense: str = "") -> Tensor:
+    pruner = Pruner(SCHEDULE)
+
+    def step(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+        x = block.placed(x, placed(layer, block, x, shared))
+        for name in ("attend", "feed"):
+            branch = getattr(block, name)
+            run = partial(at_index, branch, {})
+            x = x + (branch(x, {}) if name == dense else pruner.run(name, x, run))
+        return x
+
+    return model.generate(0, step)
+
+
+def call_placed(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
+    return call(layer, block, x, placed(layer, block, x, shared))
+
+
+@pytest.mark.parametrize(
+    ("place", "divides"),
+    [
+        ("argument", False),
+        ("attribute", False),
+        ("list", True),
+        ("interpolated", False),
+        ("interpolated", True),
+        ("joined", False),
+    ],
+)
+def test_positions_that_are_added_to_the_stream(place: str, divides: bool) -> None:
+    class Kind(Placed):
+        where = place
+
+        def attend(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+            out = super().attend(x, shared)
+            return out / math.log(1 + x.shape[1]) if divides else out
+
+    torch.manual_seed(0)
+    model = Model(Kind, 1).eval()
+    fast = fastvar_fx.transform(model, SCHEDULE)
+    want = placed_by_hand(model, "attend" if divides else "")
+    torch.testing.assert_close(fast.generate(0, call_placed), want)
+    found = [row.refusal for row in fastvar_fx.explain(fast).refusals]
+    assert {why.code for why in found if why is not None} == ({"FVX022"} if divides else set())
+
+
 @given(st.sampled_from([lambda n: n, math.log1p, math.sqrt, lambda n: 1 / n]), st.booleans())
 def test_any_function_of_any_count(function: Callable[[int], float], keys: bool) -> None:
     def twist(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
