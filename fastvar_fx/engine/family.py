@@ -199,17 +199,21 @@ class Family:
                 calls at its last step.
         """
         with ExitStack() as within:
+            within.callback(self._end_loop)
             for engine in self.engines:
                 within.enter_context(engine.generation.watch.whole())
                 within.enter_context(engine.generation.skipped.whole())
             yield
         generation = self.current.generation
-        if generation.watch.drew_steps and not generation.watch.within:
-            generation.end_loop()
         if judges and not generation.watch.within:
             generation.watch.finished()
             if generation.watch.drew_steps:
                 self._check_calls(generation)
+
+    def _end_loop(self) -> None:
+        generation = self.current.generation
+        if generation.watch.drew_steps and not generation.watch.within:
+            generation.end_loop()
 
     def _check_calls(self, generation: Generation) -> None:
         try:

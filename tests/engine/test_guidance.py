@@ -217,6 +217,24 @@ def test_the_users_model_has_no_hooks_and_a_copy_has_its_own() -> None:
     assert_same(drawn(twin), want)
 
 
+def test_a_head_after_an_interrupted_generation_runs_as_it_is() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(step: int, _: Tensor) -> None:
+        if step == 4:
+            raise Interrupted
+
+    fast = fastvar_fx.transform(tiny(), Schedule(SIDES, (), guidance_until=3), conditional="first")
+    with pytest.raises(Interrupted):
+        fast.infer_fhat(2, CLASSES, on_step=interrupt)
+    width = fast.word_embed.out_features
+    x = torch.randn(4, 25, width)
+    cond = torch.randn(4, width)
+    with torch.no_grad():
+        assert torch.equal(fast.get_logits(x, cond), tiny().get_logits(x, cond))
+
+
 # --- loops of other forms -------------------------------------------------------------------------
 
 WIDTH = 8
