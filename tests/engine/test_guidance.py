@@ -218,15 +218,12 @@ def test_the_users_model_has_no_hooks_and_a_copy_has_its_own() -> None:
 
 
 def test_a_head_after_an_interrupted_generation_runs_as_it_is() -> None:
-    class Interrupted(Exception):
-        pass
-
     def interrupt(step: int, _: Tensor) -> None:
         if step == 4:
-            raise Interrupted
+            raise KeyboardInterrupt
 
     fast = fastvar_fx.transform(tiny(), Schedule(SIDES, (), guidance_until=3), conditional="first")
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         fast.infer_fhat(2, CLASSES, on_step=interrupt)
     width = fast.word_embed.out_features
     x = torch.randn(4, 25, width)
