@@ -312,9 +312,9 @@ def call_placed(layer: int, block: Any, x: Tensor, shared: Any) -> Tensor:
     ("place", "divides"),
     [
         ("argument", False),
-        ("attribute", False),
+        pytest.param("attribute", False, marks=pytest.mark.slow),
         ("list", True),
-        ("interpolated", False),
+        pytest.param("interpolated", False, marks=pytest.mark.slow),
         ("interpolated", True),
         ("joined", False),
     ],

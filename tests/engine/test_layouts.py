@@ -24,14 +24,13 @@ LAYOUTS: dict[str, tuple[Layout, Layout]] = {
     "B C L": (lambda x: x.mT, lambda h: h.mT),
     "B C h w": (lambda x: x.mT.reshape(2, C, side(x), -1), lambda h: h.flatten(2).mT),
     "B h w C": (lambda x: x.reshape(2, side(x), -1, C), lambda h: h.flatten(1, 2)),
-    "BL C": (lambda x: x.flatten(0, 1), lambda h: h.view(2, -1, C)),
     "B L H D": (lambda x: x.view(2, -1, 4, 4), lambda h: h.flatten(2)),
     "L B C": (lambda x: x.transpose(0, 1), lambda h: h.transpose(0, 1)),
 }
 """From (B, L, C), and back."""
 
 
-@pytest.mark.parametrize("name", ["B C L", "B h w C", "BL C", "B L H D"])
+@pytest.mark.parametrize("name", ["B C L", "B h w C", "B L H D"])
 def test_a_branch_that_is_added_in_another_layout(name: str) -> None:
     there, back = LAYOUTS[name]
 
