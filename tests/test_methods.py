@@ -373,6 +373,7 @@ def test_a_name_is_what_it_says() -> None:
     assert named["tome"] == methods.token_merging()
 
 
+@pytest.mark.slow
 def test_the_library_needs_torch_and_numpy_alone() -> None:
     code = """
 import sys

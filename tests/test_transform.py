@@ -41,7 +41,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name])
 
 
-@zoo.examples(18, quick=7, long=60)
+@zoo.examples(18, quick=5, long=60)
 @given(zoo.cases(some_layers=True))
 def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()
@@ -70,7 +70,7 @@ def test_shape_and_dtype_are_kept(case: zoo.Case) -> None:
     torch.testing.assert_close(pruned[:, :start], dense[:, :start], rtol=0, atol=1e-6)
 
 
-@zoo.examples(12, quick=5, long=20)
+@zoo.examples(12, quick=4, long=20)
 @given(zoo.cases())
 def test_ratio_zero_is_bit_identical(case: zoo.Case) -> None:
     model = case.model(torch.float32)

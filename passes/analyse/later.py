@@ -42,13 +42,16 @@ class FindNeededLater:
     name = "find_needed_later"
 
     def run(self, context: Context, draft: Draft) -> Draft:
-        """Returns the draft with these refusals; there are none at the last step."""
+        """Returns the draft with these refusals; there are none at the last step.
+
+        At the cache step, only those that need no other capture: they say how long caches grow.
+        """
         if context.step is not None and context.step.last:
             return draft
         caching = [b for b in draft.found if b.refusal is None and _caches(b)]
         by_key = {b.index: _value_per_key(b) for b in caching}
         found = {index: refusal for index, refusal in by_key.items() if refusal is not None}
-        if len(found) < len(caching):
+        if context.step is not None and len(found) < len(caching):
             placed = _counts_keys(context.call, draft)
             if placed is not None:
                 found = {b.index: placed for b in caching} | found

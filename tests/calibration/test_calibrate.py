@@ -214,6 +214,7 @@ class StopError(Exception):
     """Ends a calibration early."""
 
 
+@pytest.mark.slow
 def test_a_plan_saves_what_is_asked_at_one_step(net: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_REFINED", 1)
     texts: list[str] = []

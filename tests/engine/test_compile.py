@@ -149,6 +149,7 @@ def generate(fast: VAR, seed: int) -> Tensor:
     return fast.infer_fhat(2, LABELS, g_seed=seed)
 
 
+@pytest.mark.slow
 def test_one_graph_per_step_serves_all_blocks_and_never_compiles_again() -> None:
     fast = transformed(9)  # more blocks than Dynamo compiles one code for
     want = [generate(fast, seed) for seed in (0, 1)]

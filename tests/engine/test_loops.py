@@ -281,6 +281,7 @@ class Twice(Net):
         return super().run(super().run(x, step), step)
 
 
+@pytest.mark.slow
 def test_blocks_that_run_twice_in_a_step() -> None:
     fast, hand = transformed(), by_hand()
     fast.__class__ = hand.__class__ = Twice

@@ -420,6 +420,7 @@ def branching() -> Net:
     return net
 
 
+@pytest.mark.slow
 def test_strict_is_strict_in_every_generation() -> None:
     fast = fastvar_fx.transform(branching(), SCHEDULE)
     for _ in range(3):

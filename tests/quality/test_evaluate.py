@@ -73,6 +73,7 @@ def test_bits_are_those_of_the_pass_with_a_mask(model: VAR) -> None:
     torch.testing.assert_close(found, torch.stack(expected, 1).double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -> None:
     fidelity = Baseline.of(subject, ["bits"], [0]).compare(subject.pruned())
     for step in fidelity.steps[:-1]:
@@ -88,6 +89,7 @@ def test_bits_of_a_pruned_model_differ_at_its_pruned_steps_only(subject: Case) -
     assert score.difference.mean == pytest.approx(score.pruned.mean - score.dense.mean)
 
 
+@pytest.mark.slow
 def test_any_number_of_held_out_images_is_scored_image_by_image(model: VAR, subject: Case) -> None:
     """Batches are of two, so that the third held-out image needs one that is filled up."""
     three = draw_var(model, 7, classes=(2, 3, 4))
@@ -134,6 +136,7 @@ def test_a_model_that_prunes_nothing_is_the_dense_one(subject: Case) -> None:
     assert all(step.agreement == 1 for step in result.fidelity.steps)
 
 
+@pytest.mark.slow
 def test_every_metric_is_measured_by_seed(subject: Case) -> None:
     result = evaluate(subject, seeds=3, repeats=0)
     found = {(s.metric, s.against): s.pruned for s in result.fidelity.scores}

@@ -141,6 +141,7 @@ class Drawn(nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_packages_hold_for_a_new_model_and_for_one_that_has_drawn(tmp_path: Path) -> None:
     model: Any = small()
     model.blocks[0].ffn.fc2.__class__ = Drawn
