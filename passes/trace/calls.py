@@ -149,7 +149,7 @@ class Trial:
 
     def run(self) -> Any:
         """Runs the call, and returns its result."""
-        with _uncompiled():
+        with _UNCOMPILED:
             return self._forward(*self._origin["args"], **self._origin["kwargs"])
 
     def outcome(self, result: Any) -> Outcome:
@@ -157,12 +157,33 @@ class Trial:
         return Outcome(self.snapshot, result, self.copy_of)
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Within it, functions that `torch.compile` has compiled run eagerly."""
-    if "torch._dynamo" in sys.modules:
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()  # nothing is compiled, and importing Dynamo takes seconds
+class _Uncompiled:
+    """Within it, functions that `torch.compile` has compiled run eagerly.
+
+    The stance of the compiler is that of all threads: the last thread that leaves restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Without Dynamo, whose import takes seconds, nothing is compiled.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_UNCOMPILED: Final = _Uncompiled()
 
 
 def _private(tensor: Tensor) -> Tensor:
@@ -252,7 +273,7 @@ class FakeCall:
             symbols.number(path, snapshot.constants[path])
         try:
             snapshot.substitute(self._fake)
-            with symbols.mode, torch.compiler.set_stance("force_eager"), _explained():
+            with symbols.mode, _UNCOMPILED, _explained():
                 yield [*self._fakes.values(), *symbols.numbers.values()]
         finally:
             self.snapshot.restore()

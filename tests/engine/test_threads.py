@@ -18,6 +18,7 @@ import fastvar_fx
 from fastvar_fx import Schedule
 from fastvar_fx.engine.family import _Choice
 from fastvar_fx.engine.loop import Loop
+from passes.trace.calls import Call, reference
 from tests.engine.test_calls import SCHEDULE, Draw, Net, in_threads, same, transformed
 from tests.engine.test_skip import CODE, VOCAB, WIDTH, Accumulator, Block
 from tests.marks import mostly_slow
@@ -118,6 +119,48 @@ def test_models_that_make_their_programs_at_once() -> None:
             same(got.step(step), want.step(step))
 
     in_threads(*(partial(run, *pair) for pair in draws))
+
+
+def test_calls_that_are_traced_at_once_leave_the_compiler_on() -> None:
+    """Within each, compiled functions run eagerly; the one that began first ends first."""
+    entered, began, ended = (threading.Event() for _ in range(3))
+    failed = []
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor, first: bool) -> Tensor:
+            if first:
+                entered.set()
+                assert began.wait(60)
+            else:
+                began.set()
+                assert ended.wait(60)
+            return x + 1
+
+    def run(first: bool) -> None:
+        module = Waits()
+        try:
+            reference(Call(module.forward, module, (torch.zeros(2), first), {}))
+        except AssertionError as error:
+            failed.append(error)
+        if first:
+            ended.set()
+
+    calls = [0]
+
+    def counting(graph_module: nn.Module, _inputs: object) -> Any:
+        calls[0] += 1
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    threads = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+    threads[0].start()
+    assert entered.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    torch.compile(lambda x: x + 2, backend=counting)(torch.zeros(2))
+    assert calls == [1]
 
 
 def test_loops_that_skip_after_those_of_other_schedules() -> None:
