@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from passes.analyse.branches import Branch
@@ -142,13 +143,13 @@ def _first_difference(
     call: Call, whole: BlockProgram, other: BlockProgram, cuts: Mapping[Path, Cut]
 ) -> Node | None:
     """Returns the first op that differs in what it computes from neither caches nor tokens."""
-    nodes, others = (_nodes(program.graph_module.graph) for program in (whole, other))
-    for node, twin in zip(nodes, others, strict=False):
-        if node.target != twin.target and node.op != "placeholder":
-            return node
-    if len(nodes) != len(others) or whole.inputs != other.inputs:
-        return nodes[-1]
-    twins = dict(zip(nodes, others, strict=True))
+    nodes, others = (computing(program.graph_module.graph) for program in (whole, other))
+    for node, twin in zip_longest(nodes, others):
+        if node is None or twin is None or node.target != twin.target:
+            return node or nodes[-1]
+    inputs, other_inputs = _inputs(whole), _inputs(other)
+    twins = {inputs[path]: twin for path, twin in other_inputs.items() if path in inputs}
+    twins |= dict(zip(nodes, others, strict=True))
     given = _given(whole, {call.stream, *cuts})
     for node, twin in twins.items():
         if node not in given and numbers_of(node) != numbers_of(twin):
@@ -157,14 +158,15 @@ def _first_difference(
     if not ends:
         return None
     values = _run(whole, inputs_within(ends, given), call, {})
-    of_given = {twins[node] for node in given}
+    of_given = {twin for node, twin in twins.items() if node in given}
     other_values = _run(other, inputs_within(map(twins.__getitem__, ends), of_given), call, cuts)
     pairs = ((node, values[node], other_values[twins[node]]) for node in ends)
     return next((n for n, full, cut in pairs if not _agree(full, cut, cuts.values())), None)
 
 
-def _nodes(graph: Graph) -> list[Node]:
-    return [*graph.find_nodes(op="placeholder"), *computing(graph)]
+def _inputs(program: BlockProgram) -> dict[Path, Node]:
+    placeholders = program.graph_module.graph.find_nodes(op="placeholder")
+    return dict(zip(program.inputs, placeholders, strict=True))
 
 
 def _given(program: BlockProgram, varying: Collection[Path]) -> set[Node]:
@@ -173,8 +175,7 @@ def _given(program: BlockProgram, varying: Collection[Path]) -> set[Node]:
     The size of such an input may.
     """
     graph = program.graph_module.graph
-    inputs = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    sources = [node for node, path in inputs if path in varying]
+    sources = [node for path, node in _inputs(program).items() if path in varying]
     sources += [node for node in graph.nodes if draws_numbers(node)]
     entered = reach(sources, lambda node: [user for user in node.users if not is_number(user)])
     return set(graph.nodes) - {*entered, graph.output_node()}
@@ -202,7 +203,7 @@ def _run(
 ) -> dict[Node, Any]:
     """Returns the values of some nodes, and of what they are computed from."""
     graph_module, roots = program.graph_module, call.roots()
-    paths = dict(zip(graph_module.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+    paths = {node: path for path, node in _inputs(program).items()}
     writes = any(map(written, wanted))
     values: dict[Node, Any] = {}
     with torch.no_grad():
