@@ -29,7 +29,7 @@ def net(depth: int = 3) -> VAR:
     return build("tiny", scales=SCALES, depth=depth, width=64, heads=2, vocab_size=64)
 
 
-@zoo.examples(12, quick=3, long=24)
+@zoo.examples(8, quick=3, long=24)
 @given(zoo.cases(), st.data())
 def test_equals_the_method_written_by_hand(case: zoo.Case, data: st.DataObject) -> None:
     ratio = st.sampled_from([0.0, 0.3, 0.5, 0.75, 1.0])

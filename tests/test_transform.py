@@ -41,7 +41,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, after["tensors"][name])
 
 
-@zoo.examples(18, quick=5, long=60)
+@zoo.examples(12, quick=5, long=60)
 @given(zoo.cases(some_layers=True))
 def test_equals_the_method_written_by_hand(case: zoo.Case) -> None:
     model = case.model()

@@ -22,6 +22,7 @@ from tests.compose.toy import (
     by_hand,
     transformed,
 )
+from tests.marks import mostly_slow
 
 SCALE = 0.9
 
@@ -123,6 +124,9 @@ WRAPPERS = (
     Callee,
 )
 wrappers = pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.__name__)
+some_wrappers = pytest.mark.parametrize(
+    "wrapper", mostly_slow(WRAPPERS, quick=4), ids=lambda wrapper: wrapper.__name__
+)
 
 
 def wrapping(wrapper: Callable[[Any], Any], *paths: str) -> Callable[[Any], Any]:
@@ -152,7 +156,7 @@ def test_on_the_model_before_transform(wrapper: Callable[[Any], Any]) -> None:
     assert_prunes(fast, SCALE * by_hand(other))
 
 
-@wrappers
+@some_wrappers
 def test_on_linear_layers_before_transform(wrapper: Callable[[Any], Any]) -> None:
     edit = wrapping(wrapper, "blocks.0.attn.q", "blocks.1.ffn.up")
     fast = transformed(edit(Toy()))
@@ -160,7 +164,7 @@ def test_on_linear_layers_before_transform(wrapper: Callable[[Any], Any]) -> Non
     reads_its_own_weights(fast, edit)
 
 
-@wrappers
+@some_wrappers
 def test_on_blocks_before_transform(wrapper: Callable[[Any], Any]) -> None:
     fast = transformed(wrapping(wrapper, "blocks.0", "blocks.1")(Toy()))
     around: Callable[[Tensor], Tensor] = lambda x: SCALE * x  # noqa: E731

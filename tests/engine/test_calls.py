@@ -461,7 +461,7 @@ def test_the_last_step_cannot_be_drawn_again_once_its_features_are_freed() -> No
 @pytest.mark.parametrize("form", ["dict", "none"])
 @pytest.mark.parametrize("calls", ["a", "ab"])
 @pytest.mark.parametrize("layer", range(DEPTH))
-@pytest.mark.parametrize("step", mostly_slow((4, 2, 3, 1, 0), quick=3))
+@pytest.mark.parametrize("step", mostly_slow((4, 2, 3, 1, 0), quick=2))
 def test_an_exception_in_a_block_and_the_step_again(
     form: str, calls: str, layer: int, step: int
 ) -> None:

@@ -224,7 +224,7 @@ def actions(draw: Any) -> list[Action]:
 
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("form", [pytest.param("dict", marks=pytest.mark.slow), "tuple"])
-@zoo.examples(45, quick=18, long=1000)
+@zoo.examples(30, quick=16, long=1000)
 @given(actions=actions())
 def test_edits_and_loops_in_any_order(actions: list[Action], form: str) -> None:
     if form not in SHARED:

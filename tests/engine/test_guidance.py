@@ -587,7 +587,7 @@ def guided_cases(draw: st.DrawFn) -> tuple[zoo.Case, int]:
 
 
 @pytest.mark.slow
-@zoo.examples(6, quick=3, long=20)
+@zoo.examples(4, quick=3, long=20)
 @given(guided_cases())
 def test_zoo_models_run_the_conditional_rows(drawn: tuple[zoo.Case, int]) -> None:
     case, until = drawn

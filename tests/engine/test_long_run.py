@@ -75,7 +75,7 @@ def tensors() -> int:
 
 @pytest.mark.slow
 def test_many_generations_leave_nothing_behind() -> None:
-    generations = 1000 if settings.get_current_profile_name() == "long" else 50
+    generations = 1000 if settings.get_current_profile_name() == "long" else 30
     rng = random.Random(0)
     fast, net = fastvar_fx.transform(Net(), SCHEDULE), Net()
     sizes: list[tuple[int, float]] = []
