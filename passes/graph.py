@@ -46,8 +46,13 @@ def placeholder_of(program: Any, path: Any) -> Node | None:
         program: Has a `graph_module` and, in the order of its placeholders, `inputs`.
         path: Where the input is read.
     """
+    return placeholders_by_path(program).get(path)
+
+
+def placeholders_by_path(program: Any) -> dict[Any, Node]:
+    """Returns the placeholders of a program, see `placeholder_of`, by where they are read."""
     placeholders = program.graph_module.graph.find_nodes(op="placeholder")
-    return dict(zip(program.inputs, placeholders, strict=True)).get(path)
+    return dict(zip(program.inputs, placeholders, strict=True))
 
 
 def drop_unread_inputs(graph: Graph) -> list[int]:

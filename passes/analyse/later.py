@@ -26,6 +26,7 @@ from passes.graph import (
     inputs_within,
     is_number,
     numbers_of,
+    placeholders_by_path,
     plain,
     reach,
     written,
@@ -147,10 +148,10 @@ def _first_difference(
     for node, twin in zip_longest(nodes, others):
         if node is None or twin is None or node.target != twin.target:
             return node or nodes[-1]
-    inputs, other_inputs = _inputs(whole), _inputs(other)
+    inputs, other_inputs = placeholders_by_path(whole), placeholders_by_path(other)
     twins = {inputs[path]: twin for path, twin in other_inputs.items() if path in inputs}
     twins |= dict(zip(nodes, others, strict=True))
-    given = _given(whole, {call.stream, *cuts})
+    given, of_other = (_given(program, {call.stream, *cuts}) for program in (whole, other))
     for node, twin in twins.items():
         if node not in given and numbers_of(node) != numbers_of(twin):
             return node
@@ -158,15 +159,9 @@ def _first_difference(
     if not ends:
         return None
     values = _run(whole, inputs_within(ends, given), call, {})
-    of_given = {twin for node, twin in twins.items() if node in given}
-    other_values = _run(other, inputs_within(map(twins.__getitem__, ends), of_given), call, cuts)
+    other_values = _run(other, inputs_within(map(twins.__getitem__, ends), of_other), call, cuts)
     pairs = ((node, values[node], other_values[twins[node]]) for node in ends)
     return next((n for n, full, cut in pairs if not _agree(full, cut, cuts.values())), None)
-
-
-def _inputs(program: BlockProgram) -> dict[Path, Node]:
-    placeholders = program.graph_module.graph.find_nodes(op="placeholder")
-    return dict(zip(program.inputs, placeholders, strict=True))
 
 
 def _given(program: BlockProgram, varying: Collection[Path]) -> set[Node]:
@@ -175,7 +170,7 @@ def _given(program: BlockProgram, varying: Collection[Path]) -> set[Node]:
     The size of such an input may.
     """
     graph = program.graph_module.graph
-    sources = [node for path, node in _inputs(program).items() if path in varying]
+    sources = [node for path, node in placeholders_by_path(program).items() if path in varying]
     sources += [node for node in graph.nodes if draws_numbers(node)]
     entered = reach(sources, lambda node: [user for user in node.users if not is_number(user)])
     return set(graph.nodes) - {*entered, graph.output_node()}
@@ -203,7 +198,7 @@ def _run(
 ) -> dict[Node, Any]:
     """Returns the values of some nodes, and of what they are computed from."""
     graph_module, roots = program.graph_module, call.roots()
-    paths = {node: path for path, node in _inputs(program).items()}
+    paths = {node: path for path, node in placeholders_by_path(program).items()}
     writes = any(map(written, wanted))
     values: dict[Node, Any] = {}
     with torch.no_grad():
